@@ -1,0 +1,60 @@
+# culvert: build, test, and a real cluster to run against. See README.md.
+
+VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+NODES      ?= 1
+GOFLAGS    += -trimpath
+LDFLAGS    := -s -w -X main.version=$(VERSION)
+STATICCHECK = go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+CLUSTER    := bin/culvert-cluster
+
+export NODES GOFLAGS
+
+.PHONY: build cross images cluster-up cluster-down demo test unit lint fuzz clean
+
+build: bin/culvert
+
+.PHONY: bin/culvert bin/culvert-cluster
+bin/culvert:
+	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $@ ./cmd/culvert
+
+bin/culvert-cluster:
+	cd e2e/cluster && CGO_ENABLED=0 go build -o ../../$@ .
+
+# What has only been compiled: see README.md, Limits.
+cross:
+	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go vet ./cmd/culvert ./pkg/...
+	GOOS=windows GOARCH=amd64 CGO_ENABLED=0 go vet ./cmd/culvert ./pkg/...
+	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 go build -o /dev/null ./cmd/culvert
+
+# OCI archives of the images for amd64 and arm64, in dist/; no Docker engine.
+images:
+	go run ./images -version '$(VERSION)'
+
+# A real Kubernetes on this machine, in network namespaces; as root.
+cluster-up: $(CLUSTER) images
+	$(CLUSTER) up
+
+cluster-down: $(CLUSTER)
+	$(CLUSTER) down
+
+demo: build $(CLUSTER) images
+	e2e/demo.sh
+
+# Everything: lint, unit tests, other systems, and end to end on a cluster of
+# its own. As root; the last line counts the tests.
+test:
+	go run ./e2e/suite
+
+lint:
+	@test -z "$$(gofmt -l cmd pkg images manifests e2e)" || { gofmt -l cmd pkg images manifests e2e; exit 1; }
+	go vet ./...
+	$(STATICCHECK) ./...
+
+unit:
+	go run ./e2e/suite -unit
+
+fuzz:
+	e2e/fuzz.sh
+
+clean:
+	rm -rf bin dist

@@ -1,0 +1,176 @@
+// Suite is "make test": every check of the project in order, on this machine,
+// with a real cluster for the last of them. Its last line counts the tests.
+//
+//	suite [-unit] [-run REGEXP] [-keep]
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+func main() {
+	unitOnly := flag.Bool("unit", false, "only what needs no cluster")
+	run := flag.String("run", "", "end-to-end tests to run")
+	keep := flag.Bool("keep", false, "leave the cluster up")
+	flag.Parse()
+	s := &suite{start: time.Now(), out: os.Stdout}
+	if *run == "" {
+		s.checks()
+	}
+	if !*unitOnly {
+		s.endToEnd(*run, *keep)
+	}
+	os.Exit(s.close())
+}
+
+type suite struct {
+	out     io.Writer
+	start   time.Time
+	passed  int
+	failed  int
+	skipped int
+}
+
+// checks need no cluster.
+func (s *suite) checks() {
+	s.make("lint")
+	s.goTest("-race", "-timeout=10m", "./pkg/...", "./cmd/...", "./manifests/...", "./images/...")
+	s.make("cross")
+}
+
+// endToEnd runs against a cluster of its own.
+func (s *suite) endToEnd(run string, keep bool) {
+	if !s.make("cluster-up") || !s.make("build") {
+		return
+	}
+	s.goTest("-timeout=45m", "-run="+run, "./e2e")
+	if !keep {
+		s.make("cluster-down")
+	}
+}
+
+func (s *suite) close() int {
+	fmt.Fprintf(s.out, "%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
+	if s.failed > 0 || s.passed == 0 {
+		return 1
+	}
+	return 0
+}
+
+func (s *suite) stage(name string) {
+	fmt.Fprintf(s.out, "== %s  (%s)\n", name, time.Since(s.start).Round(time.Second))
+}
+
+// make counts one make target as one check.
+func (s *suite) make(target string) bool {
+	s.stage("make " + target)
+	c := exec.Command("make", "--no-print-directory", target)
+	c.Stdout, c.Stderr = s.out, s.out
+	if err := c.Run(); err != nil {
+		s.fail("make %s: %v", target, err)
+		return false
+	}
+	s.passed++
+	return true
+}
+
+func (s *suite) fail(format string, args ...any) {
+	s.failed++
+	fmt.Fprintf(s.out, "FAIL "+format+"\n", args...)
+}
+
+// event is one line of go test -json (go doc test2json).
+type event struct {
+	Action  string
+	Package string
+	Test    string
+	Elapsed float64
+	Output  string
+}
+
+// goTest counts each test and subtest, and shows the output of those that fail.
+func (s *suite) goTest(args ...string) {
+	s.stage("go test " + strings.Join(args, " "))
+	c := exec.Command("go", append([]string{"test", "-json", "-count=1"}, args...)...)
+	c.Stderr = s.out
+	out, err := c.StdoutPipe()
+	if err != nil {
+		s.fail("go test: %v", err)
+		return
+	}
+	if err := c.Start(); err != nil {
+		s.fail("go test: %v", err)
+		return
+	}
+	before := s.failed
+	s.read(out)
+	if err := c.Wait(); err != nil && s.failed == before {
+		s.fail("go test: %v", err)
+	}
+}
+
+func (s *suite) read(out io.Reader) {
+	said := map[string][]string{}
+	lines := bufio.NewReader(out)
+	for {
+		line, err := lines.ReadBytes('\n')
+		var e event
+		if json.Unmarshal(line, &e) == nil {
+			s.count(e, said)
+		} else if len(line) > 0 {
+			fmt.Fprintf(s.out, "%s", line)
+		}
+		if errors.Is(err, io.EOF) {
+			return
+		}
+		if err != nil {
+			s.fail("read go test: %v", err)
+			return
+		}
+	}
+}
+
+func (s *suite) count(e event, said map[string][]string) {
+	key := e.Package + " " + e.Test
+	switch e.Action {
+	case "output", "build-output":
+		said[key] = append(said[key], e.Output)
+	case "pass", "skip", "fail":
+		s.verdict(e, said[key])
+		delete(said, key)
+	case "build-fail":
+		fmt.Fprint(s.out, strings.Join(said[key], ""))
+	}
+}
+
+func (s *suite) verdict(e event, said []string) {
+	if e.Test == "" {
+		if e.Action == "fail" {
+			fmt.Fprint(s.out, strings.Join(said, ""))
+		}
+		fmt.Fprintf(s.out, "%-4s %6.1fs  %s\n", e.Action, e.Elapsed, e.Package)
+		return
+	}
+	switch e.Action {
+	case "pass":
+		s.passed++
+	case "skip":
+		s.skipped++
+		fmt.Fprintf(s.out, "skip %s %s\n%s", e.Package, e.Test, strings.Join(said, ""))
+	case "fail":
+		s.failed++
+		fmt.Fprintf(s.out, "FAIL %s %s\n%s", e.Package, e.Test, strings.Join(said, ""))
+	}
+	if e.Elapsed > 5 && e.Action == "pass" {
+		fmt.Fprintf(s.out, "ok   %6.1fs  %s\n", e.Elapsed, e.Test)
+	}
+}

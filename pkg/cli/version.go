@@ -1,0 +1,30 @@
+package cli
+
+import (
+	"fmt"
+	"runtime"
+
+	"github.com/spf13/cobra"
+)
+
+func (a *app) versionCommand() *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			v := struct {
+				Version string `json:"version"`
+				Go      string `json:"go"`
+				OS      string `json:"os"`
+				Arch    string `json:"arch"`
+			}{a.version, runtime.Version(), runtime.GOOS, runtime.GOARCH}
+			return a.print(output, v, func() {
+				fmt.Fprintf(a.out, "culvert %s (%s, %s/%s)\n", v.Version, v.Go, v.OS, v.Arch)
+			})
+		},
+	}
+	outputFlag(c, &output)
+	return c
+}

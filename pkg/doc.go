@@ -1,0 +1,45 @@
+// Package pkg is the map of culvert. It holds no code but the test that holds
+// the code to it.
+//
+// # One idea
+//
+// A channel.Network dials and listens. This machine is one; what the far end of
+// a wire serves is another. To connect is to dial, on the far Network, every
+// flow that comes out of the TUN.
+//
+// # Rooms, from the top
+//
+//	cmd/culvert, cmd/shadow      main functions
+//	cli                          a file per verb: flags, words for people, exit codes
+//	session                      what a verb does: parts put together, run, undone
+//	shadow      privileged       the far end in the pod; the root child on the laptop
+//	kube        kube/heal        all that is said to the API server, from each side
+//	netstack    tun              packets to flows to dials; the device and its routes
+//	dns         resolver         the server and its zone; how the OS is told of it
+//	channel/sshchan   relay      both ends of the wire; two connections joined
+//	channel     catalog          the words: Network and Channel; the names of a cluster
+//
+// Imports point down, and rooms of one line do not import each other; see
+// arrows_test.go, which also fences the large libraries in.
+//
+// # The way of a packet
+//
+// curl http://web.shop: kernel route -> tun -> netstack (dials first, answers
+// the SYN after) -> channel.Keep -> sshchan -> the API server -> shadow
+// (channel.Host) -> the Service's virtual IP -> and back, through relay.
+//
+// # The way of a name
+//
+// The kernel asks dns on the TUN's own address, because resolver said so ->
+// dns.Zone, filled by kube.Watch through a catalog.Sink. What the zone may not
+// hold for lack of rights is asked of the cluster's own DNS through the channel;
+// what is not the cluster's goes to the machine's own nameservers, never
+// through the tunnel.
+//
+// # What is changed, and who undoes it
+//
+// On the laptop privileged changes things and undoes them when its pipe closes,
+// whoever closed it. In the cluster everything hangs from one object; session
+// deletes it, or the shadow does when the laptop has been silent for the grace
+// time, or "culvert clean" from any machine.
+package pkg
