@@ -1,0 +1,278 @@
+package kube
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	authv1 "k8s.io/api/authorization/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-dev/culvert/manifests"
+)
+
+// A Mode is the kind of object that runs the shadow.
+type Mode string
+
+const (
+	// ByDeployment: the shadow may end its session itself.
+	ByDeployment Mode = "Deployment"
+	// ByJob: the shadow holds no right, and ends by exiting.
+	ByJob Mode = "Job"
+)
+
+// Rights are what the user may do, as far as connecting asks for it.
+type Rights struct {
+	Mode    Mode     // how the shadow can be made
+	Ways    []Way    // the ways to it, the best first
+	Missing []string // rights without which there is no session
+	Notices []string // a line for each thing that will be less good
+	held    map[string]bool
+}
+
+// purpose says when a right is needed at all.
+type purpose int
+
+const (
+	always     purpose = iota
+	deployment         // to run the shadow by a Deployment
+	job                // to run it by a Job
+	lease              // to be seen as living; the root of a Deployment
+	way                // to reach the shadow
+	optional           // in the namespace
+	anywhere           // optional too, asked for the whole cluster
+)
+
+// A right is one line of a Role.
+type right struct {
+	group, resource string
+	verbs           []string
+	name            string // of the only object it is needed for
+	namespace       string // where not the session's
+	purpose         purpose
+	without         string // what is less good without it
+}
+
+// connectRights is the one list: what is asked for is what `culvert rbac` prints
+// (a test holds them together).
+func connectRights() []right {
+	const (
+		names  = "names in this namespace are asked of the cluster's DNS"
+		others = "names in other namespaces are asked of the cluster's DNS"
+		ranges = "address ranges are observed, not read; --include adds what is missing"
+		limits = "the shadow is not fitted to the namespace's limits and quota"
+		policy = "a network policy that keeps the shadow from working is not noticed"
+	)
+	return []right{
+		{group: "", resource: "secrets", verbs: []string{"create"}, purpose: always},
+		{group: "", resource: "pods", verbs: []string{"get", "list", "watch"}, purpose: always},
+
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"create", "patch"}, purpose: lease},
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"delete", "get"}, purpose: deployment},
+		{group: "", resource: "serviceaccounts", verbs: []string{"create"}, purpose: deployment},
+		{group: "rbac.authorization.k8s.io", resource: "roles", verbs: []string{"create"}, purpose: deployment},
+		{group: "rbac.authorization.k8s.io", resource: "rolebindings", verbs: []string{"create"}, purpose: deployment},
+		{group: "apps", resource: "deployments", verbs: []string{"create"}, purpose: deployment},
+
+		{group: "batch", resource: "jobs", verbs: []string{"create", "delete", "get", "patch"}, purpose: job},
+
+		{group: "", resource: "pods/proxy", verbs: []string{"get"}, purpose: way},
+		{group: "", resource: "pods/portforward", verbs: []string{"create", "get"}, purpose: way},
+
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"list"}, purpose: optional, without: "status and clean do not see other sessions"},
+		{group: "apps", resource: "deployments", verbs: []string{"delete", "get", "list"}, purpose: optional, without: "stopping takes a little longer, and a pod that may not be made is told less clearly"},
+		{group: "", resource: "events", verbs: []string{"list"}, purpose: optional, without: "why a pod does not start is told less clearly"},
+		{group: "", resource: "limitranges", verbs: []string{"list"}, purpose: optional, without: limits},
+		{group: "", resource: "resourcequotas", verbs: []string{"list"}, purpose: optional, without: limits},
+		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"list"}, purpose: optional, without: policy},
+		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"create"}, purpose: optional, without: "a network policy that shuts the shadow in cannot be opened for it"},
+		{group: "", resource: "services", verbs: []string{"list", "watch"}, purpose: optional, without: names},
+		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list", "watch"}, purpose: optional, without: names},
+
+		{group: "", resource: "services", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
+		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
+		{group: "", resource: "namespaces", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
+		{group: "", resource: "pods", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
+		{group: "", resource: "nodes", verbs: []string{"list"}, purpose: anywhere, without: ranges},
+		{group: "networking.k8s.io", resource: "servicecidrs", verbs: []string{"list"}, purpose: anywhere, without: ranges},
+		{group: "", resource: "configmaps", verbs: []string{"get"}, name: "kubeadm-config", namespace: "kube-system", purpose: anywhere, without: ranges},
+	}
+}
+
+// Preflight asks the API server, by self subject access reviews, what the user
+// may do, all at once, and changes nothing.
+func (c *Cluster) Preflight(ctx context.Context) (*Rights, error) {
+	wanted := connectRights()
+	answers := make(chan string, 128)
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(16)
+	for _, r := range wanted {
+		for _, verb := range r.verbs {
+			group.Go(func() error {
+				ok, err := c.may(ctx, r, verb)
+				if ok {
+					answers <- r.key(verb)
+				}
+				return err
+			})
+		}
+	}
+	err := group.Wait()
+	close(answers)
+	if err != nil {
+		return nil, fmt.Errorf("ask for the rights in namespace %s: %w", c.Namespace, sorted(err))
+	}
+	held := map[string]bool{}
+	for key := range answers {
+		held[key] = true
+	}
+	return weigh(wanted, held, c.Namespace), nil
+}
+
+// may asks for one verb.
+func (c *Cluster) may(ctx context.Context, r right, verb string) (bool, error) {
+	resource, sub, _ := strings.Cut(r.resource, "/")
+	namespace := r.namespace
+	if r.purpose != anywhere {
+		namespace = c.Namespace
+	}
+	review := &authv1.SelfSubjectAccessReview{Spec: authv1.SelfSubjectAccessReviewSpec{
+		ResourceAttributes: &authv1.ResourceAttributes{
+			Namespace: namespace, Verb: verb, Group: r.group, Resource: resource, Subresource: sub, Name: r.name,
+		},
+	}}
+	answer, err := c.client.AuthorizationV1().SelfSubjectAccessReviews().Create(ctx, review, metav1.CreateOptions{})
+	if err != nil {
+		return false, err
+	}
+	return answer.Status.Allowed, nil
+}
+
+func (r right) key(verb string) string {
+	where := "here"
+	if r.purpose == anywhere {
+		where = "anywhere"
+	}
+	return where + " " + verb + " " + r.group + "/" + r.resource
+}
+
+func (r right) words(verb, namespace string) string {
+	resource := r.resource
+	if r.group != "" {
+		resource += "." + r.group
+	}
+	switch {
+	case r.namespace != "":
+		namespace = " " + r.name + " in namespace " + r.namespace
+	case r.purpose == anywhere:
+		namespace = " in all namespaces"
+	default:
+		namespace = " in namespace " + namespace
+	}
+	return verb + " " + resource + namespace
+}
+
+// weigh decides, from the rights that are held, how a session can be had.
+func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
+	missing := map[purpose][]string{}
+	var notices []string
+	for _, r := range wanted {
+		var lacks []string
+		for _, verb := range r.verbs {
+			if !held[r.key(verb)] {
+				lacks = append(lacks, r.words(verb, namespace))
+			}
+		}
+		missing[r.purpose] = append(missing[r.purpose], lacks...)
+		if len(lacks) > 0 && r.without != "" {
+			notices = append(notices, fmt.Sprintf("you may not %s: %s", lacks[0], r.without))
+		}
+	}
+	rights := &Rights{Missing: missing[always], held: held, Ways: waysOf(held)}
+	if len(rights.Ways) == 0 {
+		rights.Missing = append(rights.Missing, missing[way]...)
+	}
+	rights.Mode = rights.chooseMode(missing, namespace)
+	rights.Notices = append(rights.Notices, perEffect(notices)...)
+	return rights
+}
+
+// chooseMode takes the Deployment where all it needs is there, else the Job.
+func (r *Rights) chooseMode(missing map[purpose][]string, namespace string) Mode {
+	lacks := slices.Concat(missing[lease], missing[deployment])
+	switch {
+	case len(lacks) == 0:
+		return ByDeployment
+	case len(missing[job]) > 0:
+		r.Missing = append(r.Missing, lacks...)
+		return ""
+	}
+	r.Notices = append(r.Notices, fmt.Sprintf("you may not %s: the shadow is a Job without rights of its own", lacks[0]))
+	if len(missing[lease]) > 0 {
+		r.Notices = append(r.Notices, fmt.Sprintf("you may not %s: other machines do not see whether this session lives", missing[lease][0]))
+	}
+	return ByJob
+}
+
+// perEffect keeps one line for each effect: many rights can serve one end.
+func perEffect(notices []string) []string {
+	var kept []string
+	seen := map[string]bool{}
+	for _, line := range notices {
+		_, effect, _ := strings.Cut(line, ": ")
+		if !seen[effect] {
+			kept = append(kept, line)
+		}
+		seen[effect] = true
+	}
+	return kept
+}
+
+func waysOf(held map[string]bool) []Way {
+	var ways []Way
+	if held["here get /pods/proxy"] {
+		ways = append(ways, PodsProxy)
+	}
+	// A WebSocket is opened by a GET; from 1.35 on the API server asks for
+	// create as well.
+	if held["here get /pods/portforward"] {
+		ways = append(ways, WebSocket)
+	}
+	if held["here create /pods/portforward"] {
+		ways = append(ways, SPDY)
+	}
+	return ways
+}
+
+// Err is nil when a session can be had.
+func (r *Rights) Err() error {
+	if len(r.Missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: to %s", ErrForbidden, strings.Join(r.Missing, ", to "))
+}
+
+// may tells of a right in the namespace.
+func (r *Rights) may(verb, group, resource string) bool {
+	return r.held["here "+verb+" "+group+"/"+resource]
+}
+
+// RBAC is the Role that connecting needs in a namespace, as YAML, and with
+// cluster the ClusterRole of what is read beyond it.
+func RBAC(namespace string, cluster bool) (string, error) {
+	files := []string{"rbac.yaml"}
+	if cluster {
+		files = append(files, "rbac-cluster.yaml")
+	}
+	var out []string
+	for _, name := range files {
+		text, err := manifests.FS.ReadFile(name)
+		if err != nil {
+			return "", fmt.Errorf("manifest %s: %w", name, err)
+		}
+		out = append(out, strings.ReplaceAll(string(text), "${NAMESPACE}", namespace))
+	}
+	return strings.Join(out, "---\n"), nil
+}

@@ -1,0 +1,235 @@
+package kube
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// ShadowConfig says what the shadow of a session is.
+type ShadowConfig struct {
+	Session       string // a DNS label; its objects are named culvert-<session>
+	Image         string
+	PullSecrets   []string // names of Secrets for the image's registry
+	HostKey       []byte   // the shadow's SSH host key, private
+	AuthorizedKey []byte   // the laptop's public key
+	Grace         time.Duration
+	Mode          Mode // "" is what the rights allow
+	Way           Way  // "" is the best that works
+}
+
+// A Shadow is the far end of one session: not there, being made, or there. Its
+// methods may be called at any of these times, but Create, WaitReady and
+// Delete by one goroutine at a time.
+type Shadow struct {
+	cluster *Cluster
+	cfg     ShadowConfig
+	rights  *Rights
+	holder  Holder
+	mode    Mode
+	noPing  bool // the cluster refuses the sysctl that unprivileged ping needs
+	ways    ways
+}
+
+const (
+	callLimit   = 15 * time.Second // of one call that changes something
+	deleteLimit = 45 * time.Second // until nothing is left
+)
+
+// NewShadow makes nothing yet.
+func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
+	if cfg.Grace == 0 {
+		cfg.Grace = time.Minute
+	}
+	s := &Shadow{cluster: c, cfg: cfg, rights: rights, holder: Self(), mode: cfg.Mode}
+	if s.mode == "" {
+		s.mode = rights.Mode
+	}
+	s.ways.order = rights.Ways
+	if cfg.Way != "" {
+		s.ways.order = []Way{cfg.Way}
+	}
+	return s
+}
+
+// Mode is how the shadow is run.
+func (s *Shadow) Mode() Mode { return s.mode }
+
+func (s *Shadow) name() string { return rootName(s.cfg.Session) }
+
+func (s *Shadow) hasLease() bool {
+	return s.mode == ByDeployment || s.rights.may("create", "coordination.k8s.io", "leases")
+}
+
+// Create makes the root and then all that it owns. What fails half-way is
+// removed again before Create returns. say gets a line for each thing that the
+// namespace does not allow; it may be nil.
+//
+// The session counts as living for as long as its Lease lasts; start Renew when
+// Create has returned, and not only when the shadow is ready.
+func (s *Shadow) Create(ctx context.Context, say func(string)) error {
+	if say == nil {
+		say = func(string) {}
+	}
+	err := s.create(ctx, say)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("create the shadow in namespace %s: %w", s.cluster.Namespace, sorted(err))
+	if undo := s.Delete(context.WithoutCancel(ctx)); undo != nil {
+		return errors.Join(err, undo)
+	}
+	return err
+}
+
+func (s *Shadow) create(ctx context.Context, say func(string)) error {
+	ranges, quotas := s.cluster.fitting(ctx, s.rights)
+	o, err := render(s.cfg, s.cluster.Namespace, s.holder, func(pod *corev1.PodSpec) {
+		pod.Containers[0].Resources = fit(pod.Containers[0].Resources, ranges, quotas)
+		if s.noPing {
+			pod.SecurityContext.Sysctls = nil
+		}
+	})
+	if err != nil {
+		return err
+	}
+	now := metav1.NowMicro()
+	o.lease.Spec.AcquireTime, o.lease.Spec.RenewTime = &now, &now
+	open := s.needsOpening(ctx, o, say)
+	switch s.mode {
+	case ByDeployment:
+		return s.createByDeployment(ctx, o, open)
+	case ByJob:
+		return s.createByJob(ctx, o, open)
+	}
+	return s.rights.Err()
+}
+
+// createByDeployment hangs everything on the Lease, which the shadow may delete.
+func (s *Shadow) createByDeployment(ctx context.Context, o *objects, open bool) error {
+	cs, ns := s.cluster.client, s.cluster.Namespace
+	root, err := makeOne(ctx, "lease", cs.CoordinationV1().Leases(ns).Create, o.lease)
+	if err != nil {
+		return err
+	}
+	o.ownedBy(refTo("coordination.k8s.io/v1", "Lease", root))
+	err = together(
+		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
+		func() error {
+			return makeIt(ctx, "serviceaccount", cs.CoreV1().ServiceAccounts(ns).Create, o.serviceAccount)
+		},
+		func() error { return makeIt(ctx, "role", cs.RbacV1().Roles(ns).Create, o.role) },
+		func() error { return s.open(ctx, o, open) },
+	)
+	if err != nil {
+		return err
+	}
+	return together( // what needs the Role and the ServiceAccount to be there
+		func() error { return makeIt(ctx, "rolebinding", cs.RbacV1().RoleBindings(ns).Create, o.roleBinding) },
+		func() error { return makeIt(ctx, "deployment", cs.AppsV1().Deployments(ns).Create, o.deployment) },
+	)
+}
+
+// createByJob hangs everything on the Job, which is complete when the shadow
+// exits. It is suspended until the rest is there.
+func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
+	cs, ns := s.cluster.client, s.cluster.Namespace
+	root, err := makeOne(ctx, "job", cs.BatchV1().Jobs(ns).Create, o.job)
+	if err != nil {
+		return err
+	}
+	o.ownedBy(refTo("batch/v1", "Job", root))
+	err = together(
+		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
+		func() error {
+			if !s.hasLease() {
+				return nil
+			}
+			return makeIt(ctx, "lease", cs.CoordinationV1().Leases(ns).Create, o.lease)
+		},
+		func() error { return s.open(ctx, o, open) },
+	)
+	if err != nil {
+		return err
+	}
+	start := []byte(`{"spec":{"suspend":false}}`)
+	call, cancel := callContext(ctx)
+	defer cancel()
+	if _, err := cs.BatchV1().Jobs(ns).Patch(call, s.name(), types.MergePatchType, start, metav1.PatchOptions{}); err != nil {
+		return fmt.Errorf("start job %s: %w", s.name(), err)
+	}
+	return ctx.Err()
+}
+
+// needsOpening tells whether a network policy shuts the shadow in and may be
+// answered by one of ours.
+func (s *Shadow) needsOpening(ctx context.Context, o *objects, say func(string)) bool {
+	if !s.rights.may("list", "networking.k8s.io", "networkpolicies") {
+		return false
+	}
+	list, err := s.cluster.client.NetworkingV1().NetworkPolicies(s.cluster.Namespace).List(ctx, metav1.ListOptions{})
+	if err != nil || !isolated(list.Items, o.podLabels()) {
+		return false
+	}
+	if !s.rights.may("create", "networking.k8s.io", "networkpolicies") {
+		say(fmt.Sprintf("a network policy of namespace %s shuts the shadow in, and you may not create one that opens it", s.cluster.Namespace))
+		return false
+	}
+	return true
+}
+
+func (s *Shadow) open(ctx context.Context, o *objects, needed bool) error {
+	if !needed {
+		return nil
+	}
+	return makeIt(ctx, "networkpolicy", s.cluster.client.NetworkingV1().NetworkPolicies(s.cluster.Namespace).Create, o.networkPolicy)
+}
+
+// Delete removes all of the session from the namespace and waits until it is
+// gone, at most deleteLimit. It may be called at any time and more than once.
+func (s *Shadow) Delete(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, deleteLimit)
+	defer cancel()
+	if err := s.cluster.sweep(ctx, s.cluster.Namespace, s.cfg.Session); err != nil {
+		return fmt.Errorf("delete session %s in namespace %s: %w", s.cfg.Session, s.cluster.Namespace, err)
+	}
+	return nil
+}
+
+// makeOne creates one object. Once begun a call runs to its end, so that its
+// outcome is known when the undoing starts; ctx is looked at before and after.
+func makeOne[T metav1.Object](ctx context.Context, kind string, create func(context.Context, T, metav1.CreateOptions) (T, error), object T) (T, error) {
+	if err := ctx.Err(); err != nil {
+		return object, err
+	}
+	call, cancel := callContext(ctx)
+	defer cancel()
+	made, err := create(call, object, metav1.CreateOptions{FieldManager: managed})
+	if err != nil {
+		return made, fmt.Errorf("create %s %s: %w", kind, object.GetName(), err)
+	}
+	return made, ctx.Err()
+}
+
+func makeIt[T metav1.Object](ctx context.Context, kind string, create func(context.Context, T, metav1.CreateOptions) (T, error), object T) error {
+	_, err := makeOne(ctx, kind, create, object)
+	return err
+}
+
+func callContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), callLimit)
+}
+
+func together(steps ...func() error) error {
+	var group errgroup.Group
+	for _, step := range steps {
+		group.Go(step)
+	}
+	return group.Wait()
+}
