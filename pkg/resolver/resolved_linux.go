@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"time"
 
@@ -17,12 +18,16 @@ const (
 	resolvePath = dbus.ObjectPath("/org/freedesktop/resolve1")
 	resolveCall = "org.freedesktop.resolve1.Manager."
 	busPatience = 5 * time.Second
+
+	// domainsTaken is what all versions take on a link.
+	domainsTaken = 256
 )
 
 // resolved is ModeResolved: settings of the link, which die with it. They
 // outlive the connection to the bus, so none is kept.
 type resolved struct {
 	bus  string
+	log  *slog.Logger
 	link int32 // with our settings on it, else 0
 }
 
@@ -84,13 +89,25 @@ func (r *resolved) set(ctx context.Context, s Settings) error {
 	return r.speak(ctx, func(call caller) error {
 		r.link = int32(s.LinkIndex)
 		for _, set := range linkSettings(s) {
-			err := call(set.method, r.link, set.value)
-			if err != nil && !(set.optional && isBusError(err, dbus.ErrMsgUnknownMethod.Name)) {
+			if err := r.tell(call, set); err != nil {
 				return fmt.Errorf("%s of %s: %w", set.method, s.Link, err)
 			}
 		}
 		return call("FlushCaches")
 	})
+}
+
+func (r *resolved) tell(call caller, set setting) error {
+	err := call(set.method, r.link, set.value)
+	domains, _ := set.value.([]linkDomain)
+	switch {
+	case set.optional && isBusError(err, dbus.ErrMsgUnknownMethod.Name):
+		return nil
+	case len(domains) > domainsTaken && isBusError(err, "System.Error.E2BIG"):
+		r.log.Warn("systemd-resolved does not take so many domains", "domains", len(domains), "taken", domainsTaken)
+		return call(set.method, r.link, domains[:domainsTaken])
+	}
+	return err
 }
 
 func (r *resolved) revert(ctx context.Context) error {

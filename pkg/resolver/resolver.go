@@ -41,7 +41,8 @@ type Settings struct {
 	Search []string
 
 	// Zones are asked of Server and never searched: "cluster.local", "svc",
-	// reverse zones, names of namespaces.
+	// reverse zones, names of namespaces. The most wanted come first: systemd-
+	// resolved takes 256 in all in many versions, and is not given the rest.
 	Zones []string
 }
 

@@ -61,7 +61,7 @@ func readOnly(p paths, mounted bool) bool {
 func open(cfg Config, p Plan) (place, error) {
 	switch p.Mode {
 	case ModeResolved:
-		return &resolved{bus: busOf(cfg)}, nil
+		return &resolved{bus: busOf(cfg), log: cfg.Log}, nil
 	case ModeFile:
 		return &file{paths: pathsIn(cfg), log: cfg.Log, inPlace: p.InPlace}, nil
 	}

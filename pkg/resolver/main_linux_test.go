@@ -1,0 +1,53 @@
+package resolver
+
+import (
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// inNamespace runs do in mount, network and PID namespaces of its own, in
+// another run of this test binary.
+func inNamespace(t *testing.T, do func(*testing.T)) {
+	t.Helper()
+	if os.Getenv("RESOLVER_TEST_IN") == t.Name() {
+		enter(t)
+		do(t)
+		return
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=2m")
+	cmd.Env = append(os.Environ(), "RESOLVER_TEST_IN="+t.Name())
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWPID,
+		Pdeathsig:  syscall.SIGKILL,
+	}
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// enter makes the namespaces a machine of its own: /proc, /run and an /etc
+// over the real one.
+func enter(t *testing.T) {
+	t.Helper()
+	if os.Getpid() != 1 {
+		t.Fatal("not in a PID namespace of its own")
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
+	must(unix.Mount("proc", "/proc", "proc", 0, ""))
+	must(unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"))
+	must(os.MkdirAll("/run/etc/upper", 0o755))
+	must(os.MkdirAll("/run/etc/work", 0o755))
+	must(unix.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work"))
+}
