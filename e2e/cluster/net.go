@@ -1,0 +1,150 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+)
+
+// Addresses. The laptop also has IPv6, to show that it stays as it was.
+const (
+	apiIP       = "172.30.0.11" // node1
+	nodeGateway = "172.30.0.1"
+	nodeNet     = "172.30.0.0/24"
+	laptopNet   = "172.31.0.0/24"
+	outsideIP   = "172.31.0.1" // the router, as the laptop sees it
+	outsideIP6  = "fd00:31::1"
+	podCIDR     = "10.244.0.0/16"
+	serviceCIDR = "10.96.0.0/16"
+	serviceIP   = "10.96.0.1"
+	dnsIP       = "10.96.0.10"
+	nodePorts   = "30000:32767"
+)
+
+func nodeIP(name string) string { return "172.30.0.1" + strings.TrimPrefix(name, "node") }
+
+// makeNetwork makes the namespaces and the wires between them.
+func makeNetwork(nodes []string) error {
+	for _, host := range append([]string{"router", "laptop"}, nodes...) {
+		if err := commands(fmt.Sprintf(`
+			ip netns add %[1]s
+			ip -n %[1]s link set lo up`, nsPrefix+host)); err != nil {
+			return err
+		}
+	}
+	if err := commands(`
+		ip -n culvert-router link add br0 type bridge
+		ip -n culvert-router addr add ` + nodeGateway + `/24 dev br0
+		ip -n culvert-router link set br0 up
+		ip -n culvert-router route add default dev br0
+		ip -n culvert-router link add laptop type veth peer name eth0 netns culvert-laptop
+		ip -n culvert-router addr add ` + outsideIP + `/24 dev laptop
+		ip -n culvert-router addr add ` + outsideIP6 + `/64 dev laptop nodad
+		ip -n culvert-router link set laptop up
+		ip -n culvert-laptop addr add 172.31.0.2/24 dev eth0
+		ip -n culvert-laptop addr add fd00:31::2/64 dev eth0 nodad
+		ip -n culvert-laptop link set eth0 up
+		ip -n culvert-laptop route add default via ` + outsideIP + `
+		ip -n culvert-laptop route add default via ` + outsideIP6); err != nil {
+		return err
+	}
+	for _, node := range nodes {
+		if err := commands(fmt.Sprintf(`
+			ip -n culvert-router link add %[1]s type veth peer name eth0 netns culvert-%[1]s
+			ip -n culvert-router link set %[1]s master br0 up
+			ip -n culvert-%[1]s addr add %[2]s/24 dev eth0
+			ip -n culvert-%[1]s link set eth0 up
+			ip -n culvert-%[1]s route add default via %[3]s`, node, nodeIP(node), nodeGateway)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// firewall lets the laptop reach the API server and NodePorts, no more; all
+// else is refused at once. It runs on the router, whose default route leads
+// nowhere: it is there because the kernel answers "no route" only once a
+// second, but "prohibited" as often as one asks.
+func firewall() error {
+	if err := sysctls("net/ipv4/ip_forward=1", "net/ipv6/conf/all/forwarding=1",
+		"net/ipv4/icmp_ratelimit=0", "net/ipv6/icmp/ratelimit=0"); err != nil {
+		return err
+	}
+	// Where bridged packets do not pass iptables, that is what is wanted here.
+	_ = sysctls("net/bridge/bridge-nf-call-iptables=0")
+	return commands(strings.NewReplacer("LAPTOP", laptopNet, "NODES", nodeNet, "API", apiIP, "PORTS", nodePorts).Replace(`
+		iptables -w -P FORWARD DROP
+		iptables -w -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+		iptables -w -A FORWARD -s LAPTOP -d API -p tcp --dport 6443 -j ACCEPT
+		iptables -w -A FORWARD -s LAPTOP -d NODES -p tcp --dport PORTS -j ACCEPT
+		iptables -w -A FORWARD -s LAPTOP -d NODES -p udp --dport PORTS -j ACCEPT
+		iptables -w -A FORWARD -j REJECT --reject-with icmp-admin-prohibited`))
+}
+
+// sysctls writes "path/below/proc/sys=value"s.
+func sysctls(settings ...string) error {
+	for _, s := range settings {
+		path, value, _ := strings.Cut(s, "=")
+		if err := os.WriteFile("/proc/sys/"+path, []byte(value), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cut makes the router drop whatever comes from a host and goes to it, or heals
+// that. Links and routes stay: nobody is told.
+func cut(on bool, args []string) error {
+	host := "laptop"
+	if len(args) > 0 {
+		host = args[0]
+	}
+	if findMachine("router") == 0 || findMachine(host) == 0 || host == "router" {
+		return fmt.Errorf("no host %s to cut: is the cluster up? (cluster status)", host)
+	}
+	for _, tool := range []string{"iptables", "ip6tables"} {
+		for _, rule := range []string{
+			"raw PREROUTING -i " + host + " -j DROP",
+			"mangle POSTROUTING -o " + host + " -j DROP",
+		} {
+			if err := setRule(tool, rule, on); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func setRule(tool, rule string, on bool) error {
+	table, spec, _ := strings.Cut(rule, " ")
+	do := func(action string) error {
+		return onHost("router", append([]string{tool, "-w", "-t", table, action}, strings.Fields(spec)...)...)
+	}
+	there := do("-C") == nil
+	switch {
+	case on && !there:
+		return do("-A")
+	case !on && there:
+		return do("-D")
+	}
+	return nil
+}
+
+// joinPods routes the pods of each node to it, seen from the other.
+func joinPods(p paths, nodes []string) error {
+	var errs []error
+	for _, from := range nodes {
+		for _, to := range nodes {
+			if from == to {
+				continue
+			}
+			cidr, err := kubectl(p, "get", "node", to, "-o", "jsonpath={.spec.podCIDR}")
+			if err == nil {
+				err = command("ip", "-n", nsPrefix+from, "route", "replace", cidr, "via", nodeIP(to))
+			}
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
