@@ -152,6 +152,9 @@ func larger(a, b resource.Quantity) resource.Quantity {
 // quotient rounds up, so that the ratio holds.
 func quotient(q, ratio resource.Quantity) resource.Quantity {
 	milli := (q.MilliValue()*1000 + ratio.MilliValue() - 1) / ratio.MilliValue()
+	if q.Format == resource.BinarySI {
+		return *resource.NewQuantity((milli+999)/1000, q.Format) // no fractions of a byte
+	}
 	return *resource.NewMilliQuantity(milli, q.Format)
 }
 

@@ -1,0 +1,33 @@
+package kube
+
+import (
+	"log/slog"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+)
+
+// testConfig is a session's shadow without keys that mean anything.
+func testConfig(session string) ShadowConfig {
+	return ShadowConfig{
+		Session: session, Image: "localhost/culvert-shadow:dev",
+		HostKey: []byte("host: key\n# \"${IMAGE}\"\n"), AuthorizedKey: []byte("ssh-ed25519 AAAA laptop\n"), Grace: time.Minute,
+	}
+}
+
+func testCluster(client kubernetes.Interface) *Cluster {
+	return &Cluster{Context: "test", Namespace: "dev", Server: "https://127.0.0.1:1", client: client, log: slog.New(slog.DiscardHandler)}
+}
+
+// allRights are those of who may do everything, for one mode.
+func allRights(mode Mode) *Rights {
+	held := map[string]bool{}
+	for _, r := range connectRights() {
+		for _, verb := range r.verbs {
+			held[r.key(verb)] = true
+		}
+	}
+	r := weigh(connectRights(), held, "dev")
+	r.Mode = mode
+	return r
+}
