@@ -13,6 +13,8 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/pkg/resolver/resolvertest"
 )
 
 const original = "# by hand\nnameserver 10.0.0.2\nnameserver 10.0.0.3\nsearch corp.example\noptions ndots:2\n"
@@ -329,10 +331,7 @@ func TestFileLockIsBounded(t *testing.T) {
 }
 
 func TestFileInPlace(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("mounting needs root")
-	}
-	inNamespace(t, func(t *testing.T) {
+	resolvertest.InMachine(t, func(t *testing.T) {
 		cfg, p := etc(t, "")
 		write(t, p.conf, "")
 		write(t, cfg.path("/volume"), original)
@@ -377,10 +376,7 @@ func TestFileInPlace(t *testing.T) {
 }
 
 func TestFileReadOnly(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("mounting needs root")
-	}
-	inNamespace(t, func(t *testing.T) {
+	resolvertest.InMachine(t, func(t *testing.T) {
 		cfg, p := etc(t, original)
 		if err := unix.Mount(p.dir, p.dir, "", unix.MS_BIND, ""); err != nil {
 			t.Fatal(err)

@@ -157,11 +157,8 @@ func ask(t *testing.T, name string, kind uint16) string {
 	return strings.TrimPrefix(r.Answer[len(r.Answer)-1].String(), r.Answer[len(r.Answer)-1].Header().String())
 }
 
-func needRoot(t *testing.T) {
+func needDebian(t *testing.T) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("namespaces need root")
-	}
 	if _, err := exec.LookPath("apt-get"); err != nil {
 		t.Skip("systemd-resolved is unpacked from a Debian package")
 	}
@@ -169,8 +166,8 @@ func needRoot(t *testing.T) {
 }
 
 func TestResolved(t *testing.T) {
-	needRoot(t)
-	inNamespace(t, func(t *testing.T) {
+	needDebian(t)
+	resolvertest.InMachine(t, func(t *testing.T) {
 		others := goleak.IgnoreCurrent()
 		t.Cleanup(func() { goleak.VerifyNone(t, others) }) // after all other cleanups
 		m := newMachine(t)
@@ -249,8 +246,8 @@ func split(t *testing.T, m *machine, ours *nameserver) {
 }
 
 func TestResolvedOursIsDown(t *testing.T) {
-	needRoot(t)
-	inNamespace(t, func(t *testing.T) {
+	needDebian(t)
+	resolvertest.InMachine(t, func(t *testing.T) {
 		m := newMachine(t)
 		_, s := newTUN(t, "culvert0", "198.18.0.1")
 		r := New(Config{})
@@ -271,8 +268,8 @@ func TestResolvedOursIsDown(t *testing.T) {
 }
 
 func TestResolvedTwoSessions(t *testing.T) {
-	needRoot(t)
-	inNamespace(t, func(t *testing.T) {
+	needDebian(t)
+	resolvertest.InMachine(t, func(t *testing.T) {
 		m := newMachine(t)
 		before := m.state(t)
 		devA, a := newTUN(t, "culvert0", "198.18.0.1")
@@ -311,8 +308,8 @@ func TestResolvedTwoSessions(t *testing.T) {
 
 // TestResolvedPassedOver: it runs, but resolv.conf names another server.
 func TestResolvedPassedOver(t *testing.T) {
-	needRoot(t)
-	inNamespace(t, func(t *testing.T) {
+	needDebian(t)
+	resolvertest.InMachine(t, func(t *testing.T) {
 		newMachine(t)
 		sh(t, "rm /etc/resolv.conf; echo nameserver 10.9.0.53 >/etc/resolv.conf")
 		w := look(t.Context(), Config{})

@@ -1,4 +1,4 @@
-package resolver
+package resolvertest
 
 import (
 	"os"
@@ -9,17 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inNamespace runs do in mount, network and PID namespaces of its own, in
-// another run of this test binary.
-func inNamespace(t *testing.T, do func(*testing.T)) {
+// InMachine runs do, the rest of test t, in mount, network and PID namespaces
+// of its own, in another run of the test binary. What it does to /etc and /run
+// there is gone afterwards. It needs root.
+func InMachine(t *testing.T, do func(*testing.T)) {
 	t.Helper()
-	if os.Getenv("RESOLVER_TEST_IN") == t.Name() {
+	if os.Getuid() != 0 {
+		t.Skip("namespaces need root")
+	}
+	if os.Getenv("RESOLVERTEST_IN") == t.Name() {
 		enter(t)
 		do(t)
 		return
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=2m")
-	cmd.Env = append(os.Environ(), "RESOLVER_TEST_IN="+t.Name())
+	cmd.Env = append(os.Environ(), "RESOLVERTEST_IN="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWPID,
 		Pdeathsig:  syscall.SIGKILL,
