@@ -1,0 +1,298 @@
+package channel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+)
+
+// KeepConfig says how a Keep opens its wire.
+type KeepConfig struct {
+	// Open makes a new wire. Its ctx ends after OpenTimeout.
+	Open        func(ctx context.Context) (Channel, error)
+	OpenTimeout time.Duration // zero means 30 seconds
+
+	// Between failed attempts Keep waits, with jitter, MinBackoff at first and
+	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
+	MinBackoff, MaxBackoff time.Duration
+
+	// OnState, if set, is called with every change, one call at a time. It
+	// must not wait for the Keep.
+	OnState func(KeepState)
+
+	Log *slog.Logger // nil: nothing is logged
+}
+
+// KeepState is what can be told about the wire of a Keep.
+type KeepState struct {
+	Up       bool
+	Since    time.Time     // when Up last changed; zero before the first wire
+	Reopened int           // wires opened after the first
+	Err      error         // what went wrong last: kept while up, for people to read
+	RTT      time.Duration // of the wire, where it measures one; 0: unknown
+}
+
+// Keep is a Channel that opens itself again. It never gives up: while the wire
+// is down, dials wait for the next one as long as their context lets them.
+// Connections end with the wire they were made on; listeners live on and are
+// established on every new wire.
+type Keep struct {
+	cfg  KeepConfig
+	done chan struct{} // closed by Close, and when Run ends
+	once sync.Once
+	ran  chan struct{} // closed when Run has returned
+	wg   sync.WaitGroup
+
+	mu    sync.Mutex
+	state KeepState
+	wire  *keptWire     // nil while down
+	next  chan struct{} // closed when wire is set
+}
+
+// keptWire is one life of the wire.
+type keptWire struct {
+	Channel
+	gone chan struct{} // closed when Wait has returned
+}
+
+var _ Channel = (*Keep)(nil)
+
+// NewKeep makes a Keep; its Run opens the wire.
+func NewKeep(cfg KeepConfig) *Keep {
+	orDuration(&cfg.OpenTimeout, 30*time.Second)
+	orDuration(&cfg.MinBackoff, 200*time.Millisecond)
+	orDuration(&cfg.MaxBackoff, 5*time.Second)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Keep{
+		cfg:  cfg,
+		done: make(chan struct{}),
+		ran:  make(chan struct{}),
+		next: make(chan struct{}),
+	}
+}
+
+func orDuration(d *time.Duration, otherwise time.Duration) {
+	if *d <= 0 {
+		*d = otherwise
+	}
+}
+
+// Run keeps a wire open until ctx ends or Close is called, and then returns
+// net.ErrClosed when all is gone. It is called once.
+func (k *Keep) Run(ctx context.Context) error {
+	defer close(k.ran)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, k.end)()
+	go func() {
+		<-k.done
+		cancel()
+	}()
+	k.reopen(ctx)
+	k.end()
+	k.mu.Lock() // a listener that still begins has begun, or sees the end
+	k.mu.Unlock()
+	k.wg.Wait()
+	return net.ErrClosed
+}
+
+func (k *Keep) end() { k.once.Do(func() { close(k.done) }) }
+
+// reopen is the life of a Keep: open, wait until it is gone, pause, again.
+func (k *Keep) reopen(ctx context.Context) {
+	failures := 0
+	for ctx.Err() == nil {
+		began := time.Now()
+		if err := k.life(ctx); ctx.Err() == nil {
+			k.down(err)
+		}
+		if time.Since(began) > k.cfg.MaxBackoff {
+			failures = 0
+		}
+		wait(ctx, backoff(failures, k.cfg.MinBackoff, k.cfg.MaxBackoff, rand.Float64()))
+		failures++
+	}
+}
+
+// life opens one wire and waits until it is gone.
+func (k *Keep) life(ctx context.Context) error {
+	octx, cancel := context.WithTimeout(ctx, k.cfg.OpenTimeout)
+	ch, err := k.cfg.Open(octx)
+	cancel()
+	if err != nil {
+		return fmt.Errorf("open: %w", err)
+	}
+	w := &keptWire{Channel: ch, gone: make(chan struct{})}
+	defer close(w.gone)
+	defer context.AfterFunc(ctx, func() { ch.Close() })()
+	k.up(w)
+	return ch.Wait()
+}
+
+// backoff is how long to wait after so many failures; r in [0,1) is the jitter,
+// which spreads the second half of the time.
+func backoff(failures int, least, most time.Duration, r float64) time.Duration {
+	d := most
+	if failures < 30 {
+		d = min(least<<failures, most)
+	}
+	return d/2 + time.Duration(r*float64(d/2))
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+func (k *Keep) up(w *keptWire) {
+	k.mu.Lock()
+	k.wire = w
+	close(k.next)
+	if !k.state.Since.IsZero() {
+		k.state.Reopened++
+	}
+	k.state.Up, k.state.Since = true, time.Now()
+	s := k.state
+	k.mu.Unlock()
+	k.cfg.Log.Info("wire up", "reopened", s.Reopened)
+	k.tell(s)
+}
+
+func (k *Keep) down(err error) {
+	k.mu.Lock()
+	if k.wire != nil {
+		k.wire, k.next = nil, make(chan struct{})
+		k.state.Up, k.state.Since = false, time.Now()
+	}
+	k.state.Err = err
+	s := k.state
+	k.mu.Unlock()
+	k.cfg.Log.Warn("wire down", "err", err)
+	k.tell(s)
+}
+
+func (k *Keep) tell(s KeepState) {
+	if k.cfg.OnState != nil {
+		k.cfg.OnState(s)
+	}
+}
+
+// State tells how the wire is.
+func (k *Keep) State() KeepState {
+	k.mu.Lock()
+	s, w := k.state, k.wire
+	k.mu.Unlock()
+	if w != nil {
+		if m, ok := w.Channel.(interface{ RTT() time.Duration }); ok {
+			s.RTT = m.RTT()
+		}
+	}
+	return s
+}
+
+// Ready waits until there is a wire.
+func (k *Keep) Ready(ctx context.Context) error {
+	_, err := k.current(ctx)
+	return err
+}
+
+// current waits for a wire. While there is none and ctx runs out, the error
+// tells both, and what went wrong with the wire.
+func (k *Keep) current(ctx context.Context) (*keptWire, error) {
+	for {
+		k.mu.Lock()
+		w, next, last := k.wire, k.next, k.state.Err
+		k.mu.Unlock()
+		if k.ended() {
+			return nil, net.ErrClosed
+		}
+		if w != nil {
+			return w, nil
+		}
+		select {
+		case <-next:
+		case <-k.done:
+		case <-ctx.Done():
+			if last != nil {
+				return nil, fmt.Errorf("no wire: %w (%w)", ctx.Err(), last)
+			}
+			return nil, fmt.Errorf("no wire: %w", ctx.Err())
+		}
+	}
+}
+
+func (k *Keep) ended() bool {
+	select {
+	case <-k.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// try does a thing on the current wire, and again on the next one if that wire
+// turned out to be gone.
+func (k *Keep) try(ctx context.Context, do func(*keptWire) error) error {
+	for {
+		w, err := k.current(ctx)
+		if err != nil {
+			return err
+		}
+		if err = do(w); !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		select {
+		case <-w.gone:
+			k.forget(w)
+		case <-k.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// forget takes a dead wire away if Run has not come to it yet.
+func (k *Keep) forget(w *keptWire) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.wire == w {
+		k.wire, k.next = nil, make(chan struct{})
+		k.state.Up, k.state.Since = false, time.Now()
+	}
+}
+
+// DialContext dials on the wire, or on the next one if it is down.
+func (k *Keep) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	var conn net.Conn
+	err := k.try(ctx, func(w *keptWire) (err error) {
+		conn, err = w.DialContext(ctx, network, address)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+// Wait blocks until Run has returned.
+func (k *Keep) Wait() error {
+	<-k.ran
+	return net.ErrClosed
+}
+
+// Close ends Run.
+func (k *Keep) Close() error {
+	k.end()
+	return nil
+}

@@ -1,0 +1,197 @@
+package channel
+
+import (
+	"context"
+	"net"
+	"sync"
+	"time"
+)
+
+// Listen listens on the wire. The first time, the far end may refuse; after
+// that the listener stays until it is closed, and is established on every new
+// wire: at the port that was given the first time, if it was left open.
+func (k *Keep) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	l := &keptListener{k: k, network: network, conns: make(chan net.Conn), done: make(chan struct{})}
+	err := k.try(ctx, func(w *keptWire) (err error) {
+		l.now, err = w.Listen(ctx, network, address)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	l.addr = l.now.Addr()
+	l.address = boundAddress(address, l.addr)
+	if !k.start(l.run) {
+		l.now.Close()
+		return nil, net.ErrClosed
+	}
+	return l, nil
+}
+
+// boundAddress is the address to listen at again: the host as it was asked for,
+// the port as it was given.
+func boundAddress(asked string, bound net.Addr) string {
+	host, _, err := net.SplitHostPort(asked)
+	_, port, err2 := net.SplitHostPort(bound.String())
+	if err != nil || err2 != nil {
+		return asked
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// start runs a part of the Keep that Run waits for, unless it has ended.
+func (k *Keep) start(part func(context.Context)) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.ended() {
+		return false
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	k.wg.Go(func() {
+		defer cancel()
+		part(ctx)
+	})
+	k.wg.Go(func() {
+		select {
+		case <-k.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return true
+}
+
+// keptListener is a listener that goes on over wires.
+type keptListener struct {
+	k                *Keep
+	network, address string
+	addr             net.Addr
+	conns            chan net.Conn
+
+	once sync.Once
+	done chan struct{}
+
+	mu  sync.Mutex
+	now net.Listener // nil between wires
+}
+
+func (l *keptListener) Accept() (net.Conn, error) {
+	select {
+	case <-l.done:
+		return nil, l.closed()
+	default:
+	}
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, l.closed()
+	}
+}
+
+func (l *keptListener) closed() error {
+	return &net.OpError{Op: "accept", Net: l.network, Addr: l.addr, Err: net.ErrClosed}
+}
+
+func (l *keptListener) Addr() net.Addr { return l.addr }
+
+func (l *keptListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	if now := l.set(nil); now != nil {
+		return now.Close()
+	}
+	return nil
+}
+
+// set changes the listener of the wire and returns the one before. After Close
+// nothing new is taken.
+func (l *keptListener) set(now net.Listener) net.Listener {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	before := l.now
+	l.now = now
+	return before
+}
+
+func (l *keptListener) run(ctx context.Context) {
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	defer l.Close()
+	l.mu.Lock()
+	now := l.now
+	l.mu.Unlock()
+	for now != nil && !l.ended() {
+		l.accept(now)
+		now.Close()
+		now = l.again(ctx)
+	}
+}
+
+func (l *keptListener) ended() bool {
+	select {
+	case <-l.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// accept hands over what one wire's listener accepts, until that ends.
+func (l *keptListener) accept(now net.Listener) {
+	for {
+		c, err := now.Accept()
+		if err != nil {
+			return
+		}
+		select {
+		case l.conns <- c:
+		case <-l.done:
+			c.Close()
+			return
+		}
+	}
+}
+
+// again listens on the present wire or the next, until that succeeds.
+func (l *keptListener) again(ctx context.Context) net.Listener {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-l.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for failures := 0; ctx.Err() == nil; failures++ {
+		now, err := l.listen(ctx)
+		if err == nil {
+			return l.adopt(now)
+		}
+		if ctx.Err() == nil {
+			l.k.cfg.Log.Warn("listen again", "addr", l.address, "err", err)
+		}
+		wait(ctx, backoff(failures, l.k.cfg.MinBackoff, l.k.cfg.MaxBackoff, 1))
+	}
+	return nil
+}
+
+func (l *keptListener) listen(ctx context.Context) (now net.Listener, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	err = l.k.try(ctx, func(w *keptWire) (err error) {
+		now, err = w.Listen(ctx, l.network, l.address)
+		return err
+	})
+	return now, err
+}
+
+// adopt makes a new wire's listener the present one, unless Close came first.
+func (l *keptListener) adopt(now net.Listener) net.Listener {
+	l.set(now)
+	if l.ended() {
+		l.set(nil)
+		now.Close()
+		return nil
+	}
+	return now
+}

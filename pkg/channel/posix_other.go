@@ -1,0 +1,5 @@
+//go:build !windows
+
+package channel
+
+func posix(err error) error { return err }
