@@ -1,0 +1,12 @@
+package relay
+
+import (
+	"errors"
+	"syscall"
+
+	"golang.org/x/sys/windows"
+)
+
+func notConnected(err error) bool {
+	return errors.Is(err, windows.WSAENOTCONN) || errors.Is(err, windows.WSAESHUTDOWN) || errors.Is(err, syscall.EPIPE)
+}
