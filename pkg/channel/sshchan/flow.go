@@ -1,0 +1,398 @@
+package sshchan
+
+import (
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/culvert-dev/culvert/pkg/channel/internal/deadline"
+	"github.com/culvert-dev/culvert/pkg/relay"
+)
+
+// flow is an SSH channel as a net.Conn.
+type flow struct {
+	w             *wire
+	ch            ssh.Channel
+	local, remote net.Addr
+
+	rd, wr    deadline.Deadline
+	once      sync.Once
+	closed    chan struct{}
+	late      atomic.Bool // closed by a deadline that came late
+	unbounded struct {    // calls under way that no deadline can interrupt
+		read, write atomic.Bool
+	}
+
+	rmu     sync.Mutex // one reader
+	rest    []byte     // read ahead, not yet asked for
+	rerr    error      // what ended reading
+	pumping bool
+	asked   bool          // the pump owes an answer
+	want    chan struct{} // asks the pump for more
+	got     chan piece
+
+	writing chan struct{} // holds a token while somebody writes
+	finSent bool          // held by writing
+
+	nmu    sync.Mutex
+	reqs   <-chan *ssh.Request
+	fin    bool  // the other end said that it sent all
+	broken error // why the other end broke off
+}
+
+// piece is what one read of the channel gave.
+type piece struct {
+	b   []byte
+	err error
+}
+
+func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote net.Addr) *flow {
+	f := &flow{
+		w: w, ch: ch, reqs: reqs, local: local, remote: remote,
+		closed:  make(chan struct{}),
+		want:    make(chan struct{}, 1),
+		got:     make(chan piece, 1),
+		writing: make(chan struct{}, 1),
+	}
+	f.rd.Func = func() { f.passed(&f.unbounded.read) }
+	f.wr.Func = func() { f.passed(&f.unbounded.write) }
+	return f
+}
+
+// passed ends the connection if a deadline has passed that the call under way
+// did not know of when it began.
+func (f *flow) passed(call *atomic.Bool) {
+	if call.Load() {
+		f.late.Store(true)
+		f.Abort(os.ErrDeadlineExceeded)
+	}
+}
+
+// Read reads what the pump has read ahead.
+func (f *flow) Read(p []byte) (int, error) {
+	f.rmu.Lock()
+	defer f.rmu.Unlock()
+	if err := f.readable(); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	if len(f.rest) == 0 {
+		if err := f.fill(); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(p, f.rest)
+	f.rest = f.rest[n:]
+	return n, nil
+}
+
+func (f *flow) readable() error {
+	if f.isClosed() {
+		return f.opError("read", f.closedError())
+	}
+	if f.rd.Passed() {
+		return f.opError("read", os.ErrDeadlineExceeded)
+	}
+	return nil
+}
+
+// fill waits for the pump; rmu is held.
+func (f *flow) fill() error {
+	if f.rerr != nil {
+		return f.rerr
+	}
+	if !f.pumping {
+		f.pumping = true
+		f.w.spawn(f.pump)
+	}
+	if !f.asked {
+		f.asked = true
+		f.want <- struct{}{}
+	}
+	select {
+	case p := <-f.got:
+		f.asked = false
+		f.rest, f.rerr = p.b, p.err
+	case <-f.rd.Done():
+		return f.opError("read", os.ErrDeadlineExceeded)
+	case <-f.closed:
+		return f.opError("read", f.closedError())
+	}
+	if len(f.rest) == 0 {
+		return f.rerr
+	}
+	return nil
+}
+
+const (
+	leastPump = 4 << 10
+	mostPump  = 64 << 10
+)
+
+// pump reads the channel whenever it is asked to. Its buffer grows with what
+// comes.
+func (f *flow) pump() {
+	buf := make([]byte, leastPump)
+	for {
+		select {
+		case <-f.want:
+		case <-f.closed:
+			return
+		}
+		n, err := f.readChannel(buf)
+		f.got <- piece{buf[:n], err}
+		if err != nil {
+			return
+		}
+		if n == len(buf) && n < mostPump {
+			buf = make([]byte, min(4*n, mostPump))
+		}
+	}
+}
+
+// readChannel reads, and finds out what an end of file means.
+func (f *flow) readChannel(p []byte) (int, error) {
+	n, err := f.ch.Read(p)
+	if err == nil {
+		return n, nil
+	}
+	return n, f.ending()
+}
+
+// ending is what reading ends with: io.EOF only if all was read.
+func (f *flow) ending() error {
+	if f.isClosed() {
+		return f.opError("read", f.closedError())
+	}
+	if fin, err := f.heard(); err != nil {
+		return f.opError("read", err)
+	} else if fin {
+		return io.EOF
+	}
+	if cause := f.w.tap.cause(); cause != nil {
+		return f.opError("read", cause)
+	}
+	if f.w.ours {
+		return f.opError("read", syscall.ECONNRESET)
+	}
+	return io.EOF
+}
+
+// heard takes in the requests that came on the channel. Those that came before
+// an end of file are there when it is read. Nobody waits for them otherwise:
+// there is room for sixteen, and no end sends more than two.
+func (f *flow) heard() (fin bool, broken error) {
+	f.nmu.Lock()
+	defer f.nmu.Unlock()
+	for {
+		select {
+		case r, ok := <-f.reqs:
+			if !ok {
+				f.reqs = nil // from now on, nothing comes
+				continue
+			}
+			f.note(r)
+		default:
+			return f.fin, f.broken
+		}
+	}
+}
+
+func (f *flow) note(r *ssh.Request) {
+	switch r.Type {
+	case finRequest:
+		f.fin = true
+	case abortRequest:
+		f.broken = hear(string(r.Payload), f.remote.String())
+	default:
+		r.Reply(false, nil)
+	}
+}
+
+// Write writes at once. Only if a deadline is set does it need a copy, which
+// goes on its way even if the deadline passes first.
+func (f *flow) Write(p []byte) (int, error) {
+	if err := f.lockWrite(); err != nil {
+		return 0, err
+	}
+	f.unbounded.write.Store(true)
+	if f.wr.Armed() {
+		f.unbounded.write.Store(false)
+		return f.writeBounded(p)
+	}
+	n, err := f.ch.Write(p)
+	f.unbounded.write.Store(false)
+	<-f.writing
+	return n, f.writeError(err)
+}
+
+func (f *flow) writeBounded(p []byte) (int, error) {
+	own := append([]byte(nil), p...)
+	res := make(chan error, 1)
+	f.w.spawn(func() {
+		_, err := f.ch.Write(own)
+		<-f.writing
+		res <- err
+	})
+	select {
+	case err := <-res:
+		if err != nil {
+			return 0, f.writeError(err)
+		}
+		return len(p), nil
+	case <-f.wr.Done():
+		return 0, f.opError("write", os.ErrDeadlineExceeded)
+	case <-f.closed:
+		return 0, f.opError("write", f.closedError())
+	}
+}
+
+// lockWrite waits for its turn to write.
+func (f *flow) lockWrite() error {
+	if f.isClosed() {
+		return f.opError("write", f.closedError())
+	}
+	if f.wr.Passed() {
+		return f.opError("write", os.ErrDeadlineExceeded)
+	}
+	select {
+	case f.writing <- struct{}{}:
+		return nil
+	case <-f.wr.Done():
+		return f.opError("write", os.ErrDeadlineExceeded)
+	case <-f.closed:
+		return f.opError("write", f.closedError())
+	}
+}
+
+// writeError says what an SSH channel only calls an end of file.
+func (f *flow) writeError(err error) error {
+	if err == nil {
+		return nil
+	}
+	if f.isClosed() {
+		return f.opError("write", f.closedError())
+	}
+	if _, broken := f.heard(); broken != nil {
+		return f.opError("write", broken)
+	}
+	if cause := f.w.tap.cause(); cause != nil {
+		return f.opError("write", cause)
+	}
+	return f.opError("write", syscall.EPIPE)
+}
+
+// Close tells the other end that all was sent, unless a write is under way.
+func (f *flow) Close() error {
+	f.once.Do(func() {
+		close(f.closed)
+		select {
+		case f.writing <- struct{}{}:
+			f.sendFin()
+			<-f.writing
+		default:
+		}
+		f.ch.Close()
+	})
+	return nil
+}
+
+// Abort closes with the reason: the other end reads it in place of an end of
+// file.
+func (f *flow) Abort(reason error) error {
+	f.once.Do(func() {
+		close(f.closed)
+		if f.w.ours {
+			f.ch.SendRequest(abortRequest, false, []byte(say(reason)))
+		}
+		f.ch.Close()
+	})
+	return nil
+}
+
+// sendFin needs the turn to write.
+func (f *flow) sendFin() {
+	if f.w.ours && !f.finSent {
+		f.ch.SendRequest(finRequest, false, nil)
+	}
+	f.finSent = true
+}
+
+func (f *flow) isClosed() bool {
+	select {
+	case <-f.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+func (f *flow) closedError() error {
+	if f.late.Load() {
+		return os.ErrDeadlineExceeded
+	}
+	return net.ErrClosed
+}
+
+func (f *flow) LocalAddr() net.Addr  { return f.local }
+func (f *flow) RemoteAddr() net.Addr { return f.remote }
+
+func (f *flow) SetDeadline(t time.Time) error {
+	f.rd.Set(t)
+	f.wr.Set(t)
+	return nil
+}
+func (f *flow) SetReadDeadline(t time.Time) error  { f.rd.Set(t); return nil }
+func (f *flow) SetWriteDeadline(t time.Time) error { f.wr.Set(t); return nil }
+
+func (f *flow) opError(op string, err error) error {
+	return &net.OpError{Op: op, Net: f.remote.Network(), Source: f.local, Addr: f.remote, Err: err}
+}
+
+// stream is a flow of "tcp".
+type stream struct{ *flow }
+
+// CloseWrite ends what is sent; reading goes on.
+func (s stream) CloseWrite() error {
+	if err := s.lockWrite(); err != nil {
+		return err
+	}
+	defer func() { <-s.writing }()
+	if s.finSent {
+		return nil
+	}
+	s.sendFin()
+	return s.writeError(s.ch.CloseWrite())
+}
+
+// WriteTo copies all to dst. It reads the channel itself, which saves a copy and
+// a change of goroutines, unless the pump has begun or a deadline is set.
+func (s stream) WriteTo(dst io.Writer) (int64, error) {
+	s.rmu.Lock()
+	s.unbounded.read.Store(true)
+	if s.pumping || s.rd.Armed() || s.isClosed() {
+		s.unbounded.read.Store(false)
+		s.rmu.Unlock()
+		return relay.Copy(dst, s.flow)
+	}
+	defer s.rmu.Unlock()
+	defer s.unbounded.read.Store(false)
+	return relay.Copy(dst, direct{s.flow})
+}
+
+// direct reads without the pump.
+type direct struct{ *flow }
+
+func (d direct) Read(p []byte) (int, error) {
+	if d.rerr != nil {
+		return 0, d.rerr
+	}
+	n, err := d.readChannel(p)
+	d.rerr = err
+	return n, err
+}

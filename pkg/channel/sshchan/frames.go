@@ -1,0 +1,130 @@
+package sshchan
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// A frame is a datagram on a stream: two bytes of length, high byte first, and
+// then as many bytes as that.
+const (
+	frameHeader = 2
+	maxFrame    = 1<<16 - 1
+)
+
+// appendFrame adds a frame to dst.
+func appendFrame(dst, datagram []byte) ([]byte, error) {
+	if len(datagram) > maxFrame {
+		return dst, syscall.EMSGSIZE
+	}
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(datagram)))
+	return append(dst, datagram...), nil
+}
+
+// frames takes datagrams out of a stream. A read that fails half way through a
+// frame, as at a deadline, can be gone on with.
+type frames struct {
+	buf        []byte
+	start, end int // what was read and not yet taken
+}
+
+// read takes the next datagram; what does not fit into p is lost, as with UDP.
+func (f *frames) read(p []byte, src io.Reader) (int, error) {
+	for {
+		if b, ok := f.next(); ok {
+			return copy(p, b), nil
+		}
+		if err := f.more(src); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// next takes a datagram if it is there whole. It is good until the next read.
+func (f *frames) next() ([]byte, bool) {
+	have := f.buf[f.start:f.end]
+	if len(have) < frameHeader {
+		return nil, false
+	}
+	size := frameHeader + int(binary.BigEndian.Uint16(have))
+	if len(have) < size {
+		return nil, false
+	}
+	f.start += size
+	return have[frameHeader:size], true
+}
+
+// more reads on; an end of file inside a frame is unexpected.
+func (f *frames) more(src io.Reader) error {
+	f.room()
+	n, err := src.Read(f.buf[f.end:])
+	f.end += n
+	if n > 0 {
+		return nil
+	}
+	if errors.Is(err, io.EOF) && f.end > f.start {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// room makes place for the rest of the frame that has begun.
+func (f *frames) room() {
+	need := leastPump
+	if have := f.buf[f.start:f.end]; len(have) >= frameHeader {
+		need = max(need, frameHeader+int(binary.BigEndian.Uint16(have)))
+	}
+	if len(f.buf)-f.start >= need && f.end < len(f.buf) {
+		return
+	}
+	to := f.buf
+	if len(to) < need {
+		to = make([]byte, need)
+	}
+	f.end = copy(to, f.buf[f.start:f.end])
+	f.start, f.buf = 0, to
+}
+
+// datagrams is a flow of "udp" or "ping".
+type datagrams struct {
+	f   *flow
+	rmu sync.Mutex
+	in  frames
+}
+
+var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+func (d *datagrams) Read(p []byte) (int, error) {
+	d.rmu.Lock()
+	defer d.rmu.Unlock()
+	if err := d.f.readable(); err != nil {
+		return 0, err
+	}
+	return d.in.read(p, d.f)
+}
+
+func (d *datagrams) Write(p []byte) (int, error) {
+	buf := frameBuffers.Get().(*[]byte)
+	defer frameBuffers.Put(buf)
+	var err error
+	if *buf, err = appendFrame((*buf)[:0], p); err != nil {
+		return 0, d.f.opError("write", err)
+	}
+	if _, err := d.f.Write(*buf); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (d *datagrams) Close() error                       { return d.f.Close() }
+func (d *datagrams) Abort(reason error) error           { return d.f.Abort(reason) }
+func (d *datagrams) LocalAddr() net.Addr                { return d.f.local }
+func (d *datagrams) RemoteAddr() net.Addr               { return d.f.remote }
+func (d *datagrams) SetDeadline(t time.Time) error      { return d.f.SetDeadline(t) }
+func (d *datagrams) SetReadDeadline(t time.Time) error  { return d.f.SetReadDeadline(t) }
+func (d *datagrams) SetWriteDeadline(t time.Time) error { return d.f.SetWriteDeadline(t) }

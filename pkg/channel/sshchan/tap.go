@@ -1,0 +1,132 @@
+package sshchan
+
+import (
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// tap is the connection below SSH. It keeps the first error, which SSH turns
+// into ends of file, and counts reads as signs of life. After a failed read
+// nothing is written any more: a channel could otherwise be opened on a mux
+// that has already given up, and never be answered.
+//
+// What is written goes out on a goroutine of its own. SSH writes a packet in
+// several pieces: they leave in one, with what other channels wrote meanwhile,
+// while the next packet is being encrypted. It also lets both ends speak first,
+// as SSH does, on a connection that has no buffer.
+type tap struct {
+	net.Conn
+	reads atomic.Uint64
+	done  chan struct{} // closed when the writer is gone
+
+	mu      sync.Mutex
+	changed sync.Cond
+	queue   []byte // written, not yet on its way
+	err     error
+}
+
+const (
+	// mostQueued is how much may wait before writers do: two full packets, so
+	// that small ones of other channels do not wait long behind them.
+	mostQueued = 128 << 10
+
+	// lastWords is how long Close lets what is queued take.
+	lastWords = time.Second
+)
+
+var errHungUp = errors.New("the other end hung up")
+
+func newTap(conn net.Conn) *tap {
+	t := &tap{Conn: conn, done: make(chan struct{})}
+	t.changed.L = &t.mu
+	go t.write()
+	return t
+}
+
+func (t *tap) Read(p []byte) (int, error) {
+	n, err := t.Conn.Read(p)
+	if err == io.EOF {
+		t.fail(errHungUp)
+	} else if err != nil {
+		t.fail(err)
+	}
+	t.reads.Add(1)
+	return n, err
+}
+
+// Write queues. Its errors are those of earlier writes.
+func (t *tap) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for len(t.queue) >= mostQueued && t.err == nil {
+		t.changed.Wait()
+	}
+	if t.err != nil {
+		return 0, t.err
+	}
+	t.queue = append(t.queue, p...)
+	t.changed.Broadcast()
+	return len(p), nil
+}
+
+// write writes what is queued, and closes the connection at the end of it.
+func (t *tap) write() {
+	defer close(t.done)
+	defer t.Conn.Close()
+	var spare []byte
+	for {
+		b := t.take(spare)
+		if b == nil {
+			return
+		}
+		if _, err := t.Conn.Write(b); err != nil {
+			t.fail(err)
+			return
+		}
+		spare = b[:0]
+	}
+}
+
+// take waits for something to write, and leaves spare to be filled meanwhile.
+func (t *tap) take(spare []byte) []byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for len(t.queue) == 0 && t.err == nil {
+		t.changed.Wait()
+	}
+	if len(t.queue) == 0 {
+		return nil
+	}
+	b := t.queue
+	t.queue = spare
+	t.changed.Broadcast()
+	return b
+}
+
+// Close lets go out what is queued, but not for long.
+func (t *tap) Close() error {
+	t.fail(net.ErrClosed)
+	time.AfterFunc(lastWords, func() { t.Conn.Close() })
+	return nil
+}
+
+// fail notes why the wire ends, and lets the writer come to its end.
+func (t *tap) fail(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.err == nil {
+		t.err = err
+		t.changed.Broadcast()
+	}
+}
+
+// cause is why the wire is gone, or nil while it is not.
+func (t *tap) cause() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.err
+}
