@@ -1,0 +1,133 @@
+package shadow
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+)
+
+const (
+	// Upgrade is what the laptop asks for, by a GET of "/".
+	Upgrade = "culvert-ssh"
+
+	// strangerLimit is how long a connection may take to show the right key.
+	strangerLimit = 10 * time.Second
+	maxStrangers  = 64
+	maxHeader     = 8 << 10
+)
+
+// The door counts those who have not yet shown the right key. When there are
+// too many, the longest there must leave: the laptop needs a few round trips,
+// so who wants to keep it out must be faster than that, again and again.
+type door struct {
+	mu        sync.Mutex
+	strangers []net.Conn
+	wires     atomic.Int64
+}
+
+func (d *door) enter(c net.Conn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.strangers = append(d.strangers, c)
+	if len(d.strangers) > maxStrangers {
+		d.strangers[0].Close()
+		d.strangers = slices.Delete(d.strangers, 0, 1)
+	}
+}
+
+// known takes c out of the count.
+func (d *door) known(c net.Conn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if i := slices.Index(d.strangers, c); i >= 0 {
+		d.strangers = slices.Delete(d.strangers, i, i+1)
+	}
+}
+
+// answer reads one request and does what it asks for. There is no http.Server,
+// because a connection is to be bounded as a whole until it has shown a key, and
+// because nothing here is asked twice on one connection.
+func (s *Shadow) answer(ctx context.Context, conn net.Conn, id sshchan.Identity) {
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	s.door.enter(conn)
+	defer s.door.known(conn)
+	_ = conn.SetDeadline(time.Now().Add(strangerLimit))
+	r := bufio.NewReader(&io.LimitedReader{R: conn, N: maxHeader})
+	req, err := http.ReadRequest(r)
+	switch {
+	case err != nil:
+	case req.Method == http.MethodGet && req.URL.Path == "/healthz":
+		respond(conn, http.StatusOK, "ok\n")
+	case req.Method == http.MethodGet && req.URL.Path == "/" && wantsUpgrade(req.Header):
+		s.wire(ctx, conn, r, id)
+	default:
+		respond(conn, http.StatusNotFound, "not found\n")
+	}
+}
+
+func wantsUpgrade(h http.Header) bool {
+	connection := strings.Split(strings.ToLower(strings.Join(h.Values("Connection"), ",")), ",")
+	asks := slices.ContainsFunc(connection, func(s string) bool { return strings.TrimSpace(s) == "upgrade" })
+	return asks && strings.EqualFold(h.Get("Upgrade"), Upgrade)
+}
+
+func respond(w io.Writer, status int, text string) {
+	resp := http.Response{
+		StatusCode: status, ProtoMajor: 1, ProtoMinor: 1, Close: true,
+		Header:        http.Header{"Content-Type": {"text/plain; charset=utf-8"}},
+		ContentLength: int64(len(text)),
+		Body:          io.NopCloser(strings.NewReader(text)),
+	}
+	_ = resp.Write(w) // who hung up needs no answer
+}
+
+// wire hands conn over to SSH, until it is gone.
+func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, id sshchan.Identity) {
+	_, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+Upgrade+"\r\n\r\n")
+	if err != nil {
+		return
+	}
+	var known sync.Once
+	alive := func() {
+		s.pulse.beat()
+		known.Do(func() {
+			_ = conn.SetDeadline(time.Time{})
+			s.door.known(conn)
+			s.door.wires.Add(1)
+			s.cfg.Log.Info("wire opened", "remote", conn.RemoteAddr())
+		})
+	}
+	err = sshchan.Serve(ctx, &early{conn, r}, sshchan.Config{Identity: id, OnAlive: alive, Log: s.cfg.Log}, s.network)
+	stranger := false
+	known.Do(func() { stranger = true })
+	if stranger {
+		s.cfg.Log.Info("wire refused", "remote", conn.RemoteAddr(), "err", err)
+		return
+	}
+	s.door.wires.Add(-1)
+	s.cfg.Log.Info("wire closed", "remote", conn.RemoteAddr(), "err", err)
+}
+
+// early is a connection of which something has already been read.
+type early struct {
+	net.Conn
+	first *bufio.Reader
+}
+
+func (e *early) Read(p []byte) (int, error) {
+	if e.first != nil && e.first.Buffered() > 0 {
+		return e.first.Read(p)
+	}
+	e.first = nil
+	return e.Conn.Read(p)
+}
