@@ -1,0 +1,5 @@
+//go:build unix && !linux
+
+package privileged
+
+func capable() bool { return false }
