@@ -19,7 +19,6 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
-	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/netstack"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -138,29 +137,6 @@ func TestSilenceIsSilence(t *testing.T) {
 			t.Errorf("dial %s: %v", host, err)
 		}
 	}
-}
-
-// gate is a Network that takes its time.
-type gate struct {
-	channel.Network
-	entered chan struct{}
-	open    chan struct{}
-	left    chan error
-}
-
-func (g *gate) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	g.entered <- struct{}{}
-	select {
-	case <-g.open:
-		return g.Network.DialContext(ctx, network, address)
-	case <-ctx.Done():
-		g.left <- ctx.Err()
-		return nil, ctx.Err()
-	}
-}
-
-func newGate(n channel.Network) *gate {
-	return &gate{n, make(chan struct{}, 100), make(chan struct{}), make(chan error, 100)}
 }
 
 // TestDialFirst: the app is connected no sooner than the far end is, and one
@@ -417,16 +393,6 @@ func TestUDPFlows(t *testing.T) {
 	}
 	if n := s.Stats().UDP.Open; n != 5 {
 		t.Errorf("%d flows are open", n)
-	}
-}
-
-// until waits for what has no event of its own.
-func until(t testing.TB, what string, f func() bool) {
-	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not in 20 s: %s", what)
-		}
 	}
 }
 
