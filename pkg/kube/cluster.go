@@ -92,6 +92,31 @@ func Load(cfg Config) (*Cluster, error) {
 	return newCluster(config, name, namespace, cfg.UserAgent, log)
 }
 
+// Contexts are the names in the kubeconfig, sorted.
+func Contexts(kubeconfig string) ([]string, error) {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.ExplicitPath, rules.Warner = kubeconfig, func(error) {}
+	raw, err := rules.Load()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrKubeconfig, err)
+	}
+	return slices.Sorted(maps.Keys(raw.Contexts)), nil
+}
+
+// Namespaces are the names of all namespaces, sorted.
+func (c *Cluster) Namespaces(ctx context.Context) ([]string, error) {
+	list, err := c.client.CoreV1().Namespaces().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list namespaces: %w", sorted(err))
+	}
+	var names []string
+	for _, n := range list.Items {
+		names = append(names, n.Name)
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
 // rawConfig reads the merged files and settles the name of the context.
 func rawConfig(rules *clientcmd.ClientConfigLoadingRules, name string) (*api.Config, string, error) {
 	raw, err := rules.Load()

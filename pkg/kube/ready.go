@@ -65,8 +65,12 @@ func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
 	var unfit time.Time
 	for {
 		state, err := s.look(ctx, &bell)
-		if err != nil || state.ready {
+		if err != nil {
 			return err
+		}
+		if state.ready {
+			s.ways.seen(state.pod)
+			return nil
 		}
 		if state.words != said {
 			progress(state.words)
@@ -204,7 +208,8 @@ func (s *Shadow) refusal(message string) error {
 // podState is how far the pod is, in words.
 type podState struct {
 	ready bool
-	unfit bool // no node takes it
+	pod   string // its name, where ready
+	unfit bool   // no node takes it
 	words string
 }
 
@@ -238,7 +243,7 @@ func judgePods(pods []corev1.Pod, events []corev1.Event) (podState, error) {
 
 func judgePod(pod *corev1.Pod, events []corev1.Event) (podState, error) {
 	if isReady(pod) {
-		return podState{ready: true, words: "ready"}, nil
+		return podState{ready: true, pod: pod.Name, words: "ready"}, nil
 	}
 	if c := condition(pod, corev1.PodScheduled); c != nil && c.Status == corev1.ConditionFalse {
 		return podState{unfit: c.Reason == corev1.PodReasonUnschedulable, words: waitForNode + c.Message}, nil

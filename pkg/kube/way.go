@@ -49,6 +49,8 @@ const (
 type ways struct {
 	mu    sync.Mutex
 	order []Way
+	last  Way    // that worked
+	pod   string // that was reached
 }
 
 func (w *ways) list() []Way {
@@ -61,6 +63,7 @@ func (w *ways) list() []Way {
 func (w *ways) worked(way Way) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.last = way
 	order := []Way{way}
 	for _, other := range w.order {
 		if other != way {
@@ -68,6 +71,27 @@ func (w *ways) worked(way Way) {
 		}
 	}
 	w.order = order
+}
+
+// Way is the way of the last dial that worked, "" before.
+func (s *Shadow) Way() Way {
+	s.ways.mu.Lock()
+	defer s.ways.mu.Unlock()
+	return s.ways.last
+}
+
+// Pod is the name of the shadow's pod as it was last seen ready, "" before.
+func (s *Shadow) Pod() string {
+	s.ways.mu.Lock()
+	defer s.ways.mu.Unlock()
+	return s.ways.pod
+}
+
+// seen remembers the ready pod.
+func (w *ways) seen(pod string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pod = pod
 }
 
 // Dial connects to the shadow's ready pod, by the way that worked last or else
@@ -118,6 +142,7 @@ func (s *Shadow) readyPod(ctx context.Context) (string, error) {
 	if newest == nil {
 		return "", s.noPod(ctx, len(list.Items))
 	}
+	s.ways.seen(newest.Name)
 	return newest.Name, nil
 }
 
