@@ -5,7 +5,7 @@ NODES      ?= 1
 GOFLAGS    += -trimpath
 LDFLAGS    := -s -w -X main.version=$(VERSION)
 STATICCHECK = go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
-CLUSTER    := bin/culvert-cluster
+CLUSTER    := bin/cluster
 
 export NODES GOFLAGS
 
@@ -13,11 +13,11 @@ export NODES GOFLAGS
 
 build: bin/culvert
 
-.PHONY: bin/culvert bin/culvert-cluster
+.PHONY: bin/culvert bin/cluster
 bin/culvert:
 	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $@ ./cmd/culvert
 
-bin/culvert-cluster:
+bin/cluster:
 	cd e2e/cluster && CGO_ENABLED=0 go build -o ../../$@ .
 
 # What has only been compiled: see README.md, Limits.

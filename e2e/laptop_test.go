@@ -26,7 +26,7 @@ const (
 
 var (
 	root       = must(filepath.Abs(".."))
-	clusterBin = filepath.Join(root, "bin/culvert-cluster")
+	clusterBin = filepath.Join(root, "bin/cluster")
 	culvertBin = filepath.Join(root, "bin/culvert")
 	kubeconfig = filepath.Join(root, "e2e/.run/kubeconfig")
 )

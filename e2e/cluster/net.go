@@ -38,6 +38,7 @@ func makeNetwork(nodes []string) error {
 		ip -n culvert-router addr add ` + nodeGateway + `/24 dev br0
 		ip -n culvert-router link set br0 up
 		ip -n culvert-router route add default dev br0
+		ip -n culvert-router -6 route add default dev br0
 		ip -n culvert-router link add laptop type veth peer name eth0 netns culvert-laptop
 		ip -n culvert-router addr add ` + outsideIP + `/24 dev laptop
 		ip -n culvert-router addr add ` + outsideIP6 + `/64 dev laptop nodad
@@ -79,7 +80,10 @@ func firewall() error {
 		iptables -w -A FORWARD -s LAPTOP -d API -p tcp --dport 6443 -j ACCEPT
 		iptables -w -A FORWARD -s LAPTOP -d NODES -p tcp --dport PORTS -j ACCEPT
 		iptables -w -A FORWARD -s LAPTOP -d NODES -p udp --dport PORTS -j ACCEPT
-		iptables -w -A FORWARD -j REJECT --reject-with icmp-admin-prohibited`))
+		iptables -w -A FORWARD -j REJECT --reject-with icmp-admin-prohibited
+		ip6tables -w -P FORWARD DROP
+		ip6tables -w -A FORWARD -p tcp -j REJECT --reject-with tcp-reset
+		ip6tables -w -A FORWARD -j REJECT --reject-with icmp6-adm-prohibited`))
 }
 
 // sysctls writes "path/below/proc/sys=value"s.

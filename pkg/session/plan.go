@@ -98,8 +98,9 @@ func has6(ps []netip.Prefix) bool {
 
 // naming is how the OS is told of the cluster's names.
 type naming struct {
-	device     DeviceStatus
+	device     string
 	index      int
+	mode       resolver.Mode // how the OS was told; none before that
 	server     netip.Addr
 	namespace  string
 	domain     string
@@ -117,7 +118,7 @@ func (n naming) settings() resolver.Settings {
 	}
 	slices.Sort(zones)
 	return resolver.Settings{
-		Link: n.device.Name, LinkIndex: n.index, Server: n.server,
+		Link: n.device, LinkIndex: n.index, Server: n.server,
 		Search: n.search(),
 		Zones:  slices.Compact(zones),
 	}

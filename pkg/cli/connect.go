@@ -1,0 +1,135 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/session"
+)
+
+const connectLong = `Join this machine to the cluster's network: pods and Services answer by address
+and by name (web, web.shop, web.shop.svc.cluster.local) until you stop it with
+Ctrl-C; then this machine and the cluster are as before.
+
+Kubernetes is spoken to as you. Only a small child runs as root, for the device,
+its routes and the resolver; it is started with sudo where you are not root.`
+
+func (a *app) connectCommand() *cobra.Command {
+	var o connectOptions
+	c := &cobra.Command{
+		Use:   "connect",
+		Short: "Join this machine to the cluster's network until Ctrl-C",
+		Long:  connectLong,
+		Example: `  culvert connect
+  culvert connect --context staging -n shop
+  culvert connect --include 10.20.0.0/16 --exclude 10.96.7.0/24`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return a.connect(c, o) },
+	}
+	f := c.Flags()
+	f.StringVar(&o.image, "image", a.defaultImage(), "image of the shadow pod (default from $CULVERT_IMAGE)")
+	f.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret in the namespace for the image's registry (repeatable)")
+	f.StringSliceVar(&o.include, "include", nil, "address range to route to the cluster as well (repeatable)")
+	f.StringSliceVar(&o.exclude, "exclude", nil, "address range never to route to the cluster (repeatable)")
+	f.DurationVar(&o.grace, "grace", time.Minute, "how long the shadow outlives this machine's silence")
+	f.StringVar(&o.way, "way", "", "way through the API server: proxy, websocket or spdy (default: the best that works)")
+	_ = c.RegisterFlagCompletionFunc("way", cobra.FixedCompletions([]string{"proxy", "websocket", "spdy"}, cobra.ShellCompDirectiveNoFileComp))
+	return c
+}
+
+type connectOptions struct {
+	image            string
+	pullSecrets      []string
+	include, exclude []string
+	grace            time.Duration
+	way              string
+}
+
+var ways = map[string]kube.Way{"": "", "proxy": kube.PodsProxy, "websocket": kube.WebSocket, "spdy": kube.SPDY}
+
+// minGrace leaves room for three keepalives.
+const minGrace = 15 * time.Second
+
+// config checks what was typed.
+func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
+	cfg = session.ConnectConfig{Image: o.image, PullSecrets: o.pullSecrets, Grace: o.grace}
+	var known bool
+	if cfg.Way, known = ways[o.way]; !known {
+		return cfg, usage(fmt.Errorf("--way is proxy, websocket or spdy, not %q", o.way))
+	}
+	if o.grace < minGrace {
+		return cfg, usage(fmt.Errorf("--grace is %v or more, not %v", minGrace, o.grace))
+	}
+	if cfg.Include, err = parsePrefixes("--include", o.include); err != nil {
+		return cfg, err
+	}
+	cfg.Exclude, err = parsePrefixes("--exclude", o.exclude)
+	return cfg, err
+}
+
+// parsePrefixes takes ranges and single addresses.
+func parsePrefixes(flag string, texts []string) ([]netip.Prefix, error) {
+	var all []netip.Prefix
+	for _, text := range texts {
+		p, err := netip.ParsePrefix(text)
+		if a, aerr := netip.ParseAddr(text); err != nil && aerr == nil {
+			p, err = a.Prefix(a.BitLen())
+		}
+		if err != nil {
+			return nil, usage(fmt.Errorf("%s takes an address range like 10.20.0.0/16, not %q", flag, text))
+		}
+		if p.Bits() == 0 {
+			return nil, usage(fmt.Errorf("%s %s is everything; name the ranges", flag, text))
+		}
+		all = append(all, p.Masked())
+	}
+	return all, nil
+}
+
+func (a *app) connect(c *cobra.Command, o connectOptions) error {
+	cfg, err := o.config()
+	if err != nil {
+		return err
+	}
+	cluster, err := a.cluster()
+	if err != nil {
+		return err
+	}
+	defer cluster.Close()
+	steps := a.steps()
+	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
+	err = session.NewConnect(cfg).Run(c.Context())
+	if err != nil {
+		steps.Fail()
+	}
+	return err
+}
+
+// cluster is the one that the flags name.
+func (a *app) cluster() (*kube.Cluster, error) {
+	return kube.Load(kube.Config{
+		Kubeconfig: a.kubeconfig, Context: a.context, Namespace: a.namespace,
+		UserAgent: "culvert/" + a.version, Log: a.logger(),
+	})
+}
+
+// defaultImage is the shadow that belongs to this binary.
+func (a *app) defaultImage() string {
+	if image := os.Getenv("CULVERT_IMAGE"); image != "" {
+		return image
+	}
+	return "ghcr.io/culvert-dev/culvert-shadow:" + a.version
+}
+
+func noArgs(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return usage(errors.New(c.CommandPath() + " takes no arguments, but was given " + fmt.Sprintf("%q", args[0])))
+}

@@ -1,0 +1,187 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/shadow"
+)
+
+// firstWire bounds the first opening of the wire. Later ones are tried for as
+// long as the session lives.
+const firstWire = 45 * time.Second
+
+// keys are made for one session and kept in memory; the shadow's half is in a
+// Secret of the session.
+type keys struct {
+	laptop       sshchan.Identity
+	laptopPublic []byte
+	shadowKey    []byte
+}
+
+func newKeys(session string) (k keys, err error) {
+	laptopKey, laptopPublic, err := sshchan.GenerateKey("culvert " + session + " laptop")
+	if err != nil {
+		return k, err
+	}
+	shadowKey, shadowPublic, err := sshchan.GenerateKey("culvert " + session + " shadow")
+	if err != nil {
+		return k, err
+	}
+	identity, err := sshchan.ParseIdentity(laptopKey, shadowPublic)
+	return keys{laptop: identity, laptopPublic: laptopPublic, shadowKey: shadowKey}, err
+}
+
+func (c *Connect) createShadow(ctx context.Context) (string, error) {
+	var err error
+	if c.keys, err = newKeys(c.id); err != nil {
+		return "", err
+	}
+	c.shadow = c.cfg.Cluster.NewShadow(kube.ShadowConfig{
+		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Way: c.cfg.Way,
+		HostKey: c.keys.shadowKey, AuthorizedKey: c.keys.laptopPublic,
+	}, c.rights)
+	c.undo.add("remove the shadow", c.shadow.Delete)
+	if err := c.newShadow(ctx); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("shadow made, as a %s", c.shadow.Mode()), nil
+}
+
+// newShadow makes the shadow, the first time or after it is gone: it ends
+// itself when this machine was silent for the grace time, as after a sleep.
+func (c *Connect) newShadow(ctx context.Context) error {
+	if err := c.shadow.Create(ctx, c.warn); err != nil {
+		return err
+	}
+	c.background("lease", func(ctx context.Context) error {
+		err := c.shadow.Renew(ctx)
+		if errors.Is(err, kube.ErrGone) { // dialWire makes another, with a lease of its own
+			c.cfg.Log.Warn("the session's lease is gone", "error", err)
+			<-ctx.Done()
+			return nil
+		}
+		return err
+	})
+	return nil
+}
+
+func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
+	return "shadow pod ready", c.shadow.WaitReady(ctx, c.cfg.Reporter.Progress)
+}
+
+func (c *Connect) openWire(ctx context.Context) (string, error) {
+	c.keep = channel.NewKeep(channel.KeepConfig{
+		Open: c.dialWire, OpenTimeout: reopenLimit, OnState: c.wireChanged, Log: c.cfg.Log,
+	})
+	c.background("wire", c.keep.Run)
+	c.undo.add("close the wire", func(context.Context) error {
+		err := c.keep.Close()
+		c.keep.Wait() // nobody makes a shadow any more
+		return err
+	})
+	if err := c.firstWire(ctx); err != nil {
+		return "", fmt.Errorf("open the wire to the shadow: %w", err)
+	}
+	info, err := shadow.Ask(ctx, c.keep)
+	if err != nil {
+		return "", err
+	}
+	c.learn(info)
+	return fmt.Sprintf("wire open through %s", c.lastWay()), nil
+}
+
+func (c *Connect) firstWire(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, firstWire)
+	defer cancel()
+	err := c.keep.Ready(ctx)
+	if why := c.keep.State().Err; why != nil && errors.Is(err, context.DeadlineExceeded) {
+		return why
+	}
+	return err
+}
+
+// learn takes what the shadow's pod knows without any right.
+func (c *Connect) learn(info shadow.Info) {
+	c.far = info
+	c.hint = kube.Hint{Pods: info.Addresses}
+	if ns := info.ResolvConf.Nameservers; len(ns) > 0 {
+		c.hint.Services = ns[:1]
+	}
+	if !info.Ping.V4 {
+		c.warn("the shadow may not send echo requests here, so ping does not reach the cluster")
+	}
+}
+
+// reopenLimit bounds one opening of the wire, with a new shadow at worst.
+const reopenLimit = 2 * time.Minute
+
+func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
+	conn, way, err := c.shadow.Dial(ctx)
+	if errors.Is(err, kube.ErrGone) {
+		c.cfg.Reporter.Say("the shadow is gone, making another")
+		conn, way, err = c.dialNewShadow(ctx)
+	}
+	if err != nil {
+		return nil, err
+	}
+	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: c.keys.laptop, Log: c.cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	c.way = way
+	c.mu.Unlock()
+	return wire, nil
+}
+
+func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, kube.Way, error) {
+	if err := c.shadow.Delete(ctx); err != nil {
+		return nil, "", err
+	}
+	if err := c.newShadow(ctx); err != nil {
+		return nil, "", err
+	}
+	if err := c.shadow.WaitReady(ctx, nil); err != nil {
+		return nil, "", err
+	}
+	return c.shadow.Dial(ctx)
+}
+
+func (c *Connect) lastWay() kube.Way {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.way
+}
+
+// wireChanged tells the person when the wire goes, and when it is back.
+func (c *Connect) wireChanged(s channel.KeepState) {
+	switch {
+	case c.gctx.Err() != nil || s.Since.IsZero():
+	case !s.Up:
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
+	case s.Reopened > 0:
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again, through %s", c.lastWay()))
+	}
+}
+
+// clusterDNS is where pods ask for names, and the domain these end in.
+func clusterDNS(namespace string, r shadow.ResolvConf) (server netip.AddrPort, domain string) {
+	if len(r.Nameservers) > 0 {
+		server = netip.AddrPortFrom(r.Nameservers[0], 53)
+	}
+	for _, s := range r.Search {
+		if d, ok := strings.CutPrefix(s, namespace+".svc."); ok {
+			return server, strings.TrimSuffix(d, ".")
+		}
+	}
+	return server, "cluster.local"
+}
