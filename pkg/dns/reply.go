@@ -1,0 +1,89 @@
+package dns
+
+import "github.com/miekg/dns"
+
+// message is an outcome as a reply: the records, or else the SOA that says for
+// how long there are none.
+func (z *Zone) message(q query, o outcome) *dns.Msg {
+	m := new(dns.Msg).SetReply(q.message)
+	m.Authoritative, m.RecursionAvailable = true, true
+	m.Answer, m.Extra = o.answer, o.extra
+	if o.verdict == absent {
+		m.Rcode = dns.RcodeNameError
+	}
+	if len(o.answer) == 0 {
+		z.mu.RLock()
+		defer z.mu.RUnlock()
+		m.Ns = []dns.RR{z.soa(q.start)}
+	}
+	return m
+}
+
+// reply is a message with nothing but an rcode.
+func (q query) reply(rcode int) []byte {
+	m := new(dns.Msg).SetRcode(q.message, rcode)
+	m.RecursionAvailable = true
+	return q.pack(m)
+}
+
+// pack answers an OPT with an OPT, cuts the message to what the client takes,
+// and encodes it.
+func (q query) pack(m *dns.Msg) []byte {
+	size := dns.MinMsgSize
+	if opt := q.message.IsEdns0(); opt != nil {
+		size = max(size, int(opt.UDPSize()))
+		m.SetEdns0(opt.UDPSize(), opt.Do())
+	}
+	if q.tcp {
+		size = dns.MaxMsgSize
+	}
+	m.Truncate(size)
+	raw, err := m.Pack()
+	if err != nil {
+		return bare(q.raw, dns.RcodeServerFailure)
+	}
+	return raw
+}
+
+func (q query) do() bool {
+	opt := q.message.IsEdns0()
+	return opt != nil && opt.Do()
+}
+
+// bare is a reply made of the bytes of a query, for where it was not read
+// further than its question, or could not be.
+func bare(raw []byte, rcode int) []byte {
+	end := headerSize
+	if _, after, err := readQuestion(raw); err == nil {
+		end = after
+	}
+	reply := make([]byte, headerSize, end)
+	copy(reply, raw[:2])
+	reply[2] = 0x80 | raw[2]&0x79 // opcode and RD as they were
+	reply[3] = 0x80 | byte(rcode)
+	if end > headerSize {
+		reply[5] = 1
+	}
+	return append(reply, raw[headerSize:end]...)
+}
+
+func refusal(opcode int) int {
+	if opcode != dns.OpcodeQuery {
+		return dns.RcodeNotImplemented
+	}
+	return dns.RcodeFormatError
+}
+
+func isTransfer(qtype uint16) bool { return qtype == dns.TypeAXFR || qtype == dns.TypeIXFR }
+
+func optCount(m *dns.Msg) int { return len(m.Extra) - len(withoutOPT(m.Extra)) }
+
+func withoutOPT(extra []dns.RR) []dns.RR {
+	var rest []dns.RR
+	for _, rr := range extra {
+		if rr.Header().Rrtype != dns.TypeOPT {
+			rest = append(rest, rr)
+		}
+	}
+	return rest
+}

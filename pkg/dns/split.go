@@ -1,0 +1,162 @@
+package dns
+
+import (
+	"net/netip"
+	"strings"
+
+	"github.com/miekg/dns"
+)
+
+// A whose says who answers a question.
+type whose int
+
+const (
+	upstreams whose = iota // the machine's own nameservers
+	zones                  // the zone, under a name of the cluster
+	reverses               // the zone, under an address
+	clusters               // the cluster's DNS
+	perhaps                // the cluster's DNS, and upstream if it does not exist there
+)
+
+// A route is where a question goes. full is the name below the cluster
+// domain where a short one was asked, in lower case. start is the owner of the
+// SOA in a negative answer: resolvers keep one only below that owner.
+type route struct {
+	to    whose
+	full  string
+	start string
+	addr  netip.Addr
+}
+
+// split decides by the name alone, and for short names by what the zone holds;
+// those are short only in a plain query of class IN.
+func (s *Server) split(q dns.Question, opcode int) route {
+	name := lower(q.Name)
+	if dns.IsSubDomain(s.zone.domain, name) {
+		return route{to: zones, full: name, start: q.Name[len(q.Name)-len(s.zone.domain):]}
+	}
+	if a, start, ok := reversed(name); ok {
+		r := s.zone.owner(a, start)
+		r.full = name
+		return r
+	}
+	for _, extra := range s.extra {
+		if dns.IsSubDomain(extra, name) {
+			return route{to: clusters, full: name}
+		}
+	}
+	if q.Qclass != dns.ClassINET || opcode != dns.OpcodeQuery {
+		return route{to: upstreams}
+	}
+	return s.zone.short(name, s.namespace, q)
+}
+
+// owner tells whose an address is: the cluster's if it is known or routed there.
+func (z *Zone) owner(a netip.Addr, start string) route {
+	z.mu.RLock()
+	defer z.mu.RUnlock()
+	if len(z.namesOf(a)) > 0 || z.covers(a) {
+		return route{to: reverses, addr: a, start: start}
+	}
+	return route{to: upstreams}
+}
+
+// short looks a name up as the search path of a pod would, in the session's
+// namespace first, and takes it only if that finds something that is there. So
+// golang.dev stays what it is, though there be a namespace dev.
+//
+// What cannot be known goes to the cluster only where nobody else can have the
+// name: below svc, or a single label. Others never depend on the tunnel; they
+// can be asked for in full.
+func (z *Zone) short(name, namespace string, q dns.Question) route {
+	labels := dns.SplitDomainName(name)
+	n := len(labels)
+	if n > 1 && labels[n-1] == "svc" {
+		return route{to: zones, full: name + z.domain, start: "svc."}
+	}
+	if n == 0 || n > 5 {
+		return route{to: upstreams}
+	}
+	z.mu.RLock()
+	defer z.mu.RUnlock()
+	for _, tail := range tails(namespace) {
+		if full := append(labels[:n:n], tail...); z.has(full) {
+			return route{to: zones, full: strings.Join(full, ".") + "." + z.domain, start: name}
+		}
+	}
+	if n == 1 && namespace != "" && !z.holds(namespace) && name != "localhost." && isAddress(q.Qtype) {
+		return route{to: perhaps, full: name + namespace + ".svc." + z.domain}
+	}
+	return route{to: upstreams}
+}
+
+func isAddress(qtype uint16) bool { return qtype == dns.TypeA || qtype == dns.TypeAAAA }
+
+// tails are the search path of a pod, short of the domain.
+func tails(namespace string) [][]string {
+	if namespace == "" {
+		return [][]string{{"svc"}, {}}
+	}
+	return [][]string{{namespace, "svc"}, {"svc"}, {}}
+}
+
+// has tells whether labels below the domain name a Service that is there, or
+// an endpoint, a port or a pod of the cluster.
+func (z *Zone) has(labels []string) bool {
+	n := len(labels)
+	if n < 3 || n > 5 {
+		return false
+	}
+	if labels[n-1] == "pod" {
+		return n == 3 && z.exists(labels[1]) && pod(labels).verdict == exists
+	}
+	svc := z.services[key{labels[n-2], labels[n-3]}]
+	if svc == nil || labels[n-1] != "svc" {
+		return false
+	}
+	before := labels[:n-3]
+	if len(before) == 2 && !(strings.HasPrefix(before[0], "_") && strings.HasPrefix(before[1], "_")) {
+		return false
+	}
+	return len(before) == 0 || len(svc.hits(before)) > 0
+}
+
+const (
+	reverse4 = "in-addr.arpa."
+	reverse6 = "ip6.arpa."
+)
+
+// reversed reads the address out of a reverse name of a single address.
+func reversed(name string) (a netip.Addr, start string, ok bool) {
+	if digits, is := strings.CutSuffix(name, "."+reverse4); is {
+		a, err := netip.ParseAddr(backwards(digits, "."))
+		return a, reverse4, err == nil && a.Is4()
+	}
+	if digits, is := strings.CutSuffix(name, "."+reverse6); is && len(digits) == 63 {
+		a, ok := nibbles(digits)
+		return a, reverse6, ok
+	}
+	return netip.Addr{}, "", false
+}
+
+func backwards(s, sep string) string {
+	parts := strings.Split(s, sep)
+	for i, j := 0, len(parts)-1; i < j; i, j = i+1, j-1 {
+		parts[i], parts[j] = parts[j], parts[i]
+	}
+	return strings.Join(parts, sep)
+}
+
+// nibbles reads 32 hexadecimal digits with dots between, the last one first.
+func nibbles(s string) (netip.Addr, bool) {
+	var ip [16]byte
+	for i := range 32 {
+		c := s[2*(31-i)]
+		d := strings.IndexByte("0123456789abcdef", c)
+		if d < 0 || i > 0 && s[2*(31-i)+1] != '.' {
+			return netip.Addr{}, false
+		}
+		ip[i/2] = ip[i/2]<<4 | byte(d)
+	}
+	return netip.AddrFrom16(ip).Unmap(), true
+}
