@@ -93,20 +93,21 @@ func TestFit(t *testing.T) {
 
 func TestIsolated(t *testing.T) {
 	pod := map[string]string{labelManaged: managed, labelSession: "x"}
-	policy := func(s metav1.LabelSelector) []netv1.NetworkPolicy {
-		return []netv1.NetworkPolicy{{Spec: netv1.NetworkPolicySpec{PodSelector: s}}}
-	}
 	for _, test := range []struct {
 		policies []netv1.NetworkPolicy
 		want     bool
 	}{
 		{nil, false},
-		{policy(metav1.LabelSelector{}), true},
-		{policy(metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}), false},
-		{policy(metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "app", Operator: "DoesNotExist"}}}), true},
+		{testPolicy(metav1.LabelSelector{}), true},
+		{testPolicy(metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}), false},
+		{testPolicy(metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "app", Operator: "DoesNotExist"}}}), true},
 	} {
 		if got := isolated(test.policies, pod); got != test.want {
 			t.Errorf("%+v: %v", test.policies, got)
 		}
 	}
+}
+
+func testPolicy(s metav1.LabelSelector) []netv1.NetworkPolicy {
+	return []netv1.NetworkPolicy{{Spec: netv1.NetworkPolicySpec{PodSelector: s}}}
 }

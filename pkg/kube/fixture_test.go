@@ -2,8 +2,12 @@ package kube
 
 import (
 	"log/slog"
+	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
 )
 
@@ -30,4 +34,18 @@ func allRights(mode Mode) *Rights {
 	r := weigh(connectRights(), held, "dev")
 	r.Mode = mode
 	return r
+}
+
+func itemsOf(t *testing.T, list runtime.Object) []metav1.Object {
+	t.Helper()
+	var all []metav1.Object
+	err := meta.EachListItem(list, func(item runtime.Object) error {
+		object, err := meta.Accessor(item)
+		all = append(all, object)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
 }

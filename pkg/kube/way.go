@@ -170,6 +170,9 @@ func (c *Cluster) podURL(pod, sub string) (*url.URL, error) {
 	if err != nil {
 		return nil, err
 	}
+	if server.Path == "" {
+		server.Path = "/" // else the joined path would not begin with one
+	}
 	return server.JoinPath("api/v1/namespaces", c.Namespace, "pods", pod, sub), nil
 }
 
