@@ -316,6 +316,34 @@ func TestAppHasLeft(t *testing.T) {
 	}
 }
 
+// TestShutdownInHandshake: Run does not wait for an app that says no more.
+func TestShutdownInHandshake(t *testing.T) {
+	near, far := net.Pipe()
+	p := newPipe()
+	s, err := netstack.New(netstack.Config{Device: p, MTU: 1500, Network: netOf{near}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer goleak.VerifyNone(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	p.in <- packetOf(app4, srv4, 6, segment(77, header.TCPFlagSyn))
+	p.next(t) // the SYN-ACK
+	cancel()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("Run waits for a handshake")
+	}
+	if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the far end's connection: %v", err)
+	}
+}
+
 // netOf is a Network with one connection.
 type netOf struct{ c net.Conn }
 
