@@ -256,13 +256,18 @@ func packet(t *testing.T, s *session) {
 // process is a parent that can be killed, with its child.
 type process struct {
 	cmd   *exec.Cmd
-	stdin io.Closer
+	stdin io.WriteCloser
 	child int
 }
 
 func startParent(t *testing.T) *process {
 	t.Helper()
-	cmd := exec.Command("/proc/self/exe", "parent")
+	return follow(t, exec.Command("/proc/self/exe", "parent"))
+}
+
+// follow starts a parent and returns when its session is set up.
+func follow(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
@@ -299,6 +304,18 @@ func reap(t *testing.T, pid int) {
 			t.Fatalf("wait for %d: %v", pid, err)
 		}
 	}
+}
+
+func killBoth(t *testing.T, p *process) {
+	t.Helper()
+	kill(t, p.cmd.Process.Pid, unix.SIGSTOP) // so that it cannot act on the child's death
+	if _, err := unix.Wait4(p.cmd.Process.Pid, nil, unix.WUNTRACED, nil); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, p.child, unix.SIGKILL)
+	kill(t, p.cmd.Process.Pid, unix.SIGKILL)
+	p.cmd.Wait()
+	reap(t, p.child)
 }
 
 func kill(t *testing.T, pid int, sig syscall.Signal) {
@@ -370,11 +387,7 @@ func TestKillBoth(t *testing.T) {
 			inMachine(t, func(t *testing.T) {
 				before := snapshot(t)
 				p := startParent(t)
-				kill(t, p.cmd.Process.Pid, unix.SIGSTOP)
-				kill(t, p.child, unix.SIGKILL)
-				kill(t, p.cmd.Process.Pid, unix.SIGKILL)
-				p.cmd.Wait()
-				reap(t, p.child)
+				killBoth(t, p)
 				if left := sh(t, "ip -br link; ip route"); strings.Contains(left, "culvert") {
 					t.Errorf("left: %s", left)
 				}
@@ -564,13 +577,7 @@ func TestResolved(t *testing.T) {
 				reap(t, p.child)
 			},
 			"child": func(p *process) { kill(t, p.child, unix.SIGKILL); p.cmd.Wait() },
-			"both": func(p *process) {
-				kill(t, p.cmd.Process.Pid, unix.SIGSTOP)
-				kill(t, p.child, unix.SIGKILL)
-				kill(t, p.cmd.Process.Pid, unix.SIGKILL)
-				p.cmd.Wait()
-				reap(t, p.child)
-			},
+			"both":  func(p *process) { killBoth(t, p) },
 		} {
 			p := startParent(t)
 			with := state()

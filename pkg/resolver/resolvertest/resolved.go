@@ -17,12 +17,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -36,48 +38,42 @@ func Fetch(ctx context.Context, cache string) (*Program, error) {
 	if err != nil {
 		return nil, fmt.Errorf("version of libsystemd-shared: %w", err)
 	}
-	p := &Program{dir: filepath.Join(cache, "systemd-resolved-"+string(version))}
-	if _, err := os.Stat(p.path("lib/systemd/systemd-resolved")); err == nil {
-		return p, nil
+	dir, err := Unpack(ctx, cache, "systemd-resolved="+string(version))
+	if err != nil {
+		return nil, err
 	}
-	if err := p.unpack(ctx, cache, string(version)); err != nil {
-		return nil, fmt.Errorf("unpack systemd-resolved %s: %w", version, err)
-	}
-	return p, nil
+	return &Program{dir}, nil
 }
 
-// unpack works beside the place and renames, so that two at once do no harm.
-func (p *Program) unpack(ctx context.Context, cache, version string) error {
+// Unpack unpacks a Debian package below cache, without installing it, and
+// returns where. It works beside the place and renames, so that two at once do
+// no harm.
+func Unpack(ctx context.Context, cache, pkg string) (dir string, err error) {
+	dir = filepath.Join(cache, strings.ReplaceAll(pkg, "=", "-"))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return err
+		return "", err
 	}
 	tmp, err := os.MkdirTemp(cache, "unpack-")
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer os.RemoveAll(tmp)
-	if err := os.Chmod(tmp, 0o755); err != nil {
-		return err
-	}
-	get := exec.CommandContext(ctx, "apt-get", "download", "-q", "systemd-resolved="+version)
+	root := filepath.Join(tmp, "root")
+	get := exec.CommandContext(ctx, "apt-get", "download", "-q", pkg)
 	get.Dir = tmp
 	if err := run(get); err != nil {
-		return err
+		return "", err
 	}
-	debs, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
-	if err != nil || len(debs) != 1 {
-		return fmt.Errorf("downloaded %v: %w", debs, err)
+	if err := run(exec.CommandContext(ctx, "sh", "-ec", `dpkg -x "$1"/*.deb "$2"`, "sh", tmp, root)); err != nil {
+		return "", err
 	}
-	root := filepath.Join(tmp, "root")
-	if err := run(exec.CommandContext(ctx, "dpkg", "-x", debs[0], root)); err != nil {
-		return err
+	if err := os.Rename(root, dir); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+		return "", err
 	}
-	if err := os.Rename(root, p.dir); err != nil {
-		if _, again := os.Stat(p.path("lib/systemd/systemd-resolved")); again != nil {
-			return err
-		}
-	}
-	return nil
+	return dir, nil
 }
 
 func (p *Program) path(name string) string { return filepath.Join(p.dir, name) }
