@@ -29,7 +29,7 @@ func (z *Zone) answer(name string, q dns.Question) outcome {
 	if f.verdict == unknown {
 		return outcome{verdict: unknown}
 	}
-	if strings.HasPrefix(name, nameserver+z.domain) && q.Qtype != dns.TypeTXT && q.Qtype != dns.TypePTR && q.Qtype != dns.TypeNS {
+	if strings.HasPrefix(name, nameserver+z.domain) && q.Qtype != dns.TypeTXT && q.Qtype != dns.TypePTR {
 		return z.nameserverAddresses(q)
 	}
 	switch q.Qtype {

@@ -157,8 +157,8 @@ func Equal(a, b *dns.Msg) string {
 		name string
 		a, b []string
 	}{
-		{"answer", rdata(a, a.Answer), rdata(b, b.Answer)},
-		{"additional", rdata(a, a.Extra), rdata(b, b.Extra)},
+		{"answer", answers(a), answers(b)},
+		{"additional", rdata(a.Extra), rdata(b.Extra)},
 		{"authority", starts(a), starts(b)},
 	} {
 		if !slices.Equal(section.a, section.b) {
@@ -185,8 +185,20 @@ func starts(m *dns.Msg) []string {
 	return nil
 }
 
+// answers are the records of the answer, with the name that was asked as "@".
+func answers(m *dns.Msg) []string {
+	rrs := make([]dns.RR, len(m.Answer))
+	for i, rr := range m.Answer {
+		rrs[i] = dns.Copy(rr)
+		if len(m.Question) == 1 && strings.EqualFold(rr.Header().Name, m.Question[0].Name) {
+			rrs[i].Header().Name = "@"
+		}
+	}
+	return rdata(rrs)
+}
+
 // rdata makes records comparable: lower case, no TTL, no serial, sorted.
-func rdata(m *dns.Msg, rrs []dns.RR) []string {
+func rdata(rrs []dns.RR) []string {
 	var out []string
 	for _, rr := range rrs {
 		if rr.Header().Rrtype == dns.TypeOPT {
@@ -196,9 +208,6 @@ func rdata(m *dns.Msg, rrs []dns.RR) []string {
 		rr.Header().Ttl = 0
 		if soa, ok := rr.(*dns.SOA); ok {
 			soa.Serial = 0
-		}
-		if len(m.Question) == 1 && strings.EqualFold(rr.Header().Name, m.Question[0].Name) {
-			rr.Header().Name = "@"
 		}
 		out = append(out, strings.ToLower(rr.String()))
 	}
