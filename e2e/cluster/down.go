@@ -76,15 +76,22 @@ func removeNetworks() error {
 			return err
 		}
 	}
+	// What "ip netns add" makes for the first one; with others in it, it is busy and stays.
+	if entries, err := os.ReadDir(netnsDir); err == nil && len(entries) == 0 {
+		_ = unix.Unmount(netnsDir, 0)
+		_ = os.Remove(netnsDir)
+	}
 	return nil
 }
+
+const netnsDir = "/run/netns"
 
 // networks are ours by their names, those only that a cluster can have: tests
 // may name others after culvert too.
 func networks() []string {
 	var found []string
 	for _, host := range []string{"laptop", "router", "node1", "node2"} {
-		path := "/run/netns/" + nsPrefix + host
+		path := filepath.Join(netnsDir, nsPrefix+host)
 		if _, err := os.Lstat(path); err == nil {
 			found = append(found, path)
 		}
@@ -212,7 +219,7 @@ func leftovers(p paths) []string {
 	}
 	mounts, _ := os.ReadFile("/proc/self/mounts")
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, p.run) || strings.Contains(line, "/run/netns/"+nsPrefix+"node") {
+		if strings.Contains(line, p.run) || strings.Contains(line, netnsDir+"/"+nsPrefix+"node") {
 			left = append(left, "mount "+strings.TrimSpace(line))
 		}
 	}

@@ -65,7 +65,9 @@ func buildImages(p paths, bin string) ([]string, error) {
 		}
 		archives = append(archives, archive)
 	}
-	return archives, nil
+	// The product's own, where "make images" has made them.
+	own, err := filepath.Glob(filepath.Join(p.root, "dist", "culvert-*.tar"))
+	return append(archives, own...), err
 }
 
 // clientImage is a shell with kit.

@@ -53,7 +53,7 @@ func startMachine(p paths, name string, env []string) error {
 		Stdout: logFile, Stderr: logFile, ExtraFiles: []*os.File{w},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true, Cloneflags: hostNamespaces},
 	}
-	err = startInNetns(cmd, "/run/netns/"+nsPrefix+name)
+	err = startInNetns(cmd, filepath.Join(netnsDir, nsPrefix+name))
 	w.Close()
 	if err != nil {
 		return fmt.Errorf("start host %s: %w", name, err)

@@ -165,14 +165,14 @@ func deploy(p paths, s shape, said *stopwatch) error {
 		}
 	}
 	if _, err := kubectl(p, "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=120s"); err != nil {
-		return explain(p, err, "node1.kubelet")
+		return explainPods(p, err)
 	}
 	said.done("DNS ready")
 	if !s.sample {
 		return nil
 	}
 	if err := waitForSample(p); err != nil {
-		return explain(p, err, "node1.kubelet")
+		return explainPods(p, err)
 	}
 	said.done("sample system ready")
 	return nil
@@ -216,6 +216,13 @@ func wait(p paths, limit time.Duration, what, component string, args ...string) 
 func explain(p paths, err error, component string) error {
 	name := filepath.Join(p.logs, component+".log")
 	return fmt.Errorf("%w\nread %s, which ends:\n%s", err, name, tail(name))
+}
+
+// explainPods adds what the pods and their events say.
+func explainPods(p paths, err error) error {
+	pods, _ := kubectl(p, "get", "pods", "-A", "-o", "wide")
+	events, _ := kubectl(p, "get", "events", "-A", "--field-selector=type!=Normal")
+	return explain(p, fmt.Errorf("%w\n%s\n%s", err, pods, events), "node1.kubelet")
 }
 
 // stopwatch says what is done, and how long after the start.
