@@ -198,6 +198,12 @@ func TestResolved(t *testing.T) {
 		if got := ask(t, "web.shop.", dns.TypeA); got != "192.0.2.1" {
 			t.Errorf("after Close web.shop. is %s", got)
 		}
+		none := s
+		none.Search, none.Zones = nil, nil // then only the default route setting keeps other names away
+		set(t, r, none)
+		if got := ask(t, "elsewhere.example.", dns.TypeA); got != m.uplink.says || ours.wasAsked("elsewhere.example.") {
+			t.Errorf("without domains elsewhere.example. is %s", got)
+		}
 		set(t, r, s)
 		dev.Close() // and the settings die with the link
 		if err := r.Close(); err != nil {
