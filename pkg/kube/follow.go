@@ -18,7 +18,7 @@ import (
 const (
 	pageSize     = 500
 	firstRetry   = 200 * time.Millisecond
-	longestRetry = 5 * time.Second
+	longestRetry = 3 * time.Second
 	// A watch that lived this long was a working one: the next retry is quick.
 	steadyWatch = 5 * time.Second
 )
