@@ -38,6 +38,7 @@ func inMachineWithSudo(t *testing.T, do func(t *testing.T, self string)) {
 		sh(t, fmt.Sprintf(`cp -a %s /run/sudo
 			mount -t overlay overlay -o lowerdir=/run/sudo/usr:/usr /usr
 			cp -a /run/sudo/etc/sudoers /run/sudo/etc/sudoers.d /run/sudo/etc/sudo.conf /etc/; cp -a /run/sudo/etc/pam.d/* /etc/pam.d/
+			echo 'Defaults env_keep += "GORACE"' >/etc/sudoers.d/race; chmod 440 /etc/sudoers.d/race
 			echo "tester:x:%d:%d::/:/bin/sh" >>/etc/passwd; echo "tester:x:%d:" >>/etc/group; echo "tester:*:20000:0:99999:7:::" >>/etc/shadow
 			cp /proc/%d/exe /run/culvert; chmod 755 /run/culvert`, sudo, user, user, user, os.Getpid()))
 		do(t, "/run/culvert")
