@@ -10,7 +10,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
-// server is a listener on the loopback, and what it does with connections.
+// benchServer is a listener on the loopback, and what it does with connections.
 func benchServer(b *testing.B, handle func(net.Conn)) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

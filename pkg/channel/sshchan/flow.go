@@ -36,6 +36,7 @@ type flow struct {
 	asked   bool          // the pump owes an answer
 	want    chan struct{} // asks the pump for more
 	got     chan piece
+	pumped  chan struct{} // closed when the pump is gone
 
 	writing chan struct{} // holds a token while somebody writes
 	finSent bool          // held by writing
@@ -58,6 +59,7 @@ func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote ne
 		closed:  make(chan struct{}),
 		want:    make(chan struct{}, 1),
 		got:     make(chan piece, 1),
+		pumped:  make(chan struct{}),
 		writing: make(chan struct{}, 1),
 	}
 	f.rd.Func = func() { f.passed(&f.unbounded.read) }
@@ -112,12 +114,16 @@ func (f *flow) fill() error {
 	}
 	if !f.asked {
 		f.asked = true
-		f.want <- struct{}{}
+		select {
+		case f.want <- struct{}{}:
+		case <-f.pumped:
+		}
 	}
 	select {
 	case p := <-f.got:
-		f.asked = false
-		f.rest, f.rerr = p.b, p.err
+		f.take(p)
+	case <-f.pumped:
+		f.takeLast()
 	case <-f.rd.Done():
 		return f.opError("read", os.ErrDeadlineExceeded)
 	case <-f.closed:
@@ -129,6 +135,25 @@ func (f *flow) fill() error {
 	return nil
 }
 
+func (f *flow) take(p piece) {
+	f.asked = false
+	f.rest, f.rerr = p.b, p.err
+}
+
+// takeLast reads without the pump, which has gone with the wire: what came
+// before that is still there, and nothing is waited for any more.
+func (f *flow) takeLast() {
+	select {
+	case p := <-f.got:
+		f.take(p)
+		return
+	default:
+	}
+	buf := make([]byte, mostPump)
+	n, err := f.readChannel(buf)
+	f.take(piece{buf[:n], err})
+}
+
 const (
 	leastPump = 4 << 10
 	mostPump  = 64 << 10
@@ -137,11 +162,14 @@ const (
 // pump reads the channel whenever it is asked to. Its buffer grows with what
 // comes.
 func (f *flow) pump() {
+	defer close(f.pumped)
 	buf := make([]byte, leastPump)
 	for {
 		select {
 		case <-f.want:
 		case <-f.closed:
+			return
+		case <-f.w.ctx.Done():
 			return
 		}
 		n, err := f.readChannel(buf)

@@ -1,6 +1,7 @@
 package sshchan
 
 import (
+	"bufio"
 	"errors"
 	"io"
 	"net"
@@ -18,10 +19,12 @@ import (
 // several pieces: they leave in one, with what other channels wrote meanwhile,
 // while the next packet is being encrypted. It also lets both ends speak first,
 // as SSH does, on a connection that has no buffer.
+//
+// Reads are buffered, since SSH reads the head of a packet by itself.
 type tap struct {
 	net.Conn
-	reads atomic.Uint64
-	done  chan struct{} // closed when the writer is gone
+	in    *bufio.Reader
+	reads atomic.Uint64 // of the connection itself
 
 	mu      sync.Mutex
 	changed sync.Cond
@@ -34,6 +37,9 @@ const (
 	// that small ones of other channels do not wait long behind them.
 	mostQueued = 128 << 10
 
+	// readAhead holds a whole packet.
+	readAhead = 64 << 10
+
 	// lastWords is how long Close lets what is queued take.
 	lastWords = time.Second
 )
@@ -41,20 +47,29 @@ const (
 var errHungUp = errors.New("the other end hung up")
 
 func newTap(conn net.Conn) *tap {
-	t := &tap{Conn: conn, done: make(chan struct{})}
+	t := &tap{Conn: conn}
+	t.in = bufio.NewReaderSize(counted{t}, readAhead)
 	t.changed.L = &t.mu
 	go t.write()
 	return t
 }
 
 func (t *tap) Read(p []byte) (int, error) {
-	n, err := t.Conn.Read(p)
+	n, err := t.in.Read(p)
 	if err == io.EOF {
 		t.fail(errHungUp)
 	} else if err != nil {
 		t.fail(err)
 	}
-	t.reads.Add(1)
+	return n, err
+}
+
+// counted is the reader below the buffer.
+type counted struct{ t *tap }
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.t.Conn.Read(p)
+	c.t.reads.Add(1)
 	return n, err
 }
 
@@ -75,7 +90,6 @@ func (t *tap) Write(p []byte) (int, error) {
 
 // write writes what is queued, and closes the connection at the end of it.
 func (t *tap) write() {
-	defer close(t.done)
 	defer t.Conn.Close()
 	var spare []byte
 	for {
