@@ -13,7 +13,6 @@ import (
 // the start of the authority that says so, or that it may not know.
 type outcome struct {
 	verdict
-	rcode    int
 	answer   []dns.RR
 	extra    []dns.RR
 	external string // the rest of a chain of aliases, still to be asked elsewhere

@@ -180,18 +180,21 @@ func TestForwardIsVerbatim(t *testing.T) {
 }
 
 func TestForwardKeepsTransport(t *testing.T) {
-	var network atomic.Value
+	var got atomic.Value
 	up := serveDNS(t, func(w dns.ResponseWriter, r *dns.Msg) {
-		network.Store(w.RemoteAddr().Network())
+		got.Store(w.RemoteAddr().Network())
 		m := new(dns.Msg).SetReply(r)
 		m.Truncated = w.RemoteAddr().Network() == "udp"
 		w.WriteMsg(m)
 	})
 	at := start(t, newShop(Config{Upstream: upstreams4(up)}))
-	for _, tcp := range []bool{false, true} {
-		m, _ := ask(t, at, dnstest.Question{Name: "example.com.", Type: dns.TypeA, TCP: tcp})
-		if m.Truncated == tcp || (network.Load() == "tcp") != tcp {
-			t.Errorf("tcp %t: upstream was asked over %v, truncated %t", tcp, network.Load(), m.Truncated)
+	for network, c := range map[string]*dns.Client{"udp": {}, "tcp": {Net: "tcp"}} {
+		m, _, err := c.Exchange(ask1("example.com.", "A"), at.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Truncated != (network == "udp") || got.Load() != network {
+			t.Errorf("%s: upstream was asked over %v, truncated %t", network, got.Load(), m.Truncated)
 		}
 	}
 }

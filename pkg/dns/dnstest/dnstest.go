@@ -66,7 +66,8 @@ func (q Question) Message() *dns.Msg {
 const patience = 5 * time.Second
 
 // Ask asks a server, "address:port", over the sockets that dial makes; nil is a
-// plain dialer.
+// plain dialer. Like a stub resolver it asks again over TCP if the answer was
+// cut: where it is near the limit, its order decides whether it fits.
 func Ask(ctx context.Context, dial func(ctx context.Context, network, address string) (net.Conn, error), server string, q Question) (*dns.Msg, error) {
 	if dial == nil {
 		dial = new(net.Dialer).DialContext
@@ -87,6 +88,10 @@ func Ask(ctx context.Context, dial func(ctx context.Context, network, address st
 	m, _, err := client.ExchangeWithConnContext(ctx, q.Message(), &dns.Conn{Conn: conn, UDPSize: dns.MaxMsgSize})
 	if err != nil {
 		return nil, fmt.Errorf("ask %s for %s: %w", server, q, err)
+	}
+	if m.Truncated && !q.TCP {
+		q.TCP = true
+		return Ask(ctx, dial, server, q)
 	}
 	return m, nil
 }

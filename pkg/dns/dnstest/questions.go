@@ -45,7 +45,7 @@ func Short(domain, namespace string, services []catalog.Service, seed int64) []Q
 	services = sorted(services)
 	for i := range services {
 		s := &services[i]
-		for _, before := range befores(s) {
+		for _, before := range present(s) {
 			base := before + s.Name
 			full := g.join(base, s.Namespace, "svc")
 			g.short(base+"."+s.Namespace+".", full)
@@ -140,6 +140,30 @@ func befores(s *catalog.Service) []string {
 	return slices.Compact(all)
 }
 
+// present are those of befores that name something.
+func present(s *catalog.Service) []string {
+	if s.ExternalName != "" {
+		return []string{""}
+	}
+	ports, all := s.Ports, []string{""}
+	for i := range s.Endpoints[:min(4, len(s.Endpoints))] {
+		e := &s.Endpoints[i]
+		all = append(all, cmp.Or(e.Hostname, dashed(e.Addr))+".")
+		if s.Headless {
+			ports = e.Ports
+		}
+	}
+	if s.Headless && len(s.Endpoints) == 0 {
+		return all
+	}
+	for _, p := range ports {
+		if p.Name != "" {
+			all = append(all, fmt.Sprintf("_%s._%s.", p.Name, p.Protocol))
+		}
+	}
+	return all
+}
+
 func addresses(s *catalog.Service) []netip.Addr {
 	all := slices.Clone(s.ClusterIPs)
 	for i := range s.Endpoints[:min(4, len(s.Endpoints))] {
@@ -149,7 +173,11 @@ func addresses(s *catalog.Service) []netip.Addr {
 }
 
 func dashed(a netip.Addr) string {
-	return strings.NewReplacer(".", "-", ":", "-").Replace(a.String())
+	label := strings.NewReplacer(".", "-", ":", "-").Replace(a.String())
+	if strings.HasSuffix(label, "-") {
+		label += "0"
+	}
+	return label
 }
 
 func (g *generator) namespace(ns string) {
