@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/catalog"
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/dns/dnstest"
 )
 
@@ -99,11 +100,13 @@ func TestOracle(t *testing.T) {
 		t.Fatal(err)
 	}
 	services, namespaces := all.catalog()
-	server := New(Config{
+	cfg := Config{
 		Namespace:  "shop",
+		Cluster:    &channel.Host{},
 		ClusterDNS: netip.MustParseAddrPort(oracle),
 		Upstream:   upstreams4(netip.MustParseAddrPort(os.Getenv("CULVERT_ORACLE_UPSTREAM"))),
-	})
+	}
+	server := New(cfg)
 	z := server.Zone()
 	z.SetNamespaces(namespaces)
 	for _, s := range services {
@@ -114,6 +117,23 @@ func TestOracle(t *testing.T) {
 	for seed := range int64(5) {
 		differ(t, at, oracle, append(dnstest.Questions("cluster.local", services, seed), dnstest.Short("cluster.local", "shop", services, seed)...))
 	}
+	// And one that may watch nothing, so that it has to ask.
+	blank := New(cfg)
+	blank.Zone().SetPrefixes(addressesOf(services))
+	differ(t, start(t, blank).String(), oracle, dnstest.Questions("cluster.local", services, 6))
+	t.Logf("may watch all: %+v, nothing: %+v", server.Stats(), blank.Stats())
+}
+
+func addressesOf(services []catalog.Service) (all []netip.Prefix) {
+	for _, s := range services {
+		for _, a := range s.ClusterIPs {
+			all = append(all, netip.PrefixFrom(a, a.BitLen()))
+		}
+		for _, e := range s.Endpoints {
+			all = append(all, netip.PrefixFrom(e.Addr, e.Addr.BitLen()))
+		}
+	}
+	return all
 }
 
 func differ(t *testing.T, at, oracle string, questions []dnstest.Question) {
