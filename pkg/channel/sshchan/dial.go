@@ -107,6 +107,9 @@ func (t target) address(network string) string {
 func (c *Channel) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	kind, payload, err := dialPayload(network, address)
 	if err == nil {
+		err = c.w.carries(network)
+	}
+	if err == nil {
 		var conn net.Conn
 		if conn, err = c.openChannel(ctx, kind, payload, network, address); err == nil {
 			return conn, nil
@@ -187,7 +190,7 @@ func (c *Channel) flow(o opened, network, address string) (net.Conn, error) {
 		if c.w.tap.cause() != nil {
 			return nil, c.w.gone()
 		}
-		return nil, refused(o.err, network, address)
+		return nil, refused(o.err, address)
 	}
 	return newConn(c.w, o.ch, o.reqs, network, addr{network, c.w.conn.LocalAddr().String()}, remoteAddr(network, address)), nil
 }

@@ -95,16 +95,13 @@ func reason(err error) ssh.RejectionReason {
 }
 
 // refused is the near end's error of a dial that the far end refused.
-func refused(err error, network, name string) error {
+func refused(err error, name string) error {
 	var open *ssh.OpenChannelError
 	if !errors.As(err, &open) {
 		return err
 	}
-	switch open.Reason {
-	case ssh.Prohibited:
+	if open.Reason == ssh.Prohibited {
 		return wordy(open.Message, syscall.EACCES)
-	case ssh.UnknownChannelType:
-		return fmt.Errorf("the other end does not carry %s: %w", network, errors.ErrUnsupported)
 	}
 	return hear(open.Message, name)
 }

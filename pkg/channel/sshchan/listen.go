@@ -2,7 +2,6 @@ package sshchan
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"syscall"
@@ -54,6 +53,9 @@ func (c *Channel) listen(ctx context.Context, network, address string) (*listene
 	if network != "tcp" && network != "udp" {
 		return nil, net.UnknownNetworkError(network)
 	}
+	if err := c.w.carries(network); err != nil {
+		return nil, err
+	}
 	t, err := parseTarget(address)
 	if err != nil {
 		return nil, err
@@ -97,7 +99,7 @@ func (c *Channel) ask(b bound) (*listener, error) {
 		return nil, c.w.gone()
 	}
 	if !ok {
-		return nil, notForwarded(b.network, reply)
+		return nil, notForwarded(reply)
 	}
 	var r forwardReply
 	if b.port == 0 {
@@ -110,12 +112,9 @@ func (c *Channel) ask(b bound) (*listener, error) {
 }
 
 // notForwarded is the error of a refused request. Only our own ends say why.
-func notForwarded(network string, reply []byte) error {
+func notForwarded(reply []byte) error {
 	if len(reply) > 0 {
 		return hear(string(reply), "")
-	}
-	if network != "tcp" {
-		return fmt.Errorf("the other end does not carry %s: %w", network, errors.ErrUnsupported)
 	}
 	return wordy("the other end refused", syscall.EACCES)
 }

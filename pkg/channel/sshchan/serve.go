@@ -197,7 +197,7 @@ func (s *server) forward(b bound, far net.Conn) {
 	t.OriginHost, _, _ = net.SplitHostPort(far.RemoteAddr().String())
 	ch, reqs, err := s.w.conn.OpenChannel(kind, t.payload(b.network))
 	if err != nil {
-		relay.Abort(far, refused(err, b.network, ""))
+		relay.Abort(far, refused(err, ""))
 		return
 	}
 	s.join(b.network, newConn(s.w, ch, reqs, b.network, far.LocalAddr(), far.RemoteAddr()), far)

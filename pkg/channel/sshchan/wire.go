@@ -164,6 +164,15 @@ func (e errSilent) Error() string {
 
 func (e errSilent) Timeout() bool { return true }
 
+// carries tells whether the other end can be asked for the network: a stock one
+// only knows "tcp", and would not say that this is why it refuses.
+func (w *wire) carries(network string) error {
+	if network == "tcp" || w.ours {
+		return nil
+	}
+	return fmt.Errorf("the other end does not carry %s: %w", network, errors.ErrUnsupported)
+}
+
 // close ends the wire in good order.
 func (w *wire) close() {
 	w.tap.fail(net.ErrClosed)
