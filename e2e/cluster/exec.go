@@ -27,7 +27,7 @@ func execCommand(args []string) error {
 		args = slices.Delete(slices.Clone(args), 1, 2)
 	}
 	if len(args) < 2 {
-		return errors.New("usage: cluster exec [--uid N] HOST -- CMD ARG...")
+		return errors.New("exec: want a host and a command: cluster exec [--uid N] HOST -- CMD")
 	}
 	dir, err := os.Getwd()
 	if err != nil {

@@ -97,8 +97,8 @@ func sysctls(settings ...string) error {
 	return nil
 }
 
-// cut makes the router drop whatever comes from a host and goes to it, or heals
-// that. Links and routes stay: nobody is told.
+// cut loses all packets from and to a host, or heals that. The host's own links
+// and routes stay: nobody is told.
 func cut(on bool, args []string) error {
 	host := "laptop"
 	if len(args) > 0 {
@@ -107,11 +107,19 @@ func cut(on bool, args []string) error {
 	if findMachine("router") == 0 || findMachine(host) == 0 || host == "router" {
 		return fmt.Errorf("no host %s to cut: is the cluster up? (cluster status)", host)
 	}
+	if host == "laptop" {
+		return cutLaptop(on)
+	}
+	// A node's wire ends in the router's bridge, below what iptables sees.
+	if on {
+		return command("ip", "-n", nsPrefix+"router", "link", "set", host, "nomaster")
+	}
+	return command("ip", "-n", nsPrefix+"router", "link", "set", host, "master", "br0")
+}
+
+func cutLaptop(on bool) error {
 	for _, tool := range []string{"iptables", "ip6tables"} {
-		for _, rule := range []string{
-			"raw PREROUTING -i " + host + " -j DROP",
-			"mangle POSTROUTING -o " + host + " -j DROP",
-		} {
+		for _, rule := range []string{"raw PREROUTING -i laptop -j DROP", "mangle POSTROUTING -o laptop -j DROP"} {
 			if err := setRule(tool, rule, on); err != nil {
 				return err
 			}
