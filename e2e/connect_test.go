@@ -63,7 +63,7 @@ func TestConnect(t *testing.T) {
 	})
 	t.Run("names as a pod resolves them", func(t *testing.T) {
 		for _, name := range []string{"web", "web.shop", "web.shop.svc", "web.shop.svc.cluster.local", "db", "db-0.db", "web.other", "kubernetes.default", "web-alias", "named.sub"} {
-			want := lines(inPod(t, "/kit", "dns", name))
+			want := lines(inPod(t, "kit", "dns", name))
 			got := lines(laptop(t, "sh", "-c", "getent ahostsv4 "+name+" | awk '{print $1}' | sort -u"))
 			if !slices.Equal(got, want) {
 				t.Errorf("%s: the laptop gets %v, a pod %v", name, got, want)

@@ -43,16 +43,19 @@ func TestMain(m *testing.M) {
 		fmt.Println("e2e: must run as root, to enter the cluster's namespaces")
 		os.Exit(1)
 	}
-	if out, err := exec.Command(clusterBin, "status").CombinedOutput(); err != nil {
+	if out, err := clusterCommand("status").CombinedOutput(); err != nil {
 		fmt.Printf("e2e: no cluster (make cluster-up): %v: %s\n", err, out)
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }
 
+// clusterCommand is one of the harness's own.
+func clusterCommand(args ...string) *exec.Cmd { return exec.Command(clusterBin, args...) }
+
 // on is a command on one of the cluster's machines.
 func on(machine string, args ...string) *exec.Cmd {
-	c := exec.Command(clusterBin, append([]string{"exec", machine, "--"}, args...)...)
+	c := clusterCommand(append([]string{"exec", machine, "--"}, args...)...)
 	c.Env = append(os.Environ(), "KUBECONFIG="+kubeconfig, "CULVERT_IMAGE="+image, "HOME=/root")
 	return c
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"testing"
@@ -15,10 +16,14 @@ func dumpLaptop(t testing.TB) string {
 	return laptop(t, "sh", "-c", `
 		ip -d addr | sed 's/valid_lft .*//'; ip route show table all; ip -6 route show table all; ip rule; ip -6 rule
 		ls -l --time-style=+ /etc/resolv.conf*; cat /etc/resolv.conf
-		ss -Hlntu; ls /run /tmp 2>/dev/null; iptables-save | grep -v '^#'; ps -eo args= | grep -c '[c]ulvert connect\|[c]ulvert privileged'; true`)
+		ss -Hlntu; ls -d /run/* /tmp/*culvert* 2>/dev/null; iptables-save | grep -v '^#'; ps -eo args= | grep -c '[c]ulvert connect\|[c]ulvert privileged'; true`)
 }
 
 const kinds = "all,cm,secret,sa,role,rolebinding,lease,networkpolicy,endpointslice,pdb,pvc,ingress"
+
+// watched are the namespaces that are compared; tests with a namespace of their
+// own look at that by themselves.
+var watched = []string{"default", "kube-public", "kube-system", "shop", "other"}
 
 // dumpCluster is every object of every namespace, less what changes by itself.
 func dumpCluster(t testing.TB) string {
@@ -34,7 +39,7 @@ func dumpCluster(t testing.TB) string {
 		for _, volatile := range []string{"resourceVersion", "managedFields"} {
 			delete(meta, volatile)
 		}
-		if o["kind"] == "Lease" && (meta["namespace"] == "kube-node-lease" || meta["namespace"] == "kube-system") {
+		if ns, _ := meta["namespace"].(string); !slices.Contains(watched, ns) || o["kind"] == "Lease" && ns == "kube-system" {
 			continue
 		}
 		b, err := json.Marshal(o)

@@ -1,0 +1,208 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Ctrl-C as soon as each step of the way up has begun, and a little later.
+func TestInterruptAtEveryStep(t *testing.T) {
+	steps := stepsOfConnect(t)
+	if len(steps) < 10 {
+		t.Fatalf("only %d steps seen: %q", len(steps), steps)
+	}
+	for _, step := range steps {
+		for _, later := range []time.Duration{0, 40 * time.Millisecond} {
+			t.Run(fmt.Sprintf("%s+%v", step, later), func(t *testing.T) {
+				check := noTrace(t)
+				s := start(t, "connect", "-n", namespace, "-v")
+				eventually(t, patience, step, func() error {
+					if !strings.Contains(s.talk.String(), "… "+step+"\n") && s.alive() {
+						return errors.New(s.talk.String())
+					}
+					return nil
+				})
+				time.Sleep(later)
+				s.stop()
+				check(20 * time.Second)
+			})
+		}
+	}
+}
+
+// stepsOfConnect are the steps in the words that culvert itself says.
+func stepsOfConnect(t *testing.T) []string {
+	s := connect(t, "-v")
+	s.stop()
+	var steps []string
+	for _, line := range strings.Split(s.talk.String(), "\n") {
+		if name, ok := strings.CutPrefix(line, "… "); ok && !strings.Contains(name, ":") && !strings.HasPrefix(name, "putting") {
+			steps = append(steps, name)
+		}
+	}
+	return steps
+}
+
+func kill9(t *testing.T, pid int) {
+	t.Helper()
+	laptop(t, "kill", "-9", strconv.Itoa(pid))
+}
+
+// The laptop is as before at once; the cluster when the shadow's patience ends.
+func TestKillCulvert(t *testing.T) {
+	check := noTrace(t)
+	machine := dumpLaptop(t)
+	s := connect(t)
+	kill9(t, theStatus(t).PID)
+	s.wait(10 * time.Second)
+	eventually(t, 5*time.Second, "the laptop as before", func() error {
+		if d := difference(machine, dumpLaptop(t)); d != "" {
+			return errors.New(d)
+		}
+		return nil
+	})
+	check(2 * time.Minute)
+}
+
+// In the middle of the way up, too.
+func TestKillCulvertWhileItConnects(t *testing.T) {
+	check := noTrace(t)
+	s := start(t, "connect", "-n", namespace, "-v", "--grace=15s")
+	eventually(t, patience, "the pod is waited for", func() error {
+		if !strings.Contains(s.talk.String(), "… waiting for the shadow pod") {
+			return errors.New(s.talk.String())
+		}
+		return nil
+	})
+	laptop(t, "sh", "-c", "kill -9 $(pgrep -f '[c]ulvert connect')")
+	s.wait(10 * time.Second)
+	check(2 * time.Minute)
+}
+
+// The child of root is killed: the session ends, and says why.
+func TestKillPrivilegedChild(t *testing.T) {
+	check := noTrace(t)
+	s := connect(t)
+	laptop(t, "sh", "-c", "kill -9 $(pgrep -f '[c]ulvert privileged')")
+	if code := s.wait(patience); code != 1 {
+		t.Errorf("ended with %d, want 1", code)
+	}
+	if !strings.Contains(s.talk.String(), "culvert: error: privileged child") {
+		t.Errorf("said:\n%s", s.talk.String())
+	}
+	check(30 * time.Second)
+}
+
+func reachable(host string) func() error {
+	return func() error {
+		out, talk, err := try("curl", "-sS", "--max-time", "3", "http://"+host+"/")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, talk)
+		}
+		if !strings.Contains(out, `"pod"`) {
+			return errors.New(out)
+		}
+		return nil
+	}
+}
+
+// The pod is replaced; the session goes on over a new wire.
+func TestKillShadowPod(t *testing.T) {
+	check := noTrace(t)
+	s := connect(t)
+	before := theStatus(t)
+	kubectl(t, "delete", "pod", "-n", namespace, before.Shadow.Pod, "--now")
+	eventually(t, patience, "the wire is open again", func() error {
+		if st := theStatus(t); st.Wire.Reopened == 0 || !st.Wire.Up || st.Shadow.Pod == before.Shadow.Pod {
+			return fmt.Errorf("%+v", st)
+		}
+		return nil
+	})
+	eventually(t, 10*time.Second, "web answers", reachable("web.shop"))
+	s.stop()
+	check(30 * time.Second)
+}
+
+// Everything of the session is removed under its feet, as by a hasty admin or
+// by its own shadow after a long sleep: it makes another.
+func TestSessionIsRemoved(t *testing.T) {
+	check := noTrace(t)
+	s := connect(t)
+	kubectl(t, "delete", "lease", "-n", namespace, "culvert-"+theStatus(t).Session)
+	eventually(t, patience, "the wire is open again", func() error {
+		if st := theStatus(t); st.Wire.Reopened == 0 || !st.Wire.Up {
+			return fmt.Errorf("%+v", st.Wire)
+		}
+		return nil
+	})
+	eventually(t, 10*time.Second, "web answers", reachable("web.shop"))
+	s.stop()
+	check(30 * time.Second)
+}
+
+func cluster(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := clusterCommand(args...).CombinedOutput(); err != nil {
+		t.Fatalf("cluster %v: %v\n%s", args, err, out)
+	}
+}
+
+// A short cut is ridden out on the same wire; after a long one there is a new
+// wire, and a new shadow if that one gave up.
+func TestNetworkCut(t *testing.T) {
+	for _, cut := range []time.Duration{7 * time.Second, 60 * time.Second} {
+		t.Run(cut.String(), func(t *testing.T) {
+			check := noTrace(t)
+			s := connect(t, "--grace=30s")
+			t.Cleanup(func() { cluster(t, "heal", "laptop") })
+			cluster(t, "cut", "laptop")
+			time.Sleep(cut)
+			if out := laptop(t, "ip", "route"); !strings.Contains(out, "culvert0") {
+				t.Errorf("the routes went with the network:\n%s", out)
+			}
+			cluster(t, "heal", "laptop")
+			eventually(t, patience, "web answers again", reachable("web.shop"))
+			if st := theStatus(t); cut < 10*time.Second && st.Wire.Reopened > 0 {
+				t.Errorf("a cut of %v cost the wire: %+v", cut, st.Wire)
+			}
+			s.stop()
+			check(30 * time.Second)
+		})
+	}
+}
+
+func TestAPIServerRestart(t *testing.T) {
+	check := noTrace(t)
+	s := connect(t)
+	cluster(t, "restart-apiserver")
+	eventually(t, patience, "web answers again", reachable("web.shop"))
+	eventually(t, patience, "names are followed again", func() error {
+		_, _, err := try("kubectl", "create", "service", "clusterip", "-n", namespace, "after-restart", "--tcp=80")
+		return err
+	})
+	t.Cleanup(func() { try("kubectl", "delete", "svc", "-n", namespace, "after-restart") })
+	eventually(t, 30*time.Second, "a Service made afterwards resolves", func() error {
+		_, _, err := try("getent", "hosts", "after-restart.shop")
+		return err
+	})
+	kubectl(t, "delete", "svc", "-n", namespace, "after-restart")
+	s.stop()
+	check(60 * time.Second)
+}
+
+// Fifty times in and out, and nothing adds up.
+func TestCycles(t *testing.T) {
+	check := noTrace(t)
+	for range 50 {
+		s := connect(t)
+		if err := reachable("web.shop")(); err != nil {
+			t.Error(err)
+		}
+		s.stop()
+	}
+	check(30 * time.Second)
+}
