@@ -212,7 +212,7 @@ func (k *Keep) Ready(ctx context.Context) error {
 func (k *Keep) current(ctx context.Context) (*keptWire, error) {
 	for {
 		k.mu.Lock()
-		w, next, last := k.wire, k.next, k.state.Err
+		w, next := k.wire, k.next
 		k.mu.Unlock()
 		if k.ended() {
 			return nil, net.ErrClosed
@@ -224,12 +224,16 @@ func (k *Keep) current(ctx context.Context) (*keptWire, error) {
 		case <-next:
 		case <-k.done:
 		case <-ctx.Done():
-			if last != nil {
-				return nil, fmt.Errorf("no wire: %w (%w)", ctx.Err(), last)
-			}
-			return nil, fmt.Errorf("no wire: %w", ctx.Err())
+			return nil, k.noWire(ctx.Err())
 		}
 	}
+}
+
+func (k *Keep) noWire(err error) error {
+	if last := k.State().Err; last != nil {
+		return fmt.Errorf("no wire: %w (%w)", err, last)
+	}
+	return fmt.Errorf("no wire: %w", err)
 }
 
 func (k *Keep) ended() bool {

@@ -42,12 +42,15 @@ type flow struct {
 // half copies one direction. Whatever ends it ends the other one too.
 func (f *flow) half(dst, src net.Conn) (n int64) {
 	n, err := f.copy(dst, src)
-	if err == nil {
-		src.Close()
-		dst.Close()
-	} else if f.first.set(err) {
+	if !f.first.is(err) {
+		return n
+	}
+	if err != nil {
 		Abort(dst, err)
 		Abort(src, err)
+	} else {
+		dst.Close()
+		src.Close()
 	}
 	return n
 }
@@ -87,7 +90,7 @@ func (f *flow) silent() time.Duration {
 }
 
 // notEnd is nil for what ends a flow in good order: silence, an end of file,
-// and the other direction having closed both sides.
+// and a side that was closed.
 func notEnd(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) {
 		return nil

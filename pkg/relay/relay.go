@@ -44,7 +44,7 @@ func half(dst, src net.Conn, first *firstError) int64 {
 	if err == nil {
 		err = closeWrite(dst)
 	}
-	if err != nil && first.set(err) {
+	if err != nil && first.is(err) {
 		Abort(dst, err)
 		Abort(src, err)
 	}
@@ -78,20 +78,22 @@ func Abort(c net.Conn, reason error) {
 	c.Close()
 }
 
-// firstError keeps the first error of the two directions; the other one is
-// mostly a consequence.
+// firstError keeps the first of the two directions' errors; the other one is
+// mostly a consequence. Where it is also told of a good end, that may be first.
 type firstError struct {
 	mu  sync.Mutex
+	set bool
 	err error
 }
 
-func (f *firstError) set(err error) bool {
+// is tells whether err came first.
+func (f *firstError) is(err error) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.err != nil {
+	if f.set {
 		return false
 	}
-	f.err = err
+	f.set, f.err = true, err
 	return true
 }
 

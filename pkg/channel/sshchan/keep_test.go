@@ -1,0 +1,219 @@
+package sshchan
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
+)
+
+// site is a far end that one can connect to again and again.
+type site struct {
+	near, far Config
+	network   channel.Network
+	wg        sync.WaitGroup
+
+	mu      sync.Mutex
+	refuse  error
+	opened  int
+	present net.Conn // the far end's connection
+}
+
+func newSite(t *testing.T, n channel.Network) *site {
+	s := &site{network: n}
+	s.near, s.far = pair(t)
+	return s
+}
+
+func (s *site) open(ctx context.Context) (channel.Channel, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.opened++
+	if s.refuse != nil {
+		return nil, s.refuse
+	}
+	a, b := net.Pipe()
+	s.present = b
+	s.wg.Go(func() { Serve(context.Background(), b, s.far, s.network) })
+	return Dial(ctx, a, s.near)
+}
+
+// cut ends the present wire; refuse is what the next attempts meet.
+func (s *site) cut(refuse error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refuse = refuse
+	if s.present != nil {
+		s.present.Close()
+	}
+}
+
+// keep runs a Keep over the site until the test ends.
+func (s *site) keep(t *testing.T, cfg channel.KeepConfig) *channel.Keep {
+	t.Helper()
+	cfg.Open = s.open
+	k := channel.NewKeep(cfg)
+	ctx, cancel := context.WithCancel(context.Background())
+	res := make(chan error, 1)
+	go func() { res <- k.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-res; !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Run: %v, want net.ErrClosed", err)
+		}
+		s.wg.Wait()
+	})
+	return k
+}
+
+// TestKeep: a Keep is a Channel like any other.
+func TestKeep(t *testing.T) {
+	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
+		return newSite(t, n).keep(t, channel.KeepConfig{})
+	})
+}
+
+func within(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// TestKeepReopens: flows end with their wire, dials wait for the next.
+func TestKeepReopens(t *testing.T) {
+	noLeak(t)
+	s := newSite(t, &channel.Host{})
+	states := make(chan channel.KeepState, 100)
+	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond, OnState: func(st channel.KeepState) { states <- st }})
+	address := serveTCP(t, echo)
+	for i := range 3 {
+		c, err := k.DialContext(within(t), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if st := receive(t, states); !st.Up || st.Reopened != i || st.Since.IsZero() {
+			t.Errorf("state %+v", st)
+		}
+		s.cut(nil)
+		if _, err := io.ReadAll(c); err == nil {
+			t.Error("a flow ended as if it was whole")
+		}
+		if st := receive(t, states); st.Up || st.Err == nil {
+			t.Errorf("state %+v", st)
+		}
+	}
+}
+
+// TestKeepListens: a listener lives on over wires, at its address.
+func TestKeepListens(t *testing.T) {
+	noLeak(t)
+	s := newSite(t, &channel.Host{})
+	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond})
+	l, err := k.Listen(within(t), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := make(chan error, 1)
+	go func() { accepted <- echoAll(l) }()
+	for range 3 {
+		answered(t, l.Addr().String())
+		s.cut(nil)
+	}
+	l.Close()
+	if err := receive(t, accepted); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accept: %v, want net.ErrClosed", err)
+	}
+	if l, err = k.Listen(within(t), "tcp", l.Addr().String()); err != nil {
+		t.Error("listen again:", err)
+	}
+	defer l.Close()
+	if _, err := k.Listen(within(t), "tcp", l.Addr().String()); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("listen at a taken port: %v, want EADDRINUSE", err)
+	}
+}
+
+// echoAll serves a listener until that ends.
+func echoAll(l net.Listener) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		wg.Go(func() {
+			defer c.Close()
+			echo(c)
+		})
+	}
+}
+
+// answered dials until there is an echo: a listener may be about to end with
+// its wire, or not there again yet.
+func answered(t *testing.T, address string) {
+	t.Helper()
+	for end := time.Now().Add(patience); time.Now().Before(end); {
+		c, err := net.Dial("tcp", address)
+		if err != nil {
+			continue
+		}
+		c.Write([]byte("hello"))
+		_, err = io.ReadFull(c, make([]byte, 5))
+		c.Close()
+		if err == nil {
+			return
+		}
+	}
+	t.Fatal("nobody answers at", address)
+}
+
+// TestKeepPatience: while the wire is down, a dial waits as long as it may, and
+// then says why; attempts grow rarer but never end.
+func TestKeepPatience(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t, &channel.Host{})
+		away := errors.New("no such pod")
+		s.cut(away)
+		k := s.keep(t, channel.KeepConfig{})
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		_, err := k.DialContext(ctx, "tcp", "web:80")
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, away) {
+			t.Errorf("%v, want DeadlineExceeded and %q", err, away)
+		}
+		if st := k.State(); st.Up || !errors.Is(st.Err, away) || !st.Since.IsZero() {
+			t.Errorf("state %+v", st)
+		}
+		s.mu.Lock()
+		minute := s.opened
+		s.mu.Unlock()
+		if minute < 14 || minute > 30 {
+			t.Errorf("%d attempts in a minute", minute)
+		}
+		time.Sleep(time.Hour)
+		s.cut(nil) // the pod is there
+		if err := k.Ready(context.Background()); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Minute)
+		if st := k.State(); !st.Up || st.Reopened != 0 || time.Since(st.Since) > 65*time.Second {
+			t.Errorf("state %+v", st)
+		}
+		k.Close()
+		if err := k.Wait(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Wait: %v, want net.ErrClosed", err)
+		}
+		if err := k.Ready(context.Background()); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Ready: %v, want net.ErrClosed", err)
+		}
+	})
+}
