@@ -16,8 +16,9 @@
 //	kube        kube/heal        all that is said to the API server, from each side
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
-//	channel/sshchan   relay      both ends of the wire; two connections joined
-//	channel     catalog          the words: Network and Channel; the names of a cluster
+//	channel/sshchan              both ends of the wire
+//	channel     relay            Network and Channel, the one word; two connections joined
+//	catalog     manifests        the names of a cluster as values; what is applied to one
 //
 // Imports point down, and rooms of one line do not import each other; see
 // arrows_test.go, which also fences the large libraries in.

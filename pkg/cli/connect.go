@@ -103,7 +103,7 @@ func (a *app) connect(c *cobra.Command, o connectOptions) error {
 	}
 	defer cluster.Close()
 	steps := a.steps()
-	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
+	cfg.Cluster, cfg.Reporter, cfg.Stderr, cfg.Log = cluster, steps, a.err, a.logger()
 	err = session.NewConnect(cfg).Run(c.Context())
 	if err != nil {
 		steps.Fail()

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -37,6 +38,7 @@ type ConnectConfig struct {
 	Include, Exclude []netip.Prefix
 
 	Reporter Reporter
+	Stderr   io.Writer // for what the privileged child says
 	Log      *slog.Logger
 }
 
@@ -156,9 +158,7 @@ func (c *Connect) down(ctx context.Context) error {
 	}
 	left := c.undo.run(ctx)
 	c.cancel()
-	if err := c.group.Wait(); err != nil {
-		c.cfg.Log.Debug("ended", "error", err)
-	}
+	_ = c.group.Wait() // the first error has been told, the others follow from the undo
 	if changed && left == nil {
 		c.cfg.Reporter.Done("this machine and the cluster are as before")
 	}
@@ -219,7 +219,7 @@ func (c *Connect) checkRights(ctx context.Context) (string, error) {
 }
 
 func (c *Connect) startChild(ctx context.Context) (string, error) {
-	child, err := privileged.Start(ctx, privileged.Config{})
+	child, err := privileged.Start(ctx, privileged.Config{Stderr: c.cfg.Stderr})
 	if err != nil {
 		return "", err
 	}

@@ -111,16 +111,21 @@ type naming struct {
 // settings are what pods of the namespace have in their resolv.conf, and the
 // zones whose names only the cluster knows. A namespace is a zone of its own,
 // so that "web.shop" is asked of us where the OS routes questions by name.
+//
+// A resolver may take only so many zones: what matters most comes first.
 func (n naming) settings() resolver.Settings {
-	zones := append([]string{n.domain, "svc"}, n.namespaces...)
+	zones := []string{n.domain, "svc", n.namespace}
 	for _, p := range n.prefixes {
 		zones = append(zones, reverseZones(p)...)
 	}
-	slices.Sort(zones)
+	for _, namespace := range slices.Sorted(slices.Values(n.namespaces)) {
+		if namespace != n.namespace {
+			zones = append(zones, namespace)
+		}
+	}
 	return resolver.Settings{
 		Link: n.device, LinkIndex: n.index, Server: n.server,
-		Search: n.search(),
-		Zones:  slices.Compact(zones),
+		Search: n.search(), Zones: zones,
 	}
 }
 
