@@ -46,6 +46,7 @@ type Cluster struct {
 	config *rest.Config
 	log    *slog.Logger
 	http   *http.Client
+	conns  *conns
 }
 
 // Config says which cluster, in kubectl's words.
@@ -144,7 +145,8 @@ func rawConfig(rules *clientcmd.ClientConfigLoadingRules, name string) (*api.Con
 func newCluster(config *rest.Config, name, namespace, agent string, log *slog.Logger) (*Cluster, error) {
 	config.QPS, config.Burst = 100, 200
 	config.WarningHandler = warnings{log}
-	config.Dial = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}).DialContext
+	open := &conns{}
+	config.Dial = open.dial
 	if agent != "" {
 		config.UserAgent = agent
 	}
@@ -162,7 +164,7 @@ func newCluster(config *rest.Config, name, namespace, agent string, log *slog.Lo
 	}
 	return &Cluster{
 		Context: name, Namespace: namespace, Server: server.String(),
-		client: client, config: config, log: log, http: httpClient,
+		client: client, config: config, log: log, http: httpClient, conns: open,
 	}, nil
 }
 
@@ -175,10 +177,9 @@ func (w warnings) HandleWarningHeader(code int, _ string, text string) {
 	}
 }
 
-// Close drops the idle connections to the API server.
-func (c *Cluster) Close() {
-	utilnet.CloseIdleConnectionsFor(c.http.Transport)
-}
+// Close ends all connections to the API server; the Cluster is of no use then.
+// Only what goes through a port-forward has connections of its own.
+func (c *Cluster) Close() { c.conns.close() }
 
 // Check asks the API server for its version, and whether the namespace is
 // there. It gives up after a few seconds, except that a credential plugin may

@@ -9,7 +9,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-func list(cpu, memory string) corev1.ResourceList {
+func quantities(cpu, memory string) corev1.ResourceList {
 	l := corev1.ResourceList{}
 	if cpu != "" {
 		l[corev1.ResourceCPU] = resource.MustParse(cpu)
@@ -42,8 +42,8 @@ func quota(hard, used map[corev1.ResourceName]string, scopes ...corev1.ResourceQ
 }
 
 func TestFit(t *testing.T) {
-	want := corev1.ResourceRequirements{Requests: list("20m", "32Mi"), Limits: list("1", "256Mi")}
-	type quantities = map[corev1.ResourceName]string
+	want := corev1.ResourceRequirements{Requests: quantities("20m", "32Mi"), Limits: quantities("1", "256Mi")}
+	type amounts = map[corev1.ResourceName]string
 	tests := []struct {
 		name     string
 		ranges   []corev1.LimitRange
@@ -51,15 +51,15 @@ func TestFit(t *testing.T) {
 		requests corev1.ResourceList
 		limits   corev1.ResourceList
 	}{
-		{name: "nothing asked", requests: list("20m", "32Mi"), limits: list("1", "256Mi")},
-		{name: "max", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Max: list("500m", "128Mi")})}, requests: list("20m", "32Mi"), limits: list("500m", "128Mi")},
-		{name: "max below the request", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Max: list("10m", "16Mi")})}, requests: list("10m", "16Mi"), limits: list("10m", "16Mi")},
-		{name: "min", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Type: corev1.LimitTypePod, Min: list("100m", "512Mi")})}, requests: list("100m", "512Mi"), limits: list("1", "512Mi")},
-		{name: "ratio", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{MaxLimitRequestRatio: list("10", "3")})}, requests: list("100m", "89478486"), limits: list("1", "256Mi")},
-		{name: "of volumes", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Type: corev1.LimitTypePersistentVolumeClaim, Max: list("1m", "1")})}, requests: list("20m", "32Mi"), limits: list("1", "256Mi")},
-		{name: "quota", quotas: []corev1.ResourceQuota{quota(quantities{"limits.cpu": "2", "limits.memory": "1Gi"}, quantities{"limits.cpu": "1500m", "limits.memory": "900Mi"})}, requests: list("20m", "32Mi"), limits: list("500m", "124Mi")},
-		{name: "quota used up", quotas: []corev1.ResourceQuota{quota(quantities{"limits.cpu": "2"}, quantities{"limits.cpu": "2"})}, requests: list("20m", "32Mi"), limits: list("100m", "256Mi")},
-		{name: "quota of others", quotas: []corev1.ResourceQuota{quota(quantities{"limits.cpu": "1m"}, nil, corev1.ResourceQuotaScopeBestEffort)}, requests: list("20m", "32Mi"), limits: list("1", "256Mi")},
+		{name: "nothing asked", requests: quantities("20m", "32Mi"), limits: quantities("1", "256Mi")},
+		{name: "max", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Max: quantities("500m", "128Mi")})}, requests: quantities("20m", "32Mi"), limits: quantities("500m", "128Mi")},
+		{name: "max below the request", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Max: quantities("10m", "16Mi")})}, requests: quantities("10m", "16Mi"), limits: quantities("10m", "16Mi")},
+		{name: "min", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Type: corev1.LimitTypePod, Min: quantities("100m", "512Mi")})}, requests: quantities("100m", "512Mi"), limits: quantities("1", "512Mi")},
+		{name: "ratio", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{MaxLimitRequestRatio: quantities("10", "3")})}, requests: quantities("100m", "89478486"), limits: quantities("1", "256Mi")},
+		{name: "of volumes", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Type: corev1.LimitTypePersistentVolumeClaim, Max: quantities("1m", "1")})}, requests: quantities("20m", "32Mi"), limits: quantities("1", "256Mi")},
+		{name: "quota", quotas: []corev1.ResourceQuota{quota(amounts{"limits.cpu": "2", "limits.memory": "1Gi"}, amounts{"limits.cpu": "1500m", "limits.memory": "900Mi"})}, requests: quantities("20m", "32Mi"), limits: quantities("500m", "124Mi")},
+		{name: "quota used up", quotas: []corev1.ResourceQuota{quota(amounts{"limits.cpu": "2"}, amounts{"limits.cpu": "2"})}, requests: quantities("20m", "32Mi"), limits: quantities("100m", "256Mi")},
+		{name: "quota of others", quotas: []corev1.ResourceQuota{quota(amounts{"limits.cpu": "1m"}, nil, corev1.ResourceQuotaScopeBestEffort)}, requests: quantities("20m", "32Mi"), limits: quantities("1", "256Mi")},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -82,7 +82,7 @@ func TestFit(t *testing.T) {
 			}
 		})
 	}
-	got := fit(want, nil, []corev1.ResourceQuota{quota(quantities{"limits.ephemeral-storage": "1Gi"}, nil)})
+	got := fit(want, nil, []corev1.ResourceQuota{quota(amounts{"limits.ephemeral-storage": "1Gi"}, nil)})
 	if q := got.Limits[corev1.ResourceEphemeralStorage]; q.IsZero() {
 		t.Error("storage is counted, and not asked for")
 	}

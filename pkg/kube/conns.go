@@ -1,0 +1,61 @@
+package kube
+
+import (
+	"context"
+	"net"
+	"sync"
+	"time"
+)
+
+// conns are the open connections to the API server. The transports below
+// client-go do not all let go of theirs when asked: a credential plugin's hides
+// what it wraps, and a watch that was just stopped is not idle yet.
+type conns struct {
+	mu     sync.Mutex
+	closed bool
+	open   map[*conn]bool
+}
+
+// conn is one that is forgotten when it is closed.
+type conn struct {
+	net.Conn
+	all *conns
+}
+
+func (c *conns) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}
+	raw, err := dialer.DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		raw.Close()
+		return nil, net.ErrClosed
+	}
+	one := &conn{Conn: raw, all: c}
+	if c.open == nil {
+		c.open = map[*conn]bool{}
+	}
+	c.open[one] = true
+	return one, nil
+}
+
+func (c *conn) Close() error {
+	c.all.mu.Lock()
+	delete(c.all.open, c)
+	c.all.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// close ends all of them, and lets no other begin.
+func (c *conns) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	for one := range c.open {
+		one.Conn.Close()
+	}
+	c.open = nil
+}
