@@ -12,6 +12,7 @@ import (
 type Host struct {
 	// Control, if set, is called with every socket before it is bound or
 	// connected, as net.Dialer.Control is: to mark it, or tie it to a link.
+	// On macOS it does not get to see those of "ping".
 	Control func(network, address string, c syscall.RawConn) error
 
 	// Idle is how long an accepted "udp" flow may be silent both ways before

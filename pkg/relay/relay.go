@@ -17,8 +17,6 @@ import (
 	"io"
 	"net"
 	"sync"
-
-	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
 // Join copies both ways until both directions have ended, closes a and b, and
@@ -55,7 +53,7 @@ func half(dst, src net.Conn, first *firstError) int64 {
 // is left: it is closed when the other direction has ended too. One that is
 // already gone has nothing left to be told; the other direction tells why.
 func closeWrite(c net.Conn) error {
-	cw, ok := c.(channel.CloseWriter)
+	cw, ok := c.(interface{ CloseWrite() error })
 	if !ok {
 		return nil
 	}

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-
-	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -278,7 +276,7 @@ func TestForward(t *testing.T) {
 	front := listen(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	res := make(chan error, 1)
-	go func() { res <- Forward(ctx, front, &channel.Host{}, "tcp", echo.Addr().String()) }()
+	go func() { res <- Forward(ctx, front, &net.Dialer{}, "tcp", echo.Addr().String()) }()
 
 	var conns []net.Conn
 	for range 3 {
@@ -313,7 +311,7 @@ func TestForwardRefused(t *testing.T) {
 	front := listen(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	res := make(chan error, 1)
-	go func() { res <- Forward(ctx, front, &channel.Host{}, "tcp", closed.Addr().String()) }()
+	go func() { res <- Forward(ctx, front, &net.Dialer{}, "tcp", closed.Addr().String()) }()
 	c, err := net.Dial("tcp", front.Addr().String())
 	if err == nil { // the reset may come even before
 		_, err = io.ReadAll(c)

@@ -152,7 +152,7 @@ func (w *wire) watch() {
 		}
 	}
 	w.tap.fail(errSilent(3 * w.cfg.Keepalive))
-	w.tap.Close()
+	w.tap.Conn.Close() // what is queued would not arrive
 }
 
 // errSilent is the death of a wire that says nothing any more.
