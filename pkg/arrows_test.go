@@ -17,8 +17,9 @@ const module = "github.com/culvert-dev/culvert/"
 // layers is the map of doc.go, lowest first. A package imports only from
 // layers below its own.
 var layers = [][]string{
-	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
-	{"pkg/channel", "pkg/relay"},
+	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest"},
+	{"pkg/channel", "pkg/dns/dnstest"},
+	{"pkg/relay"},
 	{"pkg/channel/sshchan", "pkg/channel/channeltest"},
 	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/kube", "pkg/kube/heal"},
 	{"pkg/privileged", "pkg/shadow"},

@@ -17,7 +17,8 @@
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
 //	channel/sshchan              both ends of the wire
-//	channel     relay            Network and Channel, the one word; two connections joined
+//	relay                        two connections joined
+//	channel                      the one word: Network, Channel, this machine's Host
 //	catalog     manifests        the names of a cluster as values; what is applied to one
 //
 // Imports point down, and rooms of one line do not import each other; see
