@@ -134,7 +134,9 @@ func hostMain(name string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	select {}
+	for { // not select {}: a host without services would be a deadlock to Go
+		_ = unix.Pause()
+	}
 }
 
 // host is a machine seen from the inside.
