@@ -232,6 +232,12 @@ func TestConfigure(t *testing.T) {
 		if !slices.Equal(got, want) {
 			t.Errorf("addresses %v, want %v", got, want)
 		}
+		for _, a := range want { // at once, not soon
+			r, err := netlink.RouteGet(a.AsSlice())
+			if err != nil || r[0].Type != unix.RTN_LOCAL {
+				t.Errorf("%v is not taken in: %v, %v", a, r, err)
+			}
+		}
 	}
 	if err := (tun.Link{Name: "none0"}).Configure(1500); err == nil || !strings.Contains(err.Error(), "none0") {
 		t.Errorf("a link that is not there: %v", err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -40,6 +41,27 @@ func (l Link) Configure(mtu int, addrs ...netip.Addr) error {
 	}
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("set %s up: %w", l.Name, err)
+	}
+	return awaitLocal(addrs)
+}
+
+// awaitLocal waits until the kernel takes packets to the addresses. For IPv6 it
+// makes the local route in a work queue of its own, even of an address without
+// DAD; what arrives earlier is lost, and nothing tells when it's done but to ask.
+func awaitLocal(addrs []netip.Addr) error {
+	const patience, pause = 2 * time.Second, time.Millisecond
+	end := time.Now().Add(patience)
+	for _, a := range addrs {
+		for {
+			routes, err := netlink.RouteGet(a.AsSlice())
+			if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if time.Now().After(end) {
+				return fmt.Errorf("address %v is not in use %v after it was set: %w", a, patience, os.ErrDeadlineExceeded)
+			}
+			time.Sleep(pause)
+		}
 	}
 	return nil
 }
