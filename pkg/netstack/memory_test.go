@@ -266,27 +266,21 @@ func checkTold(t *testing.T, err error, q, b []byte, rst bool, code4, code6 byte
 func TestResetEndsTheDial(t *testing.T) {
 	g := newGate(failing{syscall.ECONNREFUSED})
 	p, _ := onPipe(t, netstack.Config{Network: g})
-	for range 2 {
-		p.in <- packetOf(app4, srv4, 6, segment(77, header.TCPFlagSyn))
+	for range 3 {
+		until(t, "the SYN is dialed for", func() bool {
+			p.in <- packetOf(app4, srv4, 6, segment(77, header.TCPFlagSyn)) // again and again, as long as the last one is not forgotten
+			return len(g.entered) > 0
+		})
 		<-g.entered
 		p.in <- packetOf(app4, srv4, 6, segment(78, header.TCPFlagRst))
-		if err := <-g.left; !errors.Is(err, context.Canceled) {
-			t.Errorf("the dial ended with %v", err)
+		select {
+		case err := <-g.left:
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("the dial ended with %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("the dial goes on without the app")
 		}
-		until(t, "the SYN is forgotten", func() bool {
-			select {
-			case p.in <- packetOf(app4, srv4, 6, segment(77, header.TCPFlagSyn)):
-			default:
-			}
-			select {
-			case <-g.entered:
-				return true
-			default:
-				return false
-			}
-		})
-		p.in <- packetOf(app4, srv4, 6, segment(78, header.TCPFlagRst))
-		<-g.left
 	}
 	if len(p.out) > 0 {
 		t.Errorf("an app that has left is told % x", <-p.out)

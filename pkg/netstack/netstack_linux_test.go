@@ -274,7 +274,11 @@ func TestShutdownResets(t *testing.T) {
 
 func TestPosts(t *testing.T) {
 	each(t, func(t *testing.T, e *farEnd, host string, s *netstack.Stack) {
-		const size, flows = 20 << 20, 13
+		const flows = 13
+		size := int64(20 << 20)
+		if strings.Contains(t.Name(), "no_virtio") {
+			size = 2 << 20 // every segment on its own is slow
+		}
 		serve(t, e, net.JoinHostPort(host, "80"), func(c net.Conn) { io.Copy(c, c); c.(*net.TCPConn).CloseWrite(); c.Close() })
 		var all sync.WaitGroup
 		for i := range flows {
@@ -293,7 +297,7 @@ func TestPosts(t *testing.T) {
 		}
 		all.Wait()
 		for _, n := range []uint64{s.Stats().TCP.Sent, s.Stats().TCP.Received} {
-			if n != size*flows {
+			if n != uint64(size)*flows {
 				t.Errorf("%d bytes were counted, want %d", n, size*flows)
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/netstack"
@@ -109,14 +110,15 @@ func (e *farEnd) furnish() error {
 	if err != nil {
 		return err
 	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
 	for _, a := range []string{web4 + "/32", web6 + "/128"} {
 		addr, _ := netlink.ParseAddr(a)
+		addr.Flags = unix.IFA_F_NODAD // or it can't be bound yet
 		if err := netlink.AddrAdd(lo, addr); err != nil {
 			return err
 		}
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
-		return err
 	}
 	// Deaf is a device whose packets nobody reads.
 	if e.deaf, err = tun.Open("deaf0"); err != nil {
