@@ -49,6 +49,7 @@ lint:
 	@test -z "$$(gofmt -l cmd pkg images manifests e2e)" || { gofmt -l cmd pkg images manifests e2e; exit 1; }
 	go vet ./...
 	$(STATICCHECK) ./...
+	cd e2e/cluster && go vet . && $(STATICCHECK) .
 
 unit:
 	go run ./e2e/suite -unit

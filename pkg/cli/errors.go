@@ -28,10 +28,10 @@ func usage(err error) error {
 
 // explain prints err for a person and returns the exit code it stands for.
 func explain(w io.Writer, err error) int {
-	if err == nil || errors.Is(err, context.Canceled) {
+	code, hint := judge(err)
+	if code != exitLeftovers && errors.Is(err, context.Canceled) || err == nil {
 		return exitDone
 	}
-	code, hint := judge(err)
 	fmt.Fprintf(w, "culvert: error: %v\n", err)
 	if hint != "" {
 		fmt.Fprintf(w, "culvert: hint: %s\n", hint)

@@ -53,7 +53,7 @@ func (a *app) tableOfStatus(s session.Status) {
 	row("shadow", "%s, pod %s", s.Shadow.Kind, s.Shadow.Pod)
 	row("wire", "%s", wireLine(s.Wire))
 	row("flows", "%d tcp, %d udp, %d ping; %s sent, %s received, %d dials failed",
-		s.Flows.TCP, s.Flows.UDP, s.Flows.Ping, bytes(s.Flows.Sent), bytes(s.Flows.Received), s.Flows.Failed)
+		s.Flows.TCP, s.Flows.UDP, s.Flows.Ping, byteCount(s.Flows.Sent), byteCount(s.Flows.Received), s.Flows.Failed)
 	row("device", "%s, MTU %d, offload %v", s.Device.Name, s.Device.MTU, s.Device.Offload)
 	for _, r := range s.Routes {
 		row("route", "%s\t%s", r.Prefix, r.Source)
@@ -82,8 +82,8 @@ func wireLine(w session.WireStatus) string {
 	return line
 }
 
-// bytes in powers of 1,024.
-func bytes(n uint64) string {
+// byteCount in powers of 1,024.
+func byteCount(n uint64) string {
 	if n < 1024 {
 		return fmt.Sprintf("%d B", n)
 	}

@@ -1,0 +1,86 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/session"
+	"github.com/culvert-dev/culvert/pkg/tun"
+)
+
+func TestExitCodes(t *testing.T) {
+	conflict := &session.ConflictError{
+		Conflicts: []tun.Conflict{{Wanted: netip.MustParsePrefix("10.96.0.0/16")}}, Sources: []string{"ServiceCIDR kubernetes"},
+	}
+	for name, c := range map[string]struct {
+		err  error
+		code int
+		hint string // a part of it
+	}{
+		"nothing":              {nil, 0, ""},
+		"Ctrl-C":               {fmt.Errorf("wait: %w", context.Canceled), 0, ""},
+		"anything":             {errors.New("broken"), 1, ""},
+		"usage":                {usage(errors.New("no such flag")), 2, "--help"},
+		"rights":               {fmt.Errorf("create: %w", kube.ErrForbidden), 3, "culvert rbac"},
+		"root":                 {fmt.Errorf("start: %w", os.ErrPermission), 3, "sudo"},
+		"left":                 {fmt.Errorf("remove: %w", session.ErrLeft), 4, "culvert clean"},
+		"failed and left":      {errors.Join(kube.ErrForbidden, session.ErrLeft), 4, "culvert clean"},
+		"a range is taken":     {conflict, 1, "--exclude 10.96.0.0/16"},
+		"no such context":      {kube.ErrContext, 1, "get-contexts"},
+		"no such namespace":    {kube.ErrNamespace, 1, "get namespaces"},
+		"nobody answers":       {kube.ErrUnreachable, 1, "cluster-info"},
+		"wrong credentials":    {kube.ErrUnauthorized, 1, "whoami"},
+		"no kubeconfig":        {kube.ErrKubeconfig, 1, "--kubeconfig"},
+		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
+	} {
+		var out bytes.Buffer
+		if code := explain(&out, c.err); code != c.code {
+			t.Errorf("%s: exit code %d, want %d", name, code, c.code)
+		}
+		if c.code != 0 && strings.Count(out.String(), "culvert: error: ") != 1 {
+			t.Errorf("%s: says %q", name, out.String())
+		}
+		if !strings.Contains(out.String(), c.hint) {
+			t.Errorf("%s: says %q, want a hint with %q", name, out.String(), c.hint)
+		}
+	}
+}
+
+func TestBadFlags(t *testing.T) {
+	for _, args := range []string{
+		"frobnicate", "connect --frobnicate", "connect extra", "connect --include ten", "connect --include 0.0.0.0/0",
+		"connect --exclude 10.0.0.0/33", "connect --grace 5s", "connect --grace soon", "connect --way teleport",
+		"status extra", "status -o xml", "version -o xml", "rbac extra", "clean extra",
+	} {
+		var out, talk bytes.Buffer
+		a := &app{version: "test", out: &out, err: &talk}
+		if code := a.run(t.Context(), strings.Fields(args)); code != exitUsage {
+			t.Errorf("culvert %s: exit code %d, want %d: %s", args, code, exitUsage, talk.String())
+		}
+		if strings.Count(talk.String(), "culvert: error: ") != 1 || out.Len() > 0 {
+			t.Errorf("culvert %s says %q and %q", args, talk.String(), out.String())
+		}
+	}
+}
+
+func TestParsePrefixes(t *testing.T) {
+	got, err := parsePrefixes("--include", []string{"10.20.3.4/16", "192.0.2.7", "fd00::1/64"})
+	if want := "[10.20.0.0/16 192.0.2.7/32 fd00::/64]"; err != nil || fmt.Sprint(got) != want {
+		t.Errorf("got %v, %v, want %s", got, err, want)
+	}
+}
+
+func TestBytes(t *testing.T) {
+	for n, want := range map[uint64]string{0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 3 << 30: "3.0 GiB", 1 << 62: "4096.0 PiB"} {
+		if got := byteCount(n); got != want {
+			t.Errorf("%d: %q, want %q", n, got, want)
+		}
+	}
+}
