@@ -97,7 +97,8 @@ func (k *Keep) Run(ctx context.Context) error {
 	}()
 	k.reopen(ctx)
 	k.end()
-	k.mu.Lock() // a listener that still begins has begun, or sees the end
+	k.mu.Lock()
+	//lint:ignore SA2001 a listener that still begins has begun, or sees the end
 	k.mu.Unlock()
 	k.wg.Wait()
 	return net.ErrClosed

@@ -15,8 +15,8 @@ import (
 )
 
 // deviceMTU is that of a device which is only ever between the kernel and this
-// process: as large as an IP packet may be, rounded down to 16 bytes.
-const deviceMTU = 65520
+// process: nothing is fragmented there, and large packets are cheap.
+const deviceMTU = 65535
 
 // apiAlive is how long the API server may take to answer when the routes are set.
 const apiAlive = 3 * time.Second

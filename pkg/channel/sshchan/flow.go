@@ -410,7 +410,7 @@ func (s stream) WriteTo(dst io.Writer) (int64, error) {
 	}
 	defer s.rmu.Unlock()
 	defer s.unbounded.read.Store(false)
-	return relay.Copy(dst, direct{s.flow})
+	return relay.Copy(dst, direct(s))
 }
 
 // direct reads without the pump.
