@@ -39,4 +39,9 @@ func main() {
 		cfg.Log.Error("shadow ended", "err", err)
 		os.Exit(1)
 	}
+	if ctx.Err() != nil {
+		os.Exit(terminated) // a Job's pod that ends well is not replaced
+	}
 }
+
+const terminated = 128 + int(syscall.SIGTERM)

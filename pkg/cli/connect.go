@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/privileged"
 	"github.com/culvert-dev/culvert/pkg/session"
 )
 
@@ -63,11 +66,17 @@ func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	if cfg.Way, known = ways[o.way]; !known {
 		return cfg, usage(fmt.Errorf("--way is proxy, websocket or spdy, not %q", o.way))
 	}
+	if o.image == "" {
+		return cfg, usage(errors.New("--image is empty"))
+	}
 	if o.grace < minGrace {
 		return cfg, usage(fmt.Errorf("--grace is %v or more, not %v", minGrace, o.grace))
 	}
 	if cfg.Include, err = parsePrefixes("--include", o.include); err != nil {
 		return cfg, err
+	}
+	if err := privileged.CheckRoutes(cfg.Include); err != nil {
+		return cfg, usage(fmt.Errorf("--include: %w", err))
 	}
 	cfg.Exclude, err = parsePrefixes("--exclude", o.exclude)
 	return cfg, err
@@ -102,6 +111,7 @@ func (a *app) connect(c *cobra.Command, o connectOptions) error {
 		return err
 	}
 	defer cluster.Close()
+	defer outliveReaders()()
 	steps := a.steps()
 	cfg.Cluster, cfg.Reporter, cfg.Stderr, cfg.Log = cluster, steps, a.err, a.logger()
 	err = session.NewConnect(cfg).Run(c.Context())
@@ -111,11 +121,21 @@ func (a *app) connect(c *cobra.Command, o connectOptions) error {
 	return err
 }
 
+// outliveReaders lets writes to a closed pipe fail like any other: of "culvert
+// connect | tee log" Ctrl-C ends tee first, and there is much to put back.
+func outliveReaders() (stop func()) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGPIPE)
+	return func() { signal.Stop(signals) }
+}
+
 // cluster is the one that the flags name.
 func (a *app) cluster() (*kube.Cluster, error) {
+	log := a.logger()
+	kube.LogTo(log)
 	return kube.Load(kube.Config{
 		Kubeconfig: a.kubeconfig, Context: a.context, Namespace: a.namespace,
-		UserAgent: "culvert/" + a.version, Log: a.logger(),
+		UserAgent: "culvert/" + a.version, Log: log,
 	})
 }
 

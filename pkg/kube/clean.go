@@ -22,15 +22,15 @@ type CleanConfig struct {
 	Progress      func(string) // a line for what takes time; may be nil
 }
 
-// Cleaned is Clean's word on one session.
+// Cleaned is Clean's word on one session. Its JSON form is a promise.
 type Cleaned struct {
-	Namespace string
-	Name      string
-	Owner     string
-	Living    bool
-	Why       string   // it is held for living or dead
-	Objects   []string // what bears its labels: "deployment/culvert-x"
-	Removed   bool     // false for the living and in a dry run
+	Namespace string   `json:"namespace"`
+	Name      string   `json:"name"`
+	Owner     string   `json:"owner"`
+	Living    bool     `json:"living"`
+	Why       string   `json:"why"`     // it is held for living or dead
+	Objects   []string `json:"objects"` // what bears its labels: "deployment/culvert-x"
+	Removed   bool     `json:"removed"` // false for the living and in a dry run
 }
 
 // judged is a session before the verdict.

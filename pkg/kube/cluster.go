@@ -34,6 +34,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/klog/v2"
 )
 
 // A Cluster is one API server, as one user, with one namespace to work in.
@@ -60,6 +61,10 @@ type Config struct {
 
 // dialTimeout bounds how long an API server that is not there is waited for.
 const dialTimeout = 5 * time.Second
+
+// LogTo sends what client-go has to say to log, and not to stderr. It is one
+// for the whole process and is called before anything else of this package.
+func LogTo(log *slog.Logger) { klog.SetSlogLogger(log) }
 
 // Load finds the cluster and says nothing to it yet. The configuration that a
 // pod has from its service account is never used: culvert inside a pod acts for

@@ -33,7 +33,7 @@ func sorted(err error) error {
 		return err
 	case apierrors.IsUnauthorized(err), strings.Contains(err.Error(), "getting credentials"):
 		return fmt.Errorf("%w: %w", ErrUnauthorized, err)
-	case apierrors.IsForbidden(err):
+	case apierrors.IsForbidden(err) && !strings.Contains(err.Error(), "exceeded quota"):
 		return fmt.Errorf("%w: %w", ErrForbidden, err)
 	case unreachable(err):
 		return fmt.Errorf("%w: %w", ErrUnreachable, err)

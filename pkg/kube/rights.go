@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	authv1 "k8s.io/api/authorization/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/culvert-dev/culvert/manifests"
 )
@@ -262,6 +263,9 @@ func (r *Rights) may(verb, group, resource string) bool {
 // RBAC is the Role that connecting needs in a namespace, as YAML, and with
 // cluster the ClusterRole of what is read beyond it.
 func RBAC(namespace string, cluster bool) (string, error) {
+	if wrong := validation.IsDNS1123Label(namespace); len(wrong) > 0 {
+		return "", fmt.Errorf("%w: %q: %s", ErrNamespace, namespace, wrong[0])
+	}
 	files := []string{"rbac.yaml"}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")
