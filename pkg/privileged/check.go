@@ -53,7 +53,8 @@ func validName(name string) bool {
 	})
 }
 
-func checkRoutes(all []netip.Prefix) error {
+// CheckRoutes is what SetRoutes says of all, before there is a child to ask.
+func CheckRoutes(all []netip.Prefix) error {
 	if len(all) > maxRoutes {
 		return refuse("%d routes, at most %d", len(all), maxRoutes)
 	}

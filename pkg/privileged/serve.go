@@ -146,7 +146,7 @@ func (c *child) setRoutes(all []netip.Prefix) error {
 	if c.keep == nil {
 		return refuse("no device")
 	}
-	if err := checkRoutes(all); err != nil {
+	if err := CheckRoutes(all); err != nil {
 		return err
 	}
 	return c.link.SetRoutes(all)

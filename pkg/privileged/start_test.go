@@ -106,7 +106,7 @@ func prefixes(all ...string) (out []netip.Prefix) {
 }
 
 func TestCheckRoutes(t *testing.T) {
-	if err := checkRoutes(prefixes("10.0.0.0/8", "10.96.0.0/12", "100.64.0.0/10", "fd00:10::/64", "2001:db8::/32", "203.0.113.7/32")); err != nil {
+	if err := CheckRoutes(prefixes("10.0.0.0/8", "10.96.0.0/12", "100.64.0.0/10", "fd00:10::/64", "2001:db8::/32", "203.0.113.7/32")); err != nil {
 		t.Error(err)
 	}
 	for _, p := range []string{
@@ -115,14 +115,14 @@ func TestCheckRoutes(t *testing.T) {
 		"224.0.0.0/8", "239.1.2.3/32", "ff02::1/128", "255.255.255.255/32", "0.0.0.0/32", "::ffff:10.0.0.0/112",
 		"10.0.0.1/8",
 	} {
-		if err := checkRoutes(prefixes("10.96.0.0/12", p)); !errors.Is(err, errRefused) {
+		if err := CheckRoutes(prefixes("10.96.0.0/12", p)); !errors.Is(err, errRefused) {
 			t.Errorf("%s: %v", p, err)
 		}
 	}
-	if err := checkRoutes([]netip.Prefix{{}}); !errors.Is(err, errRefused) {
+	if err := CheckRoutes([]netip.Prefix{{}}); !errors.Is(err, errRefused) {
 		t.Errorf("no prefix: %v", err)
 	}
-	if err := checkRoutes(make([]netip.Prefix, maxRoutes+1)); !errors.Is(err, errRefused) {
+	if err := CheckRoutes(make([]netip.Prefix, maxRoutes+1)); !errors.Is(err, errRefused) {
 		t.Errorf("too many: %v", err)
 	}
 }
@@ -173,7 +173,7 @@ func FuzzRequest(f *testing.F) {
 		if err := decode(text, &req); err != nil {
 			return
 		}
-		if checkRoutes(req.Routes) == nil {
+		if CheckRoutes(req.Routes) == nil {
 			for _, p := range req.Routes {
 				if p.Bits() < minBits4 || slices.ContainsFunc(outside, p.Contains) {
 					t.Errorf("took route %v", p)

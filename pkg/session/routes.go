@@ -50,7 +50,10 @@ func (c *Connect) readRoutes(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.routes = routes
-	return conflicts(routes, existing)
+	if err := conflicts(routes, existing); err != nil {
+		return err
+	}
+	return privileged.CheckRoutes(prefixes(routes))
 }
 
 func (c *Connect) openDevice(ctx context.Context) (string, error) {
