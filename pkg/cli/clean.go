@@ -38,7 +38,7 @@ func (a *app) cleanCommand() *cobra.Command {
 
 type cleanOptions struct {
 	allNamespaces, dryRun, local bool
-	output                       string
+	output                       outputFormat
 }
 
 func (a *app) clean(c *cobra.Command, o cleanOptions) error {
@@ -52,7 +52,8 @@ func (a *app) clean(c *cobra.Command, o cleanOptions) error {
 		Files    []string       `json:"files"`
 		Sessions []kube.Cleaned `json:"sessions"`
 	}{append([]string{}, files...), append([]kube.Cleaned{}, sessions...)}
-	err := a.print(o.output, result, func() { a.tableOfCleaned(files, sessions, o.dryRun) })
+	looked := localErr == nil && clusterErr == nil
+	err := a.print(o.output, result, func() { a.tableOfCleaned(files, sessions, o.dryRun, looked) })
 	return errors.Join(localErr, clusterErr, err)
 }
 
@@ -75,9 +76,11 @@ func (a *app) cleanCluster(c *cobra.Command, o cleanOptions) ([]kube.Cleaned, er
 	return cluster.Clean(c.Context(), kube.CleanConfig{AllNamespaces: o.allNamespaces, DryRun: o.dryRun, Progress: steps.Say})
 }
 
-func (a *app) tableOfCleaned(files []string, sessions []kube.Cleaned, dryRun bool) {
+func (a *app) tableOfCleaned(files []string, sessions []kube.Cleaned, dryRun, looked bool) {
 	if len(files)+len(sessions) == 0 {
-		fmt.Fprintln(a.err, "nothing was left behind")
+		if looked {
+			fmt.Fprintln(a.err, "nothing was left behind")
+		}
 		return
 	}
 	removed := "removed"

@@ -41,7 +41,7 @@ func TestExitCodes(t *testing.T) {
 		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
 	} {
 		var out bytes.Buffer
-		if code := explain(&out, c.err); code != c.code {
+		if code := explain(&out, c.err, ""); code != c.code {
 			t.Errorf("%s: exit code %d, want %d", name, code, c.code)
 		}
 		if c.code != 0 && strings.Count(out.String(), "culvert: error: ") != 1 {
@@ -55,7 +55,7 @@ func TestExitCodes(t *testing.T) {
 
 func TestBadFlags(t *testing.T) {
 	for _, args := range []string{
-		"frobnicate", "connect --frobnicate", "connect extra", "connect --include ten", "connect --include 0.0.0.0/0",
+		"frobnicate", "connect --frobnicate", "connect --include 10.0.0.0/4", "connect --include 127.0.0.0/8", "connect --image=", "clean -o xml", "connect extra", "connect --include ten", "connect --include 0.0.0.0/0",
 		"connect --exclude 10.0.0.0/33", "connect --grace 5s", "connect --grace soon", "connect --way teleport",
 		"status extra", "status -o xml", "version -o xml", "rbac extra", "clean extra",
 	} {
@@ -66,6 +66,40 @@ func TestBadFlags(t *testing.T) {
 		}
 		if strings.Count(talk.String(), "culvert: error: ") != 1 || out.Len() > 0 {
 			t.Errorf("culvert %s says %q and %q", args, talk.String(), out.String())
+		}
+	}
+}
+
+func TestHints(t *testing.T) {
+	conflict := func(wanted, existing, device string) tun.Conflict {
+		return tun.Conflict{Wanted: netip.MustParsePrefix(wanted), Existing: tun.Route{Dst: netip.MustParsePrefix(existing), Device: device}}
+	}
+	for want, conflicts := range map[string][]tun.Conflict{
+		"culvert connect --exclude 10.96.64.0/18":            {conflict("10.96.0.0/16", "10.96.64.0/18", "veth0")},
+		"culvert connect --exclude 10.96.0.0/16":             {conflict("10.96.0.0/16", "10.0.0.0/8", "wg0"), conflict("10.96.0.0/16", "10.0.0.0/8", "wg1")},
+		"culvert connect --exclude 10.96.0.0/16,10.1.0.0/24": {conflict("10.96.0.0/16", "10.0.0.0/8", "wg0"), conflict("10.1.0.0/16", "10.1.0.0/24", "br0")},
+		"culvert status  # another session leads there":      {conflict("10.96.0.0/16", "10.96.0.0/16", "culvert0")},
+	} {
+		err := &session.ConflictError{Conflicts: conflicts, Sources: make([]string, len(conflicts))}
+		if _, hint := judge(err, ""); hint != want {
+			t.Errorf("%v: hint %q, want %q", err, hint, want)
+		}
+	}
+	if _, hint := judge(kube.ErrForbidden, "shop"); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
+		t.Errorf("hint %q does not name the namespace", hint)
+	}
+}
+
+// A step that fails is told, and its spinner ends, when what follows begins.
+func TestStepFails(t *testing.T) {
+	for _, terminal := range []bool{false, true} {
+		var out bytes.Buffer
+		s := &steps{out: &out, terminal: terminal}
+		s.Begin("one")
+		s.Begin("two")
+		s.Done("two is done")
+		if text := out.String(); !strings.Contains(text, "✗ one") || !strings.Contains(text, "✓ two is done") {
+			t.Errorf("terminal %v: %q", terminal, text)
 		}
 	}
 }

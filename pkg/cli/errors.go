@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 // Exit codes, as the README promises them.
@@ -26,13 +27,15 @@ func usage(err error) error {
 	return usageError{err}
 }
 
-// explain prints err for a person and returns the exit code it stands for.
-func explain(w io.Writer, err error) int {
-	code, hint := judge(err)
+// explain prints err for a person, on one line, and returns the exit code it
+// stands for.
+func explain(w io.Writer, err error, namespace string) int {
+	code, hint := judge(err, namespace)
 	if code != exitLeftovers && errors.Is(err, context.Canceled) || err == nil {
 		return exitDone
 	}
-	fmt.Fprintf(w, "culvert: error: %v\n", err)
+	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
+	fmt.Fprintf(w, "culvert: error: %s\n", strings.Join(lines, "; "))
 	if hint != "" {
 		fmt.Fprintf(w, "culvert: hint: %s\n", hint)
 	}

@@ -3,13 +3,17 @@ package cli
 import (
 	"errors"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/session"
+	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
-// judge gives an error its exit code and a command that may help.
-func judge(err error) (code int, hint string) {
+// judge gives an error its exit code and a command that may help; namespace is
+// the one that was typed, if any.
+func judge(err error, namespace string) (code int, hint string) {
 	var wrong usageError
 	var conflict *session.ConflictError
 	switch {
@@ -18,13 +22,13 @@ func judge(err error) (code int, hint string) {
 	case errors.As(err, &wrong):
 		return exitUsage, "culvert --help"
 	case errors.As(err, &conflict):
-		return exitFailed, "culvert connect --exclude " + conflict.Conflicts[0].Wanted.String()
+		return exitFailed, makeWay(conflict.Conflicts)
 	case errors.Is(err, kube.ErrForbidden):
-		return exitNotPermitted, "culvert rbac | kubectl apply -f -  (as somebody who may grant it)"
+		return exitNotPermitted, rbacHint(namespace)
 	case errors.Is(err, os.ErrPermission):
 		return exitNotPermitted, "sudo -v && culvert connect"
 	case errors.Is(err, kube.ErrKubeconfig):
-		return exitFailed, "kubectl config view, or name a file with --kubeconfig"
+		return exitFailed, "kubectl config view  # or name a file with --kubeconfig"
 	case errors.Is(err, kube.ErrContext):
 		return exitFailed, "kubectl config get-contexts"
 	case errors.Is(err, kube.ErrNamespace):
@@ -35,4 +39,30 @@ func judge(err error) (code int, hint string) {
 		return exitFailed, "kubectl cluster-info"
 	}
 	return exitFailed, ""
+}
+
+func rbacHint(namespace string) string {
+	verb := "culvert rbac"
+	if namespace != "" {
+		verb += " -n " + namespace
+	}
+	return verb + " | kubectl apply -f -  # by somebody who may grant it"
+}
+
+// makeWay leaves to this machine what it has routes for, and no more.
+func makeWay(conflicts []tun.Conflict) string {
+	var exclude []string
+	for _, c := range conflicts {
+		if strings.HasPrefix(c.Existing.Device, "culvert") {
+			return "culvert status  # another session leads there"
+		}
+		taken := c.Existing.Dst
+		if taken.Bits() < c.Wanted.Bits() {
+			taken = c.Wanted
+		}
+		if !slices.Contains(exclude, taken.String()) {
+			exclude = append(exclude, taken.String())
+		}
+	}
+	return "culvert connect --exclude " + strings.Join(exclude, ",")
 }

@@ -50,7 +50,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 	root.SetArgs(args)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	return explain(a.err, root.ExecuteContext(ctx))
+	return explain(a.err, root.ExecuteContext(ctx), a.namespace)
 }
 
 // interruptible is cancelled by the first Ctrl-C, SIGTERM or SIGHUP. A second
@@ -75,11 +75,12 @@ func interruptible(w io.Writer) (context.Context, func()) {
 
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "culvert",
-		Short:         "Join this machine to a Kubernetes cluster's network",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-		Args:          cobra.ArbitraryArgs,
+		Use:                        "culvert",
+		Short:                      "Join this machine to a Kubernetes cluster's network",
+		SilenceUsage:               true,
+		SilenceErrors:              true,
+		Args:                       cobra.ArbitraryArgs,
+		SuggestionsMinimumDistance: 2,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				return unknownVerb(c, args[0])
@@ -121,17 +122,30 @@ func (a *app) steps() *steps {
 	return &steps{out: a.err, terminal: a.terminal && !a.verbose, verbose: a.verbose, quiet: a.quiet}
 }
 
-func outputFlag(c *cobra.Command, output *string) {
-	c.Flags().StringVarP(output, "output", "o", "table", "table, json or yaml")
+// outputFormat is checked when it is typed, not when there is something to print.
+type outputFormat string
+
+func (f *outputFormat) String() string { return string(*f) }
+func (f *outputFormat) Type() string   { return "string" }
+
+func (f *outputFormat) Set(text string) error {
+	switch text {
+	case "table", "json", "yaml":
+		*f = outputFormat(text)
+		return nil
+	}
+	return errors.New("it is table, json or yaml")
+}
+
+func outputFlag(c *cobra.Command, output *outputFormat) {
+	*output = "table"
+	c.Flags().VarP(output, "output", "o", "table, json or yaml")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
 // print writes a result: v as json or yaml, or what table prints.
-func (a *app) print(output string, v any, table func()) error {
+func (a *app) print(output outputFormat, v any, table func()) error {
 	switch output {
-	case "table":
-		table()
-		return nil
 	case "json":
 		e := json.NewEncoder(a.out)
 		e.SetIndent("", "  ")
@@ -144,5 +158,6 @@ func (a *app) print(output string, v any, table func()) error {
 		_, err = a.out.Write(b)
 		return err
 	}
-	return usage(errors.New("--output is table, json or yaml"))
+	table()
+	return nil
 }

@@ -12,7 +12,7 @@ import (
 )
 
 func (a *app) statusCommand() *cobra.Command {
-	var output string
+	var output outputFormat
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show the sessions that run on this machine",

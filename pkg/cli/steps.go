@@ -27,8 +27,9 @@ const (
 	spinEvery = 100 * time.Millisecond
 )
 
-// Begin starts a step; the one before it must be over.
+// Begin starts a step. One that is under way still has failed.
 func (s *steps) Begin(what string) {
+	s.Fail()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.what, s.detail, s.since = what, "", time.Now()

@@ -8,7 +8,7 @@ import (
 )
 
 func (a *app) versionCommand() *cobra.Command {
-	var output string
+	var output outputFormat
 	c := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
