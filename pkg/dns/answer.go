@@ -248,9 +248,10 @@ func (z *Zone) serversOf(svc *service) []server {
 	return all
 }
 
+// nameservers are names of Services, which not everybody may see.
 func (z *Zone) nameservers(q dns.Question) outcome {
 	servers := z.servers()
-	if len(servers) == 0 && !z.all {
+	if !z.all && (len(servers) == 0 || servers[0].name == nameserver+z.domain) {
 		return outcome{verdict: unknown}
 	}
 	o := outcome{verdict: exists}

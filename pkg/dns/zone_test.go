@@ -274,6 +274,19 @@ func TestScope(t *testing.T) {
 	}
 }
 
+// The names of the cluster's DNS are those of Services that not everybody sees.
+func TestNameserversOutOfSight(t *testing.T) {
+	s := newShop(Config{})
+	z := s.Zone()
+	z.DropService("kube-system", "kube-dns")
+	for scope, want := range map[bool]string{false: "cluster", true: "NOERROR ns.dns.cluster.local. +ns.dns.cluster.local.=10.96.0.10"} {
+		z.SetScope(catalog.Scope{All: scope, Namespaces: []string{"shop"}})
+		if _, got := local(t, s, ask1("cluster.local.", "NS")); got != want {
+			t.Errorf("all %t: got %s, want %s", scope, got, want)
+		}
+	}
+}
+
 func TestPutAndDrop(t *testing.T) {
 	s := newShop(Config{})
 	z := s.Zone()
