@@ -193,16 +193,3 @@ func TestAPIServerRestart(t *testing.T) {
 	s.stop()
 	check(60 * time.Second)
 }
-
-// Fifty times in and out, and nothing adds up.
-func TestCycles(t *testing.T) {
-	check := noTrace(t)
-	for range 50 {
-		s := connect(t)
-		if err := reachable("web.shop")(); err != nil {
-			t.Error(err)
-		}
-		s.stop()
-	}
-	check(30 * time.Second)
-}

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/cli"
 )
 
 const (
@@ -39,6 +41,12 @@ func must[T any](v T, err error) T {
 }
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "privileged" { // connect runs itself again as its child
+		os.Exit(cli.Main("test", os.Args[1:]))
+	}
+	if os.Getenv(insideName) != "" {
+		os.Exit(m.Run())
+	}
 	if os.Geteuid() != 0 {
 		fmt.Println("e2e: must run as root, to enter the cluster's namespaces")
 		os.Exit(1)
@@ -140,8 +148,8 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// session is a culvert that runs on the laptop.
-type session struct {
+// running is a culvert that runs on the laptop.
+type running struct {
 	t    testing.TB
 	cmd  *exec.Cmd
 	talk lockedBuffer    // its stderr
@@ -150,14 +158,14 @@ type session struct {
 }
 
 // start runs culvert with args and returns at once.
-func start(t testing.TB, args ...string) *session {
+func start(t testing.TB, args ...string) *running {
 	t.Helper()
 	return startAs(t, on("laptop", append([]string{culvertBin}, args...)...))
 }
 
-func startAs(t testing.TB, cmd *exec.Cmd) *session {
+func startAs(t testing.TB, cmd *exec.Cmd) *running {
 	t.Helper()
-	s := &session{t: t, cmd: cmd}
+	s := &running{t: t, cmd: cmd}
 	cmd.Stdout, cmd.Stderr = &s.talk, &s.talk
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -178,7 +186,7 @@ func startAs(t testing.TB, cmd *exec.Cmd) *session {
 }
 
 // connect starts "culvert connect" and waits until it says that it is connected.
-func connect(t testing.TB, args ...string) *session {
+func connect(t testing.TB, args ...string) *running {
 	t.Helper()
 	s := start(t, append([]string{"connect", "-n", namespace}, args...)...)
 	s.connected()
@@ -187,7 +195,7 @@ func connect(t testing.TB, args ...string) *session {
 
 const connectedLine = "connected"
 
-func (s *session) connected() {
+func (s *running) connected() {
 	s.t.Helper()
 	eventually(s.t, patience, "culvert connected", func() error {
 		if !s.alive() {
@@ -200,12 +208,12 @@ func (s *session) connected() {
 	})
 }
 
-func (s *session) alive() bool { return s.ctx.Err() == nil }
+func (s *running) alive() bool { return s.ctx.Err() == nil }
 
-func (s *session) interrupt() { _ = s.cmd.Process.Signal(syscall.SIGINT) }
+func (s *running) interrupt() { _ = s.cmd.Process.Signal(syscall.SIGINT) }
 
 // wait returns the exit code.
-func (s *session) wait(within time.Duration) int {
+func (s *running) wait(within time.Duration) int {
 	s.t.Helper()
 	select {
 	case <-s.ctx.Done():
@@ -218,7 +226,7 @@ func (s *session) wait(within time.Duration) int {
 }
 
 // stop interrupts, waits, and wants everything put back.
-func (s *session) stop() {
+func (s *running) stop() {
 	s.t.Helper()
 	s.interrupt()
 	if code := s.wait(patience); code != 0 {
