@@ -2,6 +2,11 @@ package dns
 
 import "github.com/miekg/dns"
 
+// negativeTTL is how long a resolver on this machine may say that something is
+// not there. CoreDNS says as long as for what is there; but asking here costs
+// nothing, and who has just made a Service wants to see it.
+const negativeTTL = 1
+
 // message is an outcome as a reply: the records, or else the SOA that says for
 // how long there are none.
 func (z *Zone) message(q query, o outcome) *dns.Msg {
@@ -14,7 +19,9 @@ func (z *Zone) message(q query, o outcome) *dns.Msg {
 	if len(o.answer) == 0 {
 		z.mu.RLock()
 		defer z.mu.RUnlock()
-		m.Ns = []dns.RR{z.soa(q.start)}
+		soa := z.soa(q.start)
+		soa.Hdr.Ttl = min(negativeTTL, soa.Hdr.Ttl)
+		m.Ns = []dns.RR{soa}
 	}
 	return m
 }

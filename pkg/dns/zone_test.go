@@ -274,6 +274,16 @@ func TestScope(t *testing.T) {
 	}
 }
 
+// A resolver on the machine must not hide for long what was just made.
+func TestNegativeAnswersAreBrief(t *testing.T) {
+	for _, q := range []dnstest.Question{ask1("nosuch.shop.svc.cluster.local.", "A"), ask1("web.shop.svc.cluster.local.", "AAAA")} {
+		m, _ := local(t, newShop(Config{}), q)
+		if len(m.Ns) != 1 || m.Ns[0].Header().Ttl != 1 {
+			t.Errorf("%s: %v", q, m)
+		}
+	}
+}
+
 // The names of the cluster's DNS are those of Services that not everybody sees.
 func TestNameserversOutOfSight(t *testing.T) {
 	s := newShop(Config{})
