@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -86,15 +87,11 @@ func (c *Connect) openDevice(ctx context.Context) (string, error) {
 // freeAddrs are addresses for the device: always one of IPv4, for the DNS
 // server, and one of IPv6 where that is routed.
 func freeAddrs(routes []netip.Prefix) ([]netip.Addr, error) {
-	existing, err := tun.Existing()
+	inUse, err := usedPrefixes()
 	if err != nil {
 		return nil, err
 	}
-	taken := slices.Clone(routes)
-	for _, r := range existing {
-		taken = append(taken, r.Dst)
-	}
-	v4, v6 := tun.FreeAddrs(taken)
+	v4, v6 := tun.FreeAddrs(slices.Concat(routes, inUse))
 	if !v4.IsValid() {
 		return nil, errors.New("no address is free for the device: every range that could be used is routed elsewhere")
 	}
@@ -102,6 +99,31 @@ func freeAddrs(routes []netip.Prefix) ([]netip.Addr, error) {
 		return []netip.Addr{v4, v6}, nil
 	}
 	return []netip.Addr{v4}, nil
+}
+
+// usedPrefixes are those that this machine has routes to, and its own addresses:
+// to that of another session's device there is no route.
+func usedPrefixes() ([]netip.Prefix, error) {
+	existing, err := tun.Existing()
+	if err != nil {
+		return nil, err
+	}
+	var all []netip.Prefix
+	for _, r := range existing {
+		all = append(all, r.Dst)
+	}
+	own, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range own {
+		p, err := netip.ParsePrefix(a.String())
+		if err != nil {
+			return nil, fmt.Errorf("list addresses: %w", err)
+		}
+		all = append(all, p)
+	}
+	return all, nil
 }
 
 // setRoutes leads to the cluster what is the cluster's, and looks at once
