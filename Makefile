@@ -9,7 +9,7 @@ CLUSTER    := bin/cluster
 
 export NODES GOFLAGS
 
-.PHONY: build cross images cluster-up cluster-down demo test unit lint fuzz clean
+.PHONY: build cross images prepare cluster-up cluster-down demo test unit lint fuzz clean
 
 build: bin/culvert
 
@@ -33,6 +33,10 @@ images:
 # A real Kubernetes on this machine, in network namespaces; as root.
 cluster-up: $(CLUSTER) images
 	$(CLUSTER) up
+
+# What the cluster and the tests need: Debian packages, Kubernetes, images.
+prepare: $(CLUSTER)
+	$(CLUSTER) build
 
 cluster-down: $(CLUSTER)
 	$(CLUSTER) down

@@ -23,12 +23,7 @@ func main() {
 	keep := flag.Bool("keep", false, "leave the cluster up")
 	flag.Parse()
 	s := &suite{start: time.Now(), out: os.Stdout}
-	if *run == "" {
-		s.checks()
-	}
-	if !*unitOnly {
-		s.endToEnd(*run, *keep)
-	}
+	s.run(*run, *unitOnly, *keep)
 	os.Exit(s.close())
 }
 
@@ -38,6 +33,19 @@ type suite struct {
 	passed  int
 	failed  int
 	skipped int
+}
+
+func (s *suite) run(run string, unitOnly, keep bool) {
+	// Packages are for the unit tests, too; without root they skip what needs them.
+	if root := os.Geteuid() == 0; (root || !unitOnly) && !s.make("prepare") {
+		return
+	}
+	if run == "" {
+		s.checks()
+	}
+	if !unitOnly {
+		s.endToEnd(run, keep)
+	}
 }
 
 // checks need no cluster.
