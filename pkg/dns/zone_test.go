@@ -276,7 +276,7 @@ func TestScope(t *testing.T) {
 
 // A resolver on the machine must not hide for long what was just made.
 func TestNegativeAnswersAreBrief(t *testing.T) {
-	for _, q := range []dnstest.Question{ask1("nosuch.shop.svc.cluster.local.", "A"), ask1("web.shop.svc.cluster.local.", "AAAA")} {
+	for _, q := range []*dns.Msg{ask1("nosuch.shop.svc.cluster.local.", "A"), ask1("web.shop.svc.cluster.local.", "AAAA")} {
 		m, _ := local(t, newShop(Config{}), q)
 		if len(m.Ns) != 1 || m.Ns[0].Header().Ttl != 1 {
 			t.Errorf("%s: %v", q, m)
