@@ -20,6 +20,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
 	"github.com/culvert-dev/culvert/pkg/privileged"
+	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
 
@@ -69,15 +70,22 @@ type Connect struct {
 	way    kube.Way
 	routes []RouteStatus
 	naming naming
+	mode   resolver.Mode // how the OS was told of names; none before that
 	seen   sinkState
+	wireUp bool // as last told
 	warned []string
+
+	zonesChanged chan struct{}
 }
 
 // NewConnect starts nothing.
 func NewConnect(cfg ConnectConfig) *Connect {
 	id := make([]byte, 4)
 	rand.Read(id) // never fails
-	return &Connect{cfg: cfg, id: hex.EncodeToString(id), since: time.Now()}
+	return &Connect{
+		cfg: cfg, id: hex.EncodeToString(id), since: time.Now(),
+		wireUp: true, zonesChanged: make(chan struct{}, 1),
+	}
 }
 
 type step struct {

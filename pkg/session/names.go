@@ -51,12 +51,13 @@ func (c *Connect) upstreams(ours netip.Addr) func() []netip.AddrPort {
 		if time.Since(at) < time.Second {
 			return last
 		}
+		at = time.Now()
 		now, err := system.Upstreams(ours)
 		if err != nil {
 			c.cfg.Log.Warn("upstream nameservers not read", "error", err)
 			return last
 		}
-		last, at = now, time.Now()
+		last = now
 		return last
 	}
 }
@@ -77,40 +78,75 @@ func (c *Connect) watchNames(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// setResolver tells the OS of our server, and from then on of zones that come
+// and go.
 func (c *Connect) setResolver(ctx context.Context) (string, error) {
-	c.mu.Lock()
-	c.naming.namespaces, c.naming.prefixes = c.seen.namespaces, prefixes(c.routes)
-	settings := c.naming.settings()
-	c.mu.Unlock()
-	plan, err := c.child.SetDNS(ctx, settings)
+	told := c.wantedSettings()
+	plan, err := c.child.SetDNS(ctx, told)
 	if err != nil {
 		return "", err
 	}
 	c.mu.Lock()
-	c.naming.mode = plan.Mode
+	c.mode = plan.Mode
 	c.mu.Unlock()
+	if plan.Manager != "" {
+		c.warn(fmt.Sprintf("%s writes /etc/resolv.conf here: if it does so now, the cluster's names are lost until you connect again", plan.Manager))
+	}
+	c.background("zones", func(ctx context.Context) error { return c.followZones(ctx, told) })
 	return fmt.Sprintf("names asked through %s", plan.Mode), nil
+}
+
+const (
+	zonesSettle = 200 * time.Millisecond // several changes are told as one
+	zonesAgain  = 5 * time.Second        // after a failure
+)
+
+// followZones tells the OS whenever the zones are others than it was told. It is
+// the only one who tells, so that the last word is the newest.
+func (c *Connect) followZones(ctx context.Context, told resolver.Settings) error {
+	again := time.NewTimer(0) // what changed while it was first told
+	defer again.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-c.zonesChanged:
+			again.Reset(zonesSettle)
+		case <-again.C:
+			wanted := c.wantedSettings()
+			if reflect.DeepEqual(wanted, told) {
+				continue
+			}
+			if _, err := c.child.SetDNS(ctx, wanted); err != nil {
+				c.cfg.Log.Warn("the resolver was not told of new zones", "error", err)
+				again.Reset(zonesAgain)
+				continue
+			}
+			told = wanted
+		}
+	}
+}
+
+func (c *Connect) wantedSettings() resolver.Settings {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := c.naming
+	n.namespaces, n.prefixes = c.seen.namespaces, prefixes(c.routes)
+	return n.settings()
 }
 
 func (c *Connect) namesChanged(s sinkState) {
 	c.mu.Lock()
 	c.seen = s
 	c.mu.Unlock()
-	c.tellResolver()
+	c.tellZones()
 }
 
-// tellResolver tells the OS of zones that are new, once it has been told at all.
-func (c *Connect) tellResolver() {
-	c.mu.Lock()
-	before := c.naming.settings()
-	c.naming.namespaces, c.naming.prefixes = c.seen.namespaces, prefixes(c.routes)
-	settings, told := c.naming.settings(), c.naming.mode != resolver.ModeNone
-	c.mu.Unlock()
-	if !told || reflect.DeepEqual(before, settings) {
-		return
-	}
-	if _, err := c.child.SetDNS(c.gctx, settings); err != nil && c.gctx.Err() == nil {
-		c.cfg.Log.Warn("the resolver was not told of new zones", "error", err)
+// tellZones wakes followZones, or leaves word for when it begins.
+func (c *Connect) tellZones() {
+	select {
+	case c.zonesChanged <- struct{}{}:
+	default:
 	}
 }
 

@@ -30,6 +30,7 @@ func (e *ConflictError) Error() string {
 type routePlan struct {
 	include, exclude []netip.Prefix
 	pinned           []netip.Addr
+	noIPv6           bool // this machine has none
 }
 
 const includeSource = "--include"
@@ -43,6 +44,9 @@ func (p routePlan) routes(found []kube.Route) []RouteStatus {
 	wanted = append(wanted, p.include...)
 	var routes []RouteStatus
 	for _, r := range tun.Plan(wanted, p.exclude, p.pinned) {
+		if p.noIPv6 && r.Addr().Is6() {
+			continue
+		}
 		routes = append(routes, RouteStatus{Prefix: r, Source: p.source(r, found)})
 	}
 	return routes
@@ -100,7 +104,6 @@ func has6(ps []netip.Prefix) bool {
 type naming struct {
 	device     string
 	index      int
-	mode       resolver.Mode // how the OS was told; none before that
 	server     netip.Addr
 	namespace  string
 	domain     string
@@ -112,7 +115,7 @@ type naming struct {
 // zones whose names only the cluster knows. A namespace is a zone of its own,
 // so that "web.shop" is asked of us where the OS routes questions by name.
 //
-// A resolver may take only so many zones: what matters most comes first.
+// A resolver takes only so many zones: what matters most comes first.
 func (n naming) settings() resolver.Settings {
 	zones := []string{n.domain, "svc", n.namespace}
 	for _, p := range n.prefixes {
@@ -125,9 +128,12 @@ func (n naming) settings() resolver.Settings {
 	}
 	return resolver.Settings{
 		Link: n.device, LinkIndex: n.index, Server: n.server,
-		Search: n.search(), Zones: zones,
+		Search: n.search(), Zones: zones[:min(len(zones), maxZones)],
 	}
 }
+
+// maxZones is what systemd-resolved takes for a link, less what is searched.
+const maxZones = 256 - 3
 
 func (n naming) search() []string {
 	return []string{n.namespace + ".svc." + n.domain, "svc." + n.domain, n.domain}

@@ -12,6 +12,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
 	"github.com/culvert-dev/culvert/pkg/privileged"
+	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
@@ -25,15 +26,36 @@ const apiAlive = 3 * time.Second
 // findRoutes refuses before anything is changed. What only the shadow can tell
 // comes to it in openDevice.
 func (c *Connect) findRoutes(ctx context.Context) (string, error) {
-	pinned, err := c.cfg.Cluster.ServerAddrs(ctx)
-	if err != nil {
+	c.plan = routePlan{include: c.cfg.Include, exclude: c.cfg.Exclude, noIPv6: !tun.HasIPv6()}
+	if err := c.pin(ctx); err != nil {
 		return "", err
 	}
-	c.plan = routePlan{include: c.cfg.Include, exclude: c.cfg.Exclude, pinned: pinned}
 	if err := c.readRoutes(ctx); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("%d routes found, none in the way of this machine's own", len(c.routes)), nil
+}
+
+// pin keeps out of the tunnel what the tunnel itself needs: the API server, and
+// the nameservers that its name may be asked of.
+func (c *Connect) pin(ctx context.Context) error {
+	pinned, err := c.cfg.Cluster.ServerAddrs(ctx)
+	if err != nil {
+		return err
+	}
+	var ours netip.Addr
+	if c.device != nil {
+		ours = c.device.Addrs[0]
+	}
+	upstreams, err := resolver.New(resolver.Config{Log: c.cfg.Log}).Upstreams(ours)
+	if err != nil {
+		return err
+	}
+	for _, u := range upstreams {
+		pinned = append(pinned, u.Addr())
+	}
+	c.plan.pinned = pinned
+	return nil
 }
 
 // readRoutes reads the cluster's ranges, and fails where this machine uses them.
@@ -47,6 +69,9 @@ func (c *Connect) readRoutes(ctx context.Context) error {
 		return err
 	}
 	routes := c.plan.routes(found)
+	if c.plan.noIPv6 && slices.ContainsFunc(found, func(r kube.Route) bool { return r.Prefix.Addr().Is6() }) {
+		c.warn("this machine has no IPv6: the cluster's IPv6 addresses are not reached")
+	}
 	c.cfg.Log.Debug("routes found", "routes", len(routes), "missing", missing)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -137,14 +162,18 @@ func (c *Connect) setRoutes(ctx context.Context) (string, error) {
 	if _, err := c.cfg.Cluster.Check(alive); err != nil {
 		return "", fmt.Errorf("with the routes set, the API server was not reached any more: %w", err)
 	}
+	result := fmt.Sprintf("%d routes lead to %s", len(c.routes), c.device.Name())
 	c.background("watch of ranges", func(ctx context.Context) error {
 		return c.cfg.Cluster.WatchCIDRs(ctx, c.hint, func(found []kube.Route) { c.rangesChanged(ctx, found) })
 	})
-	return fmt.Sprintf("%d routes lead to %s", len(c.routes), c.device.Name()), nil
+	return result, nil
 }
 
 // rangesChanged follows the cluster as nodes come and go.
 func (c *Connect) rangesChanged(ctx context.Context, found []kube.Route) {
+	if err := c.pin(ctx); err != nil { // what was pinned stays so
+		c.cfg.Log.Warn("addresses of the API server not read again", "error", err)
+	}
 	routes, err := c.freeOf(found)
 	if err == nil {
 		err = c.child.SetRoutes(ctx, prefixes(routes))
@@ -157,7 +186,7 @@ func (c *Connect) rangesChanged(ctx context.Context, found []kube.Route) {
 	c.mu.Lock()
 	c.routes = routes
 	c.mu.Unlock()
-	c.tellResolver()
+	c.tellZones()
 }
 
 // freeOf are the routes to found that are not in the way of this machine's own.

@@ -112,7 +112,7 @@ func serveStatus(ctx context.Context, l net.Listener, log *slog.Logger, now func
 
 func answerStatus(c net.Conn, now func() Status) error {
 	defer c.Close()
-	if !mayAsk(c) {
+	if !trusted(c) {
 		return nil
 	}
 	if err := c.SetDeadline(time.Now().Add(statusPatient)); err != nil {
@@ -148,6 +148,9 @@ func askStatus(ctx context.Context, name string) (s Status, err error) {
 		return s, err
 	}
 	defer c.Close()
+	if !trusted(c) {
+		return s, fmt.Errorf("%s belongs to somebody else", strings.TrimLeft(name, "@"))
+	}
 	if err := c.SetDeadline(time.Now().Add(statusPatient)); err != nil {
 		return s, err
 	}

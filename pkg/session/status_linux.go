@@ -42,9 +42,9 @@ func parseUnixTable(table []byte) []string {
 	return names
 }
 
-// mayAsk keeps other users out: abstract sockets have no permissions. Who runs
-// culvert through sudo may ask it without.
-func mayAsk(c net.Conn) bool {
+// trusted keeps other users out, who ask and who answer: abstract sockets have
+// no permissions. Who runs culvert through sudo may ask it without.
+func trusted(c net.Conn) bool {
 	raw, err := c.(*net.UnixConn).SyscallConn()
 	if err != nil {
 		return false

@@ -36,7 +36,7 @@ func (c *Connect) status() Status {
 		Device: DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()},
 		Routes: slices.Clone(c.routes),
 		DNS: DNSStatus{
-			Mode: string(c.naming.mode), Server: c.naming.server, Domain: c.naming.domain,
+			Mode: string(c.mode), Server: c.naming.server, Domain: c.naming.domain,
 			Search: c.naming.search(), Whole: c.seen.whole(),
 		},
 		Missing: append([]string{}, c.warned...),

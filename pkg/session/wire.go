@@ -50,28 +50,11 @@ func (c *Connect) createShadow(ctx context.Context) (string, error) {
 		HostKey: c.keys.shadowKey, AuthorizedKey: c.keys.laptopPublic,
 	}, c.rights)
 	c.undo.add("remove the shadow", c.shadow.Delete)
-	if err := c.newShadow(ctx); err != nil {
+	if err := c.shadow.Create(ctx, c.warn); err != nil {
 		return "", err
 	}
+	c.background("lease", c.shadow.Renew)
 	return fmt.Sprintf("shadow made, as a %s", c.shadow.Mode()), nil
-}
-
-// newShadow makes the shadow, the first time or after it is gone: it ends
-// itself when this machine was silent for the grace time, as after a sleep.
-func (c *Connect) newShadow(ctx context.Context) error {
-	if err := c.shadow.Create(ctx, c.warn); err != nil {
-		return err
-	}
-	c.background("lease", func(ctx context.Context) error {
-		err := c.shadow.Renew(ctx)
-		if errors.Is(err, kube.ErrGone) { // dialWire makes another, with a lease of its own
-			c.cfg.Log.Warn("the session's lease is gone", "error", err)
-			<-ctx.Done()
-			return nil
-		}
-		return err
-	})
-	return nil
 }
 
 func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
@@ -143,11 +126,13 @@ func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
 	return wire, nil
 }
 
+// dialNewShadow makes the shadow again: it ends itself when this machine was
+// silent for the grace time, as after a sleep.
 func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, kube.Way, error) {
 	if err := c.shadow.Delete(ctx); err != nil {
 		return nil, "", err
 	}
-	if err := c.newShadow(ctx); err != nil {
+	if err := c.shadow.Create(ctx, c.warn); err != nil {
 		return nil, "", err
 	}
 	if err := c.shadow.WaitReady(ctx, nil); err != nil {
@@ -162,14 +147,21 @@ func (c *Connect) lastWay() kube.Way {
 	return c.way
 }
 
-// wireChanged tells the person when the wire goes, and when it is back.
+// wireChanged tells the person when the wire goes, and when it is back, but not
+// of every attempt in between.
 func (c *Connect) wireChanged(s channel.KeepState) {
+	c.mu.Lock()
+	changed := s.Up != c.wireUp && !s.Since.IsZero()
+	if changed {
+		c.wireUp = s.Up
+	}
+	c.mu.Unlock()
 	switch {
-	case c.gctx.Err() != nil || s.Since.IsZero():
-	case !s.Up:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
-	case s.Reopened > 0:
+	case !changed || c.gctx.Err() != nil:
+	case s.Up:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again, through %s", c.lastWay()))
+	default:
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
 	}
 }
 
