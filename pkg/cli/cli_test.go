@@ -25,14 +25,14 @@ func TestExitCodes(t *testing.T) {
 		hint string // a part of it
 	}{
 		"nothing":              {nil, 0, ""},
-		"Ctrl-C":               {fmt.Errorf("wait: %w", context.Canceled), 0, ""},
+		"Ctrl-C in a clean":    {fmt.Errorf("wait: %w", context.Canceled), 1, ""},
 		"anything":             {errors.New("broken"), 1, ""},
 		"usage":                {usage(errors.New("no such flag")), 2, "--help"},
-		"rights":               {fmt.Errorf("create: %w", kube.ErrForbidden), 3, "culvert rbac"},
-		"root":                 {fmt.Errorf("start: %w", os.ErrPermission), 3, "sudo"},
-		"left":                 {fmt.Errorf("remove: %w", session.ErrLeft), 4, "culvert clean"},
+		"rights":               {fmt.Errorf("create: %w", kube.ErrForbidden), 3, "culvert rbac -n shop |"},
+		"root":                 {fmt.Errorf("start: %w", os.ErrPermission), 3, "sudo -v && culvert connect -n shop"},
+		"left":                 {fmt.Errorf("remove: %w", session.ErrLeft), 4, "culvert clean -n shop"},
 		"failed and left":      {errors.Join(kube.ErrForbidden, session.ErrLeft), 4, "culvert clean"},
-		"a range is taken":     {conflict, 1, "--exclude 10.96.0.0/16"},
+		"a range is taken":     {conflict, 1, "culvert connect -n shop --exclude 10.96.0.0/16"},
 		"no such context":      {kube.ErrContext, 1, "get-contexts"},
 		"no such namespace":    {kube.ErrNamespace, 1, "get namespaces"},
 		"nobody answers":       {kube.ErrUnreachable, 1, "cluster-info"},
@@ -41,7 +41,7 @@ func TestExitCodes(t *testing.T) {
 		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
 	} {
 		var out bytes.Buffer
-		if code := explain(&out, c.err, ""); code != c.code {
+		if code := explain(&out, c.err, typed{line: "connect -n shop", flags: " -n shop"}); code != c.code {
 			t.Errorf("%s: exit code %d, want %d", name, code, c.code)
 		}
 		if c.code != 0 && strings.Count(out.String(), "culvert: error: ") != 1 {
@@ -81,11 +81,11 @@ func TestHints(t *testing.T) {
 		"culvert status  # another session leads there":      {conflict("10.96.0.0/16", "10.96.0.0/16", "culvert0")},
 	} {
 		err := &session.ConflictError{Conflicts: conflicts, Sources: make([]string, len(conflicts))}
-		if _, hint := judge(err, ""); hint != want {
+		if _, hint := judge(err, typed{line: "connect"}); hint != want {
 			t.Errorf("%v: hint %q, want %q", err, hint, want)
 		}
 	}
-	if _, hint := judge(kube.ErrForbidden, "shop"); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
+	if _, hint := judge(kube.ErrForbidden, typed{flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
 		t.Errorf("hint %q does not name the namespace", hint)
 	}
 }

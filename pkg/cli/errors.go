@@ -29,10 +29,13 @@ func usage(err error) error {
 
 // explain prints err for a person, on one line, and returns the exit code it
 // stands for.
-func explain(w io.Writer, err error, namespace string) int {
-	code, hint := judge(err, namespace)
-	if code != exitLeftovers && errors.Is(err, context.Canceled) || err == nil {
+func explain(w io.Writer, err error, t typed) int {
+	if err == nil {
 		return exitDone
+	}
+	code, hint := judge(err, t)
+	if errors.Is(err, context.Canceled) && code == exitFailed {
+		err = errors.New("interrupted")
 	}
 	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
 	fmt.Fprintf(w, "culvert: error: %s\n", strings.Join(lines, "; "))

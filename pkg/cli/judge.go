@@ -11,22 +11,27 @@ import (
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
-// judge gives an error its exit code and a command that may help; namespace is
-// the one that was typed, if any.
-func judge(err error, namespace string) (code int, hint string) {
+// typed is what was typed, for hints that lead to the same cluster.
+type typed struct {
+	line  string // all of it, without the program's name
+	flags string // which cluster and namespace, with a blank before each
+}
+
+// judge gives an error its exit code and a command that may help.
+func judge(err error, t typed) (code int, hint string) {
 	var wrong usageError
 	var conflict *session.ConflictError
 	switch {
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
-		return exitLeftovers, "culvert clean"
+		return exitLeftovers, "culvert clean" + t.flags
 	case errors.As(err, &wrong):
 		return exitUsage, "culvert --help"
 	case errors.As(err, &conflict):
-		return exitFailed, makeWay(conflict.Conflicts)
+		return exitFailed, makeWay(conflict.Conflicts, t)
 	case errors.Is(err, kube.ErrForbidden):
-		return exitNotPermitted, rbacHint(namespace)
+		return exitNotPermitted, "culvert rbac" + t.flags + " | kubectl apply -f -  # by somebody who may grant it"
 	case errors.Is(err, os.ErrPermission):
-		return exitNotPermitted, "sudo -v && culvert connect"
+		return exitNotPermitted, "sudo -v && culvert " + t.line
 	case errors.Is(err, kube.ErrKubeconfig):
 		return exitFailed, "kubectl config view  # or name a file with --kubeconfig"
 	case errors.Is(err, kube.ErrContext):
@@ -41,16 +46,8 @@ func judge(err error, namespace string) (code int, hint string) {
 	return exitFailed, ""
 }
 
-func rbacHint(namespace string) string {
-	verb := "culvert rbac"
-	if namespace != "" {
-		verb += " -n " + namespace
-	}
-	return verb + " | kubectl apply -f -  # by somebody who may grant it"
-}
-
 // makeWay leaves to this machine what it has routes for, and no more.
-func makeWay(conflicts []tun.Conflict) string {
+func makeWay(conflicts []tun.Conflict, t typed) string {
 	var exclude []string
 	for _, c := range conflicts {
 		if strings.HasPrefix(c.Existing.Device, "culvert") {
@@ -64,5 +61,5 @@ func makeWay(conflicts []tun.Conflict) string {
 			exclude = append(exclude, taken.String())
 		}
 	}
-	return "culvert connect --exclude " + strings.Join(exclude, ",")
+	return "culvert " + t.line + " --exclude " + strings.Join(exclude, ",")
 }

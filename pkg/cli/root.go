@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -50,7 +51,19 @@ func (a *app) run(ctx context.Context, args []string) int {
 	root.SetArgs(args)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
-	return explain(a.err, root.ExecuteContext(ctx), a.namespace)
+	err := root.ExecuteContext(ctx)
+	return explain(a.err, err, typed{line: strings.Join(args, " "), flags: a.clusterFlags()})
+}
+
+// clusterFlags are those of the flags typed that say which cluster and namespace.
+func (a *app) clusterFlags() string {
+	var flags string
+	for _, f := range []struct{ name, value string }{{"--kubeconfig", a.kubeconfig}, {"--context", a.context}, {"-n", a.namespace}} {
+		if f.value != "" {
+			flags += " " + f.name + " " + f.value
+		}
+	}
+	return flags
 }
 
 // interruptible is cancelled by the first Ctrl-C, SIGTERM or SIGHUP. A second
