@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/session"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -28,6 +29,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitUsage, "culvert --help"
 	case errors.As(err, &conflict):
 		return exitFailed, makeWay(conflict.Conflicts, t)
+	case errors.Is(err, resolver.ErrBusy):
+		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):
 		return exitNotPermitted, "culvert rbac" + t.flags + " | kubectl apply -f -  # by somebody who may grant it"
 	case errors.Is(err, os.ErrPermission):

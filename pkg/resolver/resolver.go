@@ -103,7 +103,9 @@ func (r *Resolver) Set(ctx context.Context, s Settings) error {
 // begin chooses the place. It is kept until everything is reverted, even if
 // the system changes meanwhile.
 func (r *Resolver) begin(ctx context.Context, s Settings) error {
-	if err := r.restore(ctx); err != nil { // what a dead session left is no original
+	if err := r.restore(ctx); errors.Is(err, ErrBusy) {
+		return fmt.Errorf("set the resolver: %w", err)
+	} else if err != nil { // what a dead session left is no original
 		return fmt.Errorf("put back the resolver of an earlier session: %w", err)
 	}
 	plan := Detect(look(ctx, r.cfg))
