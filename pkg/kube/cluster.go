@@ -142,7 +142,20 @@ func rawConfig(rules *clientcmd.ClientConfigLoadingRules, name string) (*api.Con
 		}
 		return nil, "", fmt.Errorf("%w: %q, the kubeconfig has: %s", ErrContext, name, known)
 	}
-	return raw, name, nil
+	return raw, name, refersWell(raw, name)
+}
+
+// refersWell names what a context refers to and is not there; client-go's own
+// words for it may be about something else.
+func refersWell(raw *api.Config, name string) error {
+	refers := raw.Contexts[name]
+	if raw.Clusters[refers.Cluster] == nil {
+		return fmt.Errorf("%w: context %s: no cluster %q", ErrKubeconfig, name, refers.Cluster)
+	}
+	if refers.AuthInfo != "" && raw.AuthInfos[refers.AuthInfo] == nil {
+		return fmt.Errorf("%w: context %s: no user %q", ErrKubeconfig, name, refers.AuthInfo)
+	}
+	return nil
 }
 
 // newCluster sets what client-go leaves at values made for controllers: a
