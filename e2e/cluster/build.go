@@ -36,6 +36,7 @@ var needs = []struct{ glob, pkg string }{
 	{"/usr/sbin/sshd", "openssh-server"},
 	{"/usr/bin/ssh", "openssh-client"},
 	{"/usr/bin/curl", "curl"},
+	{"/usr/bin/sudo", "sudo"},
 	{"/usr/bin/dig", "bind9-dnsutils"},
 	{"/usr/bin/ping", "iputils-ping"},
 	{"/usr/sbin/ip|/usr/bin/ip|/bin/ip|/sbin/ip", "iproute2"},
