@@ -21,6 +21,8 @@ const (
 	longestRetry = 3 * time.Second
 	// A watch that lived this long was a working one: the next retry is quick.
 	steadyWatch = 5 * time.Second
+	// Whoever may list and not watch is kept up to date by lists, at most so often.
+	listEvery = time.Minute
 )
 
 // A key names an object of one kind.
@@ -142,10 +144,12 @@ type follower[V any] struct {
 
 func (f follower[V]) run(ctx context.Context) {
 	retry := backoff{}
+	var unwatched bool // the watch after the last list was not permitted
 	for ctx.Err() == nil {
 		began := time.Now()
 		version, err := f.relist(ctx)
-		if err == nil {
+		listed := err == nil
+		if listed {
 			err = f.watchFrom(ctx, version)
 		}
 		if ctx.Err() != nil {
@@ -153,6 +157,13 @@ func (f follower[V]) run(ctx context.Context) {
 		}
 		if !outdated(err) {
 			f.failed(err)
+		}
+		// Once may be a right that is just being taken, with that to list.
+		again := unwatched
+		unwatched = listed && forbidden(err)
+		if unwatched && again {
+			_ = pause(ctx, listEvery) // the loop looks at ctx
+			continue
 		}
 		retry.wait(ctx, time.Since(began))
 	}

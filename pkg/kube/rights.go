@@ -96,8 +96,8 @@ func connectRights() []right {
 		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
 		{group: "", resource: "namespaces", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
 		{group: "", resource: "pods", verbs: []string{"list", "watch"}, purpose: anywhere, without: others},
-		{group: "", resource: "nodes", verbs: []string{"list"}, purpose: anywhere, without: ranges},
-		{group: "networking.k8s.io", resource: "servicecidrs", verbs: []string{"list"}, purpose: anywhere, without: ranges},
+		{group: "", resource: "nodes", verbs: []string{"list", "watch"}, purpose: anywhere, without: ranges},
+		{group: "networking.k8s.io", resource: "servicecidrs", verbs: []string{"list", "watch"}, purpose: anywhere, without: ranges},
 		{group: "", resource: "configmaps", verbs: []string{"get"}, name: "kubeadm-config", namespace: "kube-system", purpose: anywhere, without: ranges},
 	}
 }
@@ -167,6 +167,8 @@ func (r right) words(verb, namespace string) string {
 	switch {
 	case r.namespace != "":
 		namespace = " " + r.name + " in namespace " + r.namespace
+	case slices.Contains([]string{"namespaces", "nodes", "servicecidrs"}, r.resource):
+		namespace = "" // they are in none
 	case r.purpose == anywhere:
 		namespace = " in all namespaces"
 	default:

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -520,4 +521,32 @@ func TestSourceReadsInPages(t *testing.T) {
 	if err != nil || len(seen) != 2 || len(asked) != 2 {
 		t.Errorf("stopped: seen %v, asked %v, err %v", seen, asked, err)
 	}
+}
+
+// Who may list and not watch asks again now and then, not all the time.
+func TestFollowerWithoutTheRightToWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lists := 0
+		f := follower[string]{
+			source: source{
+				name: "nodes",
+				list: func(context.Context, metav1.ListOptions) (runtime.Object, error) {
+					lists++
+					return serviceList("1", "a"), nil
+				},
+				watch: func(context.Context, metav1.ListOptions) (watch.Interface, error) {
+					return nil, apierrors.NewForbidden(schema.GroupResource{Resource: "nodes"}, "", nil)
+				},
+			},
+			reduce: func(o runtime.Object) string { return keyOf(o).name },
+			apply:  func(delta[string]) {},
+			failed: func(error) {},
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute+30*time.Second)
+		defer cancel()
+		f.run(ctx)
+		if lists < 10 || lists > 12 {
+			t.Errorf("%d lists in ten minutes", lists)
+		}
+	})
 }
