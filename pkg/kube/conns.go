@@ -19,10 +19,22 @@ type conns struct {
 // conn is one that is forgotten when it is closed.
 type conn struct {
 	net.Conn
-	all *conns
+	all    *conns
+	pooled bool
 }
 
+// dial is for the pool of an HTTP client.
 func (c *conns) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return c.begin(ctx, network, address, true)
+}
+
+// dialApart is for a connection that has one user, who notices himself when it
+// is dead.
+func (c *conns) dialApart(ctx context.Context, network, address string) (net.Conn, error) {
+	return c.begin(ctx, network, address, false)
+}
+
+func (c *conns) begin(ctx context.Context, network, address string, pooled bool) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}
 	raw, err := dialer.DialContext(ctx, network, address)
 	if err != nil {
@@ -34,7 +46,7 @@ func (c *conns) dial(ctx context.Context, network, address string) (net.Conn, er
 		raw.Close()
 		return nil, net.ErrClosed
 	}
-	one := &conn{Conn: raw, all: c}
+	one := &conn{Conn: raw, all: c, pooled: pooled}
 	if c.open == nil {
 		c.open = map[*conn]bool{}
 	}
@@ -47,6 +59,19 @@ func (c *conn) Close() error {
 	delete(c.all.open, c)
 	c.all.mu.Unlock()
 	return c.Conn.Close()
+}
+
+// drop ends those of the pool; the next request begins another. The pool itself
+// notices a dead connection only after some 45 seconds.
+func (c *conns) drop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for one := range c.open {
+		if one.pooled {
+			one.Conn.Close()
+			delete(c.open, one)
+		}
+	}
 }
 
 // close ends all of them, and lets no other begin.

@@ -20,7 +20,7 @@ func testConfig(session string) ShadowConfig {
 }
 
 func testCluster(client kubernetes.Interface) *Cluster {
-	return &Cluster{Context: "test", Namespace: "dev", Server: "https://127.0.0.1:1", client: client, log: slog.New(slog.DiscardHandler)}
+	return &Cluster{Context: "test", Namespace: "dev", Server: "https://127.0.0.1:1", client: client, log: slog.New(slog.DiscardHandler), conns: &conns{}}
 }
 
 // allRights are those of who may do everything, for one mode.

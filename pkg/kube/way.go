@@ -42,6 +42,7 @@ const (
 const (
 	upgradeTo = "culvert-ssh"
 	wayLimit  = 8 * time.Second // for one way, before the next is tried
+	askLimit  = 5 * time.Second // for one question of a dial to the API server
 	wayBuffer = 64 << 10
 )
 
@@ -97,9 +98,20 @@ func (w *ways) seen(pod string) {
 // Dial connects to the shadow's ready pod, by the way that worked last or else
 // by the best that works, and tells which. ctx bounds the dial only.
 //
+// A dial that takes too long takes the pooled connections to the API server with
+// it: whatever is next begins on a fresh one.
+//
 // A deadline that passes ends the connection for good; it is there to bound a
 // handshake.
 func (s *Shadow) Dial(ctx context.Context) (net.Conn, Way, error) {
+	conn, way, err := s.dial(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		s.cluster.conns.drop()
+	}
+	return conn, way, err
+}
+
+func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 	pod, err := s.readyPod(ctx)
 	if err != nil {
 		return nil, "", err
@@ -127,8 +139,10 @@ func notReached(err error) bool {
 
 // readyPod is the name of the pod to dial: after a replacement, the new one.
 func (s *Shadow) readyPod(ctx context.Context) (string, error) {
+	ask, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
 	list, err := s.cluster.client.CoreV1().Pods(s.cluster.Namespace).
-		List(ctx, metav1.ListOptions{LabelSelector: labelSession + "=" + s.cfg.Session})
+		List(ask, metav1.ListOptions{LabelSelector: labelSession + "=" + s.cfg.Session})
 	if err != nil {
 		return "", fmt.Errorf("find the shadow's pod in namespace %s: %w", s.cluster.Namespace, sorted(err))
 	}
@@ -148,7 +162,9 @@ func (s *Shadow) readyPod(ctx context.Context) (string, error) {
 
 // noPod tells a pod that is not ready from a session that is over.
 func (s *Shadow) noPod(ctx context.Context, pods int) error {
-	if err := s.refused(ctx, pods, nil); errors.Is(err, ErrGone) {
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	if err := s.refused(ctx, pods, nil); errors.Is(err, ErrGone) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	return fmt.Errorf("no pod of session %s is ready in namespace %s", s.cfg.Session, s.cluster.Namespace)
@@ -213,6 +229,7 @@ func (c *Cluster) dialProxy(ctx context.Context, pod string) (net.Conn, error) {
 func (c *Cluster) upgradeTransport() (http.RoundTripper, *http.Transport, error) {
 	config := rest.CopyConfig(c.config)
 	config.NextProtos = []string{"http/1.1"}
+	config.Dial = c.conns.dialApart
 	conf, err := config.TransportConfig()
 	if err != nil {
 		return nil, nil, err

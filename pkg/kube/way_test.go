@@ -241,3 +241,45 @@ func tunnel(w http.ResponseWriter, r *http.Request) {
 	go func() { _, _ = io.Copy(far, near); far.Close() }()
 	_, _ = io.Copy(near, far)
 }
+
+// A pooled connection that leads nowhere any more is not tried twice; the one
+// that carries a session is left alone.
+func TestDialDropsADeadConnection(t *testing.T) {
+	var stuck sync.Map // remote addresses of connections that are dead
+	server := &wayServer{next: echo}
+	target := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, dead := stuck.Load(r.RemoteAddr); dead {
+			<-r.Context().Done()
+			return
+		}
+		if r.ProtoMajor == 2 {
+			defer stuck.Store(r.RemoteAddr, true)
+		}
+		server.ServeHTTP(w, r)
+	}))
+	target.EnableHTTP2 = true
+	target.StartTLS()
+	defer target.Close()
+	c := loadTLS(t, target, target.URL, "")
+	defer c.Close()
+	s := c.NewShadow(testConfig("x1"), allRights(ByDeployment))
+	conn, _, err := s.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, _, err := s.Dial(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("on a dead connection: %v", err)
+	}
+	again, _, err := s.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Close()
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(conn, got); err != nil || string(got) != "hello" {
+		t.Errorf("%q %v", got, err)
+	}
+}
