@@ -15,7 +15,6 @@ import (
 	"strings"
 	"time"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -133,9 +132,10 @@ func (w *watched) see(mark string, now time.Time) verdict {
 // renewEvery leaves room for several failures within a lease of 60 s.
 const renewEvery = 7 * time.Second
 
-// Renew keeps the session's Lease fresh until ctx ends, which is no error. A
-// renewal that fails is tried again; only a Lease that is gone ends it, with
-// ErrGone: someone held the session for dead and removed it.
+// Renew keeps the session's Lease fresh until ctx ends, which is no error. It is
+// started once for the whole life of a session: a renewal that fails is tried
+// again, also when the Lease is not there, as Create may make it anew under the
+// same name. That a session is gone is for Dial to tell.
 func (s *Shadow) Renew(ctx context.Context) error {
 	if !s.hasLease() {
 		<-ctx.Done()
@@ -149,11 +149,7 @@ func (s *Shadow) Renew(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 		}
-		err := s.renew(ctx)
-		switch {
-		case apierrors.IsNotFound(err):
-			return fmt.Errorf("%w: lease %s in namespace %s", ErrGone, s.name(), s.cluster.Namespace)
-		case err != nil && ctx.Err() == nil:
+		if err := s.renew(ctx); err != nil && ctx.Err() == nil {
 			s.cluster.log.Debug("lease not renewed", "session", s.cfg.Session, "err", err)
 		}
 	}
