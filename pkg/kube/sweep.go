@@ -139,7 +139,8 @@ func (c *Cluster) remove(ctx context.Context, f found) error {
 
 // sweep removes everything of one session and waits until nothing is left. It
 // searches and deletes until a search finds nothing, so it does not matter how
-// far a creation came. It ends with ErrLeft and the names of what is left.
+// far a creation came. What fails is tried again until ctx ends, and only then it
+// returns ErrLeft with the names of what is left.
 func (c *Cluster) sweep(ctx context.Context, namespace, session string) error {
 	rootErr := c.removeRoots(ctx, namespace, session)
 	var errs error
@@ -147,26 +148,22 @@ func (c *Cluster) sweep(ctx context.Context, namespace, session string) error {
 	var rest []found
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		all, err := c.find(ctx, namespace, session, only...)
-		if err != nil {
-			return leftover(rest, errors.Join(rootErr, errs, err))
-		}
-		rest = all
-		if len(rest) == 0 {
-			if len(only) == 0 && rootErr == nil {
-				return nil
+		switch {
+		case err != nil:
+			errs = err
+		case len(all) > 0:
+			rest, errs, only = all, c.removeAll(ctx, all), kindsOf(all)
+		case len(only) == 0 && rootErr == nil:
+			return nil
+		default: // once more, everywhere: a creation may have landed late
+			rest, errs, only = nil, nil, nil
+			if rootErr = c.removeRoots(ctx, namespace, session); rootErr == nil {
+				continue
 			}
-			if len(only) == 0 {
-				return leftover(nil, rootErr)
-			}
-			only = nil // once more, everywhere: a creation may have landed late
-			rootErr = c.removeRoots(ctx, namespace, session)
-			continue
 		}
-		errs = c.removeAll(ctx, rest)
-		only = kindsOf(rest)
 		select {
 		case <-ctx.Done():
-			return leftover(rest, errors.Join(errs, ctx.Err()))
+			return leftover(rest, errors.Join(rootErr, errs, ctx.Err()))
 		case <-time.After(wait):
 		}
 	}
