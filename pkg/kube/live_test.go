@@ -266,9 +266,10 @@ func TestLiveSession(t *testing.T) {
 					echoes(t, conn)
 					conn.Close()
 				}
-				list, err := c.Sessions(t.Context(), false)
-				if err != nil || len(list) != 1 || list[0].Name != s.cfg.Session || list[0].Owner != Self().Owner() || list[0].Pod != "ready" || list[0].Mode != test.mode {
-					t.Errorf("%+v %v", list, err)
+				roots, err := c.roots(t.Context(), c.Namespace)
+				holder, held := roots.holder(id{c.Namespace, s.cfg.Session})
+				if err != nil || !held || holder != Self() {
+					t.Errorf("%+v %v", holder, err)
 				}
 				stop(t, admin, s)
 			})
