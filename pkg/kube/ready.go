@@ -18,11 +18,19 @@ const (
 	// unschedulableLimit is how long no node may fit: an autoscaler needs
 	// longer, but says so, and then the pod's condition changes.
 	unschedulableLimit = 45 * time.Second
-	lookEvery          = time.Second
+	// silentLimit is how long the program may run without an answer: ours
+	// answers at once, another image's never.
+	silentLimit = 20 * time.Second
+	lookEvery   = time.Second
+	// quickPod is how long a pod may take before its events are read.
+	quickPod = 2 * time.Second
 )
 
-// errSysctl means that the cluster takes the pod only without its sysctl.
-var errSysctl = errors.New("the cluster refuses the sysctl net.ipv4.ping_group_range")
+// What the cluster takes the pod only without.
+var (
+	errSysctl = errors.New("the cluster refuses the sysctl net.ipv4.ping_group_range")
+	errIDs    = errors.New("the cluster chooses users and groups itself")
+)
 
 // WaitReady waits until the shadow's pod is ready. progress is told in words
 // what is waited for, whenever that changes; it may be nil. What will not get
@@ -32,9 +40,7 @@ func (s *Shadow) WaitReady(ctx context.Context, progress func(string)) error {
 		progress = func(string) {}
 	}
 	err := s.waitReady(ctx, progress)
-	if errors.Is(err, errSysctl) && !s.noPing {
-		progress("the cluster refuses the sysctl for unprivileged ping: pings into the cluster will not be answered")
-		s.noPing = true
+	for s.concede(err, progress) {
 		if err = s.again(ctx); err == nil {
 			err = s.waitReady(ctx, progress)
 		}
@@ -43,6 +49,22 @@ func (s *Shadow) WaitReady(ctx context.Context, progress func(string)) error {
 		return fmt.Errorf("wait for the shadow in namespace %s: %w", s.cluster.Namespace, sorted(err))
 	}
 	return nil
+}
+
+// concede gives up what the cluster refuses, each thing once, and tells whether
+// there was such a thing.
+func (s *Shadow) concede(err error, progress func(string)) bool {
+	switch {
+	case errors.Is(err, errSysctl) && !s.noPing:
+		progress("the cluster refuses the sysctl for unprivileged ping: pings into the cluster will not be answered")
+		s.noPing = true
+	case errors.Is(err, errIDs) && !s.noIDs:
+		progress("the cluster gives the shadow a user and groups of its own choice")
+		s.noIDs = true
+	default:
+		return false
+	}
+	return true
 }
 
 // again makes the session anew: neither a Job nor what it owns can be changed
@@ -62,7 +84,7 @@ func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
 	ticker := time.NewTicker(lookEvery)
 	defer ticker.Stop()
 	var said string
-	var unfit time.Time
+	var unfit, silent since
 	for {
 		state, err := s.look(ctx, &bell)
 		if err != nil {
@@ -76,13 +98,11 @@ func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
 			progress(state.words)
 			said = state.words
 		}
-		switch {
-		case !state.unfit:
-			unfit = time.Time{}
-		case unfit.IsZero():
-			unfit = time.Now()
-		case time.Since(unfit) > unschedulableLimit:
+		if unfit.holds(state.unfit) > unschedulableLimit {
 			return fmt.Errorf("no node takes the pod: %s", strings.TrimPrefix(state.words, waitForNode))
+		}
+		if silent.holds(state.silent) > silentLimit {
+			return fmt.Errorf("what runs does not answer on port %d: %s is no shadow, or the node cannot reach it", port, s.cfg.Image)
 		}
 		select {
 		case <-ctx.Done():
@@ -97,8 +117,27 @@ func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
 	}
 }
 
+// since is when something began to hold, zero while it does not.
+type since time.Time
+
+// holds is told whether it does, and tells for how long.
+func (s *since) holds(now bool) time.Duration {
+	switch {
+	case !now:
+		*s = since{}
+	case time.Time(*s).IsZero():
+		*s = since(time.Now())
+	default:
+		return time.Since(time.Time(*s))
+	}
+	return 0
+}
+
 // doorbell rings when a watched pod changes.
-type doorbell struct{ watch watch.Interface }
+type doorbell struct {
+	watch watch.Interface
+	pod   since // that one is there
+}
 
 func (b *doorbell) rings() <-chan watch.Event {
 	if b.watch == nil {
@@ -126,19 +165,21 @@ func (s *Shadow) look(ctx context.Context, bell *doorbell) (podState, error) {
 			LabelSelector: labelSession + "=" + s.cfg.Session, ResourceVersion: list.ResourceVersion,
 		})
 	}
-	events := s.events(ctx)
+	events := s.events(ctx, newestPod(list.Items), bell)
 	if err := s.refused(ctx, len(list.Items), events); err != nil {
 		return podState{}, err
 	}
 	return judgePods(list.Items, events)
 }
 
-// events are those of the session's objects, as far as they may be read.
-func (s *Shadow) events(ctx context.Context) []corev1.Event {
-	if !s.rights.may("list", "", "events") {
+// events are those that may say why there is no pod, or why the pod takes its
+// time, as far as they may be read. A pod that is quick is not asked about.
+func (s *Shadow) events(ctx context.Context, pod *corev1.Pod, bell *doorbell) []corev1.Event {
+	there := bell.pod.holds(pod != nil)
+	if pod != nil && there < quickPod || !s.rights.may("list", "", "events") {
 		return nil
 	}
-	list, err := s.cluster.client.CoreV1().Events(s.cluster.Namespace).List(ctx, metav1.ListOptions{})
+	list, err := s.cluster.client.CoreV1().Events(s.cluster.Namespace).List(ctx, metav1.ListOptions{FieldSelector: s.eventsOf(pod)})
 	if err != nil {
 		return nil
 	}
@@ -146,6 +187,18 @@ func (s *Shadow) events(ctx context.Context) []corev1.Event {
 		name := e.InvolvedObject.Name
 		return name != s.name() && !strings.HasPrefix(name, s.name()+"-")
 	})
+}
+
+// eventsOf selects the events of the pod, or of what should make one. The name
+// of a ReplicaSet is not known here.
+func (s *Shadow) eventsOf(pod *corev1.Pod) string {
+	switch {
+	case pod != nil:
+		return "involvedObject.kind=Pod,involvedObject.name=" + pod.Name
+	case s.mode == ByJob:
+		return "involvedObject.kind=Job,involvedObject.name=" + s.name()
+	}
+	return "involvedObject.kind=ReplicaSet,reason=FailedCreate"
 }
 
 // refused tells whether the pod may not be made at all, as the Deployment's
@@ -165,17 +218,23 @@ func (s *Shadow) refused(ctx context.Context, pods int, events []corev1.Event) e
 	message, err := s.rootRefusal(ctx)
 	switch {
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("%w: %s %s", ErrGone, strings.ToLower(string(s.mode)), s.name())
+		return fmt.Errorf("%w: %w", ErrGone, err)
 	case err != nil && !apierrors.IsForbidden(err):
 		return err
 	}
 	return s.refusal(message)
 }
 
+// rootRefusal is the error of asking for the root, which is not found when the
+// session is gone, and what the Deployment, if there is one, says of its pods.
 func (s *Shadow) rootRefusal(ctx context.Context) (string, error) {
 	cs, ns := s.cluster.client, s.cluster.Namespace
 	if s.mode == ByJob {
 		_, err := cs.BatchV1().Jobs(ns).Get(ctx, s.name(), metav1.GetOptions{})
+		return "", err
+	}
+	_, err := cs.CoordinationV1().Leases(ns).Get(ctx, s.name(), metav1.GetOptions{})
+	if err != nil || !s.rights.may("get", "apps", "deployments") {
 		return "", err
 	}
 	d, err := cs.AppsV1().Deployments(ns).Get(ctx, s.name(), metav1.GetOptions{})
@@ -194,6 +253,11 @@ func (s *Shadow) rootRefusal(ctx context.Context) (string, error) {
 // Others (a conflict on the quota's count, say) pass by themselves.
 func (s *Shadow) refusal(message string) error {
 	switch {
+	case strings.Contains(message, "security context constraint") && strings.Contains(message, shadowID):
+		if s.noIDs {
+			return nil // an event of the first try
+		}
+		return fmt.Errorf("%w: %s", errIDs, message)
 	case strings.Contains(message, "sysctl"):
 		if s.noPing {
 			return nil // an event of the first try
@@ -207,10 +271,11 @@ func (s *Shadow) refusal(message string) error {
 
 // podState is how far the pod is, in words.
 type podState struct {
-	ready bool
-	pod   string // its name, where ready
-	unfit bool   // no node takes it
-	words string
+	ready  bool
+	pod    string // its name, where ready
+	unfit  bool   // no node takes it
+	silent bool   // it runs, and does not answer
+	words  string
 }
 
 const waitForNode = "waiting for a node: "
@@ -225,20 +290,28 @@ func hopeless(reason string) bool {
 
 // judgePods decides from the newest pod that is not on its way out.
 func judgePods(pods []corev1.Pod, events []corev1.Event) (podState, error) {
-	var newest *corev1.Pod
-	for i := range pods {
-		p := &pods[i]
+	for _, p := range pods {
 		if p.Status.Reason == "SysctlForbidden" {
 			return podState{}, fmt.Errorf("%w: %s", errSysctl, p.Status.Message)
 		}
-		if p.DeletionTimestamp == nil && (newest == nil || newest.CreationTimestamp.Before(&p.CreationTimestamp)) {
-			newest = p
-		}
 	}
+	newest := newestPod(pods)
 	if newest == nil {
 		return podState{words: "waiting for the pod to be made"}, nil
 	}
 	return judgePod(newest, events)
+}
+
+// newestPod is of those that are not on their way out, nil for none.
+func newestPod(pods []corev1.Pod) *corev1.Pod {
+	var newest *corev1.Pod
+	for i := range pods {
+		p := &pods[i]
+		if p.DeletionTimestamp == nil && (newest == nil || newest.CreationTimestamp.Before(&p.CreationTimestamp)) {
+			newest = p
+		}
+	}
+	return newest
 }
 
 func judgePod(pod *corev1.Pod, events []corev1.Event) (podState, error) {
@@ -253,10 +326,10 @@ func judgePod(pod *corev1.Pod, events []corev1.Event) (podState, error) {
 	}
 	for _, c := range pod.Status.ContainerStatuses {
 		if w := c.State.Waiting; w != nil && hopeless(w.Reason) {
-			return podState{}, fmt.Errorf("pod %s: %s: %s%s", pod.Name, w.Reason, w.Message, lastWords(c))
+			return podState{}, fmt.Errorf("pod %s: %s: %s%s%s", pod.Name, w.Reason, w.Message, pullSecrets(pod, w.Reason), lastWords(c))
 		}
 		if c.State.Running != nil {
-			return podState{words: "waiting for the shadow to answer"}, nil
+			return podState{silent: true, words: "waiting for the shadow to answer"}, nil
 		}
 		if c.State.Terminated != nil {
 			return podState{words: "the shadow ended and is started again" + lastWords(c)}, nil
@@ -287,6 +360,19 @@ func creating(pod *corev1.Pod, events []corev1.Event) string {
 		}
 	}
 	return words
+}
+
+// pullSecrets names those that an image was pulled with: one that does not exist
+// is only passed over.
+func pullSecrets(pod *corev1.Pod, reason string) string {
+	var names []string
+	for _, s := range pod.Spec.ImagePullSecrets {
+		names = append(names, s.Name)
+	}
+	if len(names) == 0 || !strings.Contains(reason, "ImagePull") {
+		return ""
+	}
+	return " (with pull secret " + strings.Join(names, ", ") + ")"
 }
 
 // lastWords are what a container said when it ended.

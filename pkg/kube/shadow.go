@@ -34,12 +34,17 @@ type Shadow struct {
 	holder  Holder
 	mode    Mode
 	noPing  bool // the cluster refuses the sysctl that unprivileged ping needs
+	noIDs   bool // the cluster refuses a user and groups that it has not chosen
 	ways    ways
 }
+
+// shadowID is the user and the group of the manifests, and of the image.
+const shadowID = "65532"
 
 const (
 	callLimit   = 15 * time.Second // of one call that changes something
 	deleteLimit = 45 * time.Second // until nothing is left
+	undoLimit   = 20 * time.Second // the same, of what Create undoes: Delete may follow
 )
 
 // NewShadow makes nothing yet.
@@ -72,7 +77,7 @@ func (s *Shadow) hasLease() bool {
 // namespace does not allow; it may be nil.
 //
 // The session counts as living for as long as its Lease lasts; start Renew when
-// Create has returned, and not only when the shadow is ready.
+// Create has returned the first time, and not only when the shadow is ready.
 func (s *Shadow) Create(ctx context.Context, say func(string)) error {
 	if say == nil {
 		say = func(string) {}
@@ -82,7 +87,9 @@ func (s *Shadow) Create(ctx context.Context, say func(string)) error {
 		return nil
 	}
 	err = fmt.Errorf("create the shadow in namespace %s: %w", s.cluster.Namespace, sorted(err))
-	if undo := s.Delete(context.WithoutCancel(ctx)); undo != nil {
+	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
+	defer cancel()
+	if undo := s.Delete(clean); undo != nil {
 		return errors.Join(err, undo)
 	}
 	return err
@@ -94,6 +101,9 @@ func (s *Shadow) create(ctx context.Context, say func(string)) error {
 		pod.Containers[0].Resources = fit(pod.Containers[0].Resources, ranges, quotas)
 		if s.noPing {
 			pod.SecurityContext.Sysctls = nil
+		}
+		if s.noIDs {
+			withoutIDs(pod)
 		}
 	})
 	if err != nil {
@@ -109,6 +119,19 @@ func (s *Shadow) create(ctx context.Context, say func(string)) error {
 		return s.createByJob(ctx, o, open)
 	}
 	return s.rights.Err()
+}
+
+// withoutIDs leaves user and groups to the cluster. Whoever the shadow then is
+// must be able to read its keys, which no other pod mounts.
+func withoutIDs(pod *corev1.PodSpec) {
+	c := pod.SecurityContext
+	c.RunAsUser, c.RunAsGroup, c.FSGroup = nil, nil, nil
+	anyone := int32(0o444)
+	for _, v := range pod.Volumes {
+		if v.Secret != nil {
+			v.Secret.DefaultMode = &anyone
+		}
+	}
 }
 
 // createByDeployment hangs everything on the Lease, which the shadow may delete.

@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"go.uber.org/goleak"
+	appsv1 "k8s.io/api/apps/v1"
 	coordv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -272,6 +276,8 @@ func TestJudgePod(t *testing.T) {
 func TestRefusal(t *testing.T) {
 	s := testCluster(nil).NewShadow(testConfig("x1"), allRights(ByDeployment))
 	for message, want := range map[string]string{
+		`pods "x" is forbidden: unable to validate against any security context constraint: [.spec.securityContext.fsGroup: Invalid value: []int64{65532}: 65532 is not an allowed group]`: errIDs.Error(),
+		`pods "x" is forbidden: unable to validate against any security context constraint: []`:                                                                                            "may not be made",
 		"": "", `Operation cannot be fulfilled on resourcequotas "q"`: "",
 		`pods "x" is forbidden: exceeded quota: q, requested: pods=1`:      "exceeded quota",
 		`admission webhook "policy" denied the request: no`:                "denied the request",
@@ -284,8 +290,37 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
-// A lease that is gone ends the renewal; nothing else does.
-func TestRenewOfWhatIsGone(t *testing.T) {
+// One Renew serves a session from before its Lease is there until its end, and
+// the Lease that is made anew too.
+func TestRenewOutlivesTheLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := fake.NewClientset()
+		s := testCluster(client).NewShadow(testConfig("x1"), allRights(ByDeployment))
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- s.Renew(ctx) }()
+		for range 2 {
+			time.Sleep(3 * renewEvery)
+			if err := s.Create(ctx, nil); err != nil {
+				t.Fatal(err)
+			}
+			before := leaseOf(t, client)
+			time.Sleep(2 * renewEvery)
+			if after := leaseOf(t, client); !after.Spec.RenewTime.After(before.Spec.RenewTime.Time) {
+				t.Errorf("not renewed: %v", after.Spec)
+			}
+			if err := s.Delete(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRenew(t *testing.T) {
 	client := fake.NewClientset()
 	s := testCluster(client).NewShadow(testConfig("x1"), allRights(ByDeployment))
 	if err := s.renew(t.Context()); !apierrors.IsNotFound(err) {
@@ -311,4 +346,84 @@ func leaseOf(t *testing.T, client *fake.Clientset) *coordv1.Lease {
 		t.Fatal(err)
 	}
 	return lease
+}
+
+// A list that fails in passing is tried again, and does not end the removal.
+func TestDeleteOutlivesAFailure(t *testing.T) {
+	client := fake.NewClientset()
+	c := testCluster(client)
+	s := c.NewShadow(testConfig("x1"), allRights(ByDeployment))
+	if err := s.Create(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	for verb, resource := range map[string]string{"list": "secrets", "delete": "leases"} {
+		var calls atomic.Int32
+		client.PrependReactor(verb, resource, func(clienttesting.Action) (bool, runtime.Object, error) {
+			return calls.Add(1) <= 2, nil, errors.New("connection reset")
+		})
+	}
+	if err := s.Delete(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if left, err := c.find(t.Context(), "dev", ""); err == nil && len(left) > 0 {
+		t.Errorf("left %v", left)
+	}
+}
+
+// A cluster that wants to choose the user gets the pod without one, and with
+// keys that whoever that is can read. Whose pod is ready at once asks for no events.
+func TestIDsRefused(t *testing.T) {
+	client := fake.NewClientset()
+	client.PrependReactor("create", "deployments", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		d := a.(clienttesting.CreateAction).GetObject().(*appsv1.Deployment)
+		spec := d.Spec.Template.Spec
+		if spec.SecurityContext.RunAsUser != nil || spec.SecurityContext.FSGroup != nil || spec.SecurityContext.RunAsGroup != nil {
+			d.Status.Conditions = []appsv1.DeploymentCondition{{Type: "ReplicaFailure", Status: corev1.ConditionTrue,
+				Message: "pods is forbidden: unable to validate against any security context constraint: runAsUser: Invalid value: 65532"}}
+			return false, nil, nil
+		}
+		if !*spec.SecurityContext.RunAsNonRoot || *spec.Volumes[0].Secret.DefaultMode != 0o444 {
+			t.Errorf("%+v", spec)
+		}
+		return false, nil, client.Tracker().Add(&corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "culvert-x1-a", Namespace: "dev", Labels: d.Labels},
+			Status:     corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+		})
+	})
+	s := testCluster(client).NewShadow(testConfig("x1"), allRights(ByDeployment))
+	if err := s.Create(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	var said []string
+	if err := s.WaitReady(t.Context(), func(text string) { said = append(said, text) }); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(strings.Join(said, "\n"), "of its own choice") || s.Pod() != "culvert-x1-a" {
+		t.Errorf("%q, pod %q", said, s.Pod())
+	}
+	for _, a := range client.Actions() {
+		if list, ok := a.(clienttesting.ListAction); ok && a.GetResource().Resource == "events" &&
+			list.GetListRestrictions().Fields.String() != "involvedObject.kind=ReplicaSet,reason=FailedCreate" {
+			t.Errorf("events asked for: %v", list.GetListRestrictions().Fields)
+		}
+	}
+}
+
+// That a session is gone shows in its root, with or without the right to get
+// Deployments.
+func TestDialOfWhatIsGone(t *testing.T) {
+	for _, mode := range []Mode{ByDeployment, ByJob} {
+		rights := allRights(mode)
+		delete(rights.held, "here get apps/deployments")
+		s := testCluster(fake.NewClientset()).NewShadow(testConfig("x1"), rights)
+		if _, _, err := s.Dial(t.Context()); !errors.Is(err, ErrGone) {
+			t.Errorf("%s: %v", mode, err)
+		}
+		if err := s.Create(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Dial(t.Context()); err == nil || errors.Is(err, ErrGone) {
+			t.Errorf("%s, not ready: %v", mode, err)
+		}
+	}
 }
