@@ -148,14 +148,22 @@ func (c *cluster) take() net.Conn {
 	return conn
 }
 
+// keep and close do not hold the lock while they close: over a wire that is in
+// trouble that may take its time, and all questions would wait.
 func (c *cluster) keep(conn net.Conn) {
+	if !c.put(conn) {
+		conn.Close()
+	}
+}
+
+func (c *cluster) put(conn net.Conn) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.over || len(c.idle) == idleConns {
-		conn.Close()
-		return
+		return false
 	}
 	c.idle = append(c.idle, conn)
+	return true
 }
 
 // open and close are the start and end of a Run.
@@ -167,12 +175,12 @@ func (c *cluster) open() {
 
 func (c *cluster) close() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.over = true
-	for _, conn := range c.idle {
+	idle := c.idle
+	c.over, c.idle = true, nil
+	c.mu.Unlock()
+	for _, conn := range idle {
 		conn.Close()
 	}
-	c.idle = nil
 }
 
 // talk asks one question on a connection. When ctx ends the connection is no

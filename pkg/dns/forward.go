@@ -62,9 +62,10 @@ func (u *upstream) avoid(own ...netip.AddrPort) {
 
 // candidates are the servers to ask, in order, without ourselves.
 func (u *upstream) candidates() []netip.AddrPort {
+	servers := slices.Clone(u.servers()) // not ours, so not under the lock
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(u.servers()), func(a netip.AddrPort) bool {
+	return slices.DeleteFunc(servers, func(a netip.AddrPort) bool {
 		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 		return slices.ContainsFunc(u.own, func(own netip.AddrPort) bool {
 			return own == a || own.Port() == a.Port() && own.Addr().IsUnspecified() && a.Addr().IsLoopback()
