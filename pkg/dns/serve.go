@@ -16,7 +16,7 @@ const (
 	clusterSlots  = 256
 	tcpConns      = 128
 	tcpIdle       = 10 * time.Second
-	readFailures  = 100
+	longestPause  = 100 * time.Millisecond
 )
 
 // Run answers on the sockets it is given, and closes them. It returns nil once
@@ -44,11 +44,12 @@ func (s *Server) serveUDP(ctx context.Context, group *errgroup.Group, udp net.Pa
 	buf := make([]byte, dns.MaxMsgSize)
 	for failures := 0; ; {
 		n, from, err := udp.ReadFrom(buf)
-		if errors.Is(err, net.ErrClosed) || failures > readFailures {
+		if errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		if err != nil { // some systems report here that a client is gone
 			failures++
+			pause(ctx, failures)
 			continue
 		}
 		failures = 0
@@ -75,15 +76,28 @@ func (s *Server) serveUDP(ctx context.Context, group *errgroup.Group, udp net.Pa
 	}
 }
 
+// pause waits for what fails now to be well again: too many open files, no
+// memory. It is the longer the more failures there were in a row, since one
+// alone may be no more than a client that is gone.
+func pause(ctx context.Context, failures int) {
+	t := time.NewTimer(min(time.Duration(failures)*time.Millisecond, longestPause))
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
 func (s *Server) serveTCP(ctx context.Context, group *errgroup.Group, tcp net.Listener, own netip.Addr) error {
 	slots := make(chan struct{}, tcpConns)
 	for failures := 0; ; {
 		conn, err := tcp.Accept()
-		if errors.Is(err, net.ErrClosed) || failures > readFailures {
+		if errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		if err != nil {
 			failures++
+			pause(ctx, failures)
 			continue
 		}
 		failures = 0
