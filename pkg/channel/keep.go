@@ -21,8 +21,9 @@ type KeepConfig struct {
 	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
 	MinBackoff, MaxBackoff time.Duration
 
-	// OnState, if set, is called with every change, one call at a time. It
-	// must not wait for the Keep.
+	// OnState, if set, is called when Up has changed, one call at a time: not
+	// for each attempt that fails in between, nor for those before the first
+	// wire. It must not wait for the Keep.
 	OnState func(KeepState)
 
 	Log *slog.Logger // nil: nothing is logged
@@ -52,6 +53,8 @@ type Keep struct {
 	state KeepState
 	wire  *keptWire     // nil while down
 	next  chan struct{} // closed when wire is set
+
+	told bool // what OnState has heard last of Up; Run's own
 }
 
 // keptWire is one life of the wire.
@@ -184,7 +187,8 @@ func (k *Keep) down(err error) {
 }
 
 func (k *Keep) tell(s KeepState) {
-	if k.cfg.OnState != nil {
+	if k.cfg.OnState != nil && s.Up != k.told {
+		k.told = s.Up
 		k.cfg.OnState(s)
 	}
 }
