@@ -310,6 +310,41 @@ func TestAppHasLeft(t *testing.T) {
 	}
 }
 
+// TestResetAfterTheEnd: an app that has said all it has, and then goes, does not
+// leave a connection behind on which the far end is silent.
+func TestResetAfterTheEnd(t *testing.T) {
+	near, far := net.Pipe()
+	half := halfClosed{near, make(chan struct{})}
+	p, s := onPipe(t, netstack.Config{Network: netOf{half}})
+	p.in <- packetOf(app4, srv4, 6, segment(77, header.TCPFlagSyn))
+	synAck := header.TCP(p.next(t)[20:])
+	say := func(seq uint32, flags header.TCPFlags) {
+		h := header.TCP(segment(seq, flags))
+		h.SetAckNumber(synAck.SequenceNumber() + 1)
+		p.in <- packetOf(app4, srv4, 6, h)
+	}
+	say(78, header.TCPFlagAck)
+	until(t, "the flow is open", func() bool { return s.Stats().TCP.Open == 1 })
+	say(78, header.TCPFlagAck|header.TCPFlagFin)
+	if ack := header.TCP(p.next(t)[20:]); ack.AckNumber() != 79 {
+		t.Fatalf("% x does not acknowledge the end", []byte(ack))
+	}
+	<-half.shut
+	say(79, header.TCPFlagRst)
+	far.SetReadDeadline(time.Now().Add(10 * time.Second))
+	if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the far end's connection: %v", err)
+	}
+}
+
+// halfClosed tells of its half-close.
+type halfClosed struct {
+	net.Conn
+	shut chan struct{}
+}
+
+func (h halfClosed) CloseWrite() error { close(h.shut); return nil }
+
 // TestShutdownInHandshake: Run does not wait for an app that says no more.
 func TestShutdownInHandshake(t *testing.T) {
 	near, far := net.Pipe()

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,6 +22,9 @@ import (
 
 // handshakeTimeout is for a kernel on the same machine.
 const handshakeTimeout = 10 * time.Second
+
+// appIdle is as long as the app's kernel keeps what it might forget.
+const appIdle = 60 * time.Second
 
 // An attempt is a SYN that is dialed for.
 type attempt struct {
@@ -102,11 +106,23 @@ func (r *run) serveTCP(req *tcp.ForwarderRequest) {
 	}
 	r.tcp.open.Add(1)
 	defer r.tcp.open.Add(-1)
-	defer context.AfterFunc(r.ctx, func() {
-		relay.Abort(app, net.ErrClosed)
-		relay.Abort(far, net.ErrClosed)
+	ctx, cancel := context.WithCancelCause(r.ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(ctx, func() {
+		err := reason(ctx)
+		relay.Abort(far, err) // first, or the far end might be told of an end of file
+		relay.Abort(app, err)
 	})()
+	defer app.onReset(cancel)()
 	relay.Join(app, far)
+}
+
+// reason is why a connection is aborted: a stop, or what became of the app.
+func reason(ctx context.Context) error {
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return net.ErrClosed
 }
 
 // connectTCP dials first and only then completes the app's handshake.
@@ -149,21 +165,59 @@ func (r *run) handshake(ctx context.Context, req *tcp.ForwarderRequest) (*tcpCon
 	if err != nil {
 		return nil, errors.New(err.String())
 	}
-	return &tcpConn{TCPConn: gonet.NewTCPConn(&wq, ep), ep: ep, count: &r.tcp}, nil
+	keepAlive(ep)
+	return &tcpConn{TCPConn: gonet.NewTCPConn(&wq, ep), wq: &wq, ep: ep, count: &r.tcp}, nil
+}
+
+// keepAlive asks the app's kernel now and then whether it still knows of the
+// connection: of one that the app has closed it forgets after a minute, and says
+// nothing, while the far end may be silent for ever.
+func keepAlive(ep tcpip.Endpoint) {
+	idle := tcpip.KeepaliveIdleOption(appIdle)
+	ep.SetSockOpt(&idle)
+	ep.SocketOptions().SetKeepAlive(true)
 }
 
 // A tcpConn is the app's connection: gonet's, with errors that can be told
 // apart, and with a reset as *net.TCPConn has it.
 type tcpConn struct {
 	*gonet.TCPConn
+	wq    *waiter.Queue
 	ep    tcpip.Endpoint
 	count *counter
+	ended atomic.Bool // the app's end of file has been read
+	shut  atomic.Bool // the app has been told of the far end's
 }
 
+// Read takes no reset for an end of file. gVisor gives the error of an endpoint
+// to the first who asks, which may have been a Write, and to others ends.
 func (c *tcpConn) Read(b []byte) (int, error) {
 	n, err := c.TCPConn.Read(b)
 	c.count.sent.Add(uint64(n))
+	if err == io.EOF {
+		c.ended.Store(true) // before the look at the state, see onReset
+		if c.state() == tcp.StateError {
+			return n, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
+		}
+	}
 	return n, errno(err)
+}
+
+func (c *tcpConn) state() tcp.EndpointState { return tcp.EndpointState(c.ep.State()) }
+
+// onReset calls end when the app resets between its end of file and the far
+// end's, which nobody might see: nothing is read from it any more, and perhaps
+// nothing written to it. Before that, Read tells, once all that came ahead of
+// the reset is read. To gVisor an app's connection is closed by such a reset.
+func (c *tcpConn) onReset(end func(error)) (stop func()) {
+	entry := waiter.NewFunctionEntry(waiter.EventErr|waiter.EventHUp, func(waiter.EventMask) {
+		gone := c.state() == tcp.StateError || c.state() == tcp.StateClose
+		if gone && c.ended.Load() && !c.shut.Load() {
+			end(syscall.ECONNRESET)
+		}
+	})
+	c.wq.EventRegister(&entry)
+	return func() { c.wq.EventUnregister(&entry) }
 }
 
 func (c *tcpConn) Write(b []byte) (int, error) {
@@ -173,7 +227,10 @@ func (c *tcpConn) Write(b []byte) (int, error) {
 }
 
 // CloseWrite is a half-close.
-func (c *tcpConn) CloseWrite() error { return errno(c.TCPConn.CloseWrite()) }
+func (c *tcpConn) CloseWrite() error {
+	c.shut.Store(true)
+	return errno(c.TCPConn.CloseWrite())
+}
 
 // SetLinger with 0 makes Close a reset.
 func (c *tcpConn) SetLinger(sec int) error {
