@@ -23,12 +23,8 @@ func (r *run) udpPacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) b
 	q := quoteOf(id, uint8(udp.ProtocolNumber), pkt.TransportHeader().Slice())
 	begin := func(req *udp.ForwarderRequest) {
 		f := &udpFlow{run: r, quote: q, to: netip.AddrPortFrom(q.dst, id.LocalPort)}
-		var err tcpip.Error
-		if f.ep, err = req.CreateEndpoint(&f.wq); err != nil {
-			return
-		}
-		if !r.begin() {
-			f.ep.Close()
+		if !f.begin(req) {
+			r.udp.open.Add(-1)
 			return
 		}
 		go func() {
@@ -51,6 +47,19 @@ type udpFlow struct {
 	wq    waiter.Queue
 	ep    tcpip.Endpoint
 	idle  *time.Timer
+}
+
+// begin makes the flow's endpoint, unless it's too late.
+func (f *udpFlow) begin(req *udp.ForwarderRequest) bool {
+	var err tcpip.Error
+	if f.ep, err = req.CreateEndpoint(&f.wq); err != nil {
+		return false
+	}
+	if !f.run.begin() {
+		f.ep.Close()
+		return false
+	}
+	return true
 }
 
 // serve dials and carries datagrams until there have been none for a while, or
