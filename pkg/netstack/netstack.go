@@ -63,8 +63,12 @@ type Config struct {
 	DialTimeout time.Duration // how long a flow may wait for the Network: 60 s
 	UDPIdle     time.Duration // a UDP flow without a datagram ends: 60 s
 	MaxDials    int           // SYNs being dialed for at once: 4096
-	MaxUDP      int           // UDP flows at once: 4096
 	MaxPing     int           // ping flows at once: 256
+
+	// MaxUDP is how many UDP flows there are at once: 1024. Each holds a
+	// buffer of 64 KiB for either way at the far end, idle or not, so that
+	// these are 128 MiB of the 256 MiB that a shadow may have.
+	MaxUDP int
 }
 
 const (
@@ -104,7 +108,7 @@ func New(cfg Config) (*Stack, error) {
 	or(&cfg.DialTimeout, time.Minute)
 	or(&cfg.UDPIdle, time.Minute)
 	or(&cfg.MaxDials, 4096)
-	or(&cfg.MaxUDP, 4096)
+	or(&cfg.MaxUDP, 1024)
 	or(&cfg.MaxPing, 256)
 	return &Stack{cfg: cfg}, nil
 }
