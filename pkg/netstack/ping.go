@@ -10,6 +10,8 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
 // An echoKey tells the runs of ping apart, as the kernel does.
@@ -127,7 +129,7 @@ func (e *echo) carry(far net.Conn, msg []byte) {
 		last = e.quote(msg)
 		n, err := far.Write(msg)
 		e.pings.sent.Add(uint64(n))
-		if fatal(err) {
+		if err != nil && !relay.Lost(err) {
 			cancel(err)
 		}
 		idle.Reset(pingIdle)

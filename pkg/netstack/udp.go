@@ -8,13 +8,14 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"syscall"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
 // udpPacket takes a datagram that belongs to no flow: it begins one. What comes
@@ -140,16 +141,10 @@ func (f *udpFlow) send(ctx context.Context, far net.Conn) error {
 		f.idle.Reset(f.patience())
 		n, werr := far.Write(datagram.Bytes())
 		f.udp.sent.Add(uint64(n))
-		if fatal(werr) {
+		if werr != nil && !relay.Lost(werr) {
 			return werr
 		}
 	}
-}
-
-// fatal tells whether a flow of datagrams ends with err, or has only lost one
-// that was too large or came too soon.
-func fatal(err error) bool {
-	return err != nil && !errors.Is(err, syscall.EMSGSIZE) && !errors.Is(err, syscall.ENOBUFS)
 }
 
 // receive carries the far end's datagrams, and returns what ends them.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -17,7 +18,7 @@ const DefaultIdle = 60 * time.Second
 // Datagrams copies datagrams both ways, one for one, until nothing came either
 // way for idle, or one side ends or fails; it closes a and b, and tells how many
 // datagrams went from a to b and from b to a. err is nil after silence or an
-// end of file. A side that fails (ECONNREFUSED is an ICMP answer) is told to
+// end of file. What cannot be sent is left out, see Lost. A side that fails (ECONNREFUSED is an ICMP answer) is told to
 // the other.
 func Datagrams(a, b net.Conn, idle time.Duration) (ab, ba int64, err error) {
 	f := &flow{idle: idle, began: time.Now()}
@@ -63,11 +64,20 @@ func (f *flow) copy(dst, src net.Conn) (n int64, err error) {
 		if err != nil {
 			return n, notEnd(err)
 		}
-		if _, err := dst.Write(buf[:m]); err != nil {
+		switch _, err := dst.Write(buf[:m]); {
+		case err == nil:
+			n++
+		case !Lost(err):
 			return n, notEnd(err)
 		}
-		n++
 	}
+}
+
+// Lost tells whether a failed write has lost one datagram, and no more: it was
+// too large, there was no room for it, or a filter or a full table of flows in
+// the kernel was against it, as may happen to it anywhere on its way.
+func Lost(err error) bool {
+	return errors.Is(err, syscall.EMSGSIZE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.EPERM) || lost(err)
 }
 
 // read waits for a datagram as long as one came lately from either side.

@@ -10,3 +10,5 @@ import (
 func notConnected(err error) bool {
 	return errors.Is(err, syscall.ENOTCONN) || errors.Is(err, syscall.EPIPE)
 }
+
+func lost(error) bool { return false }
