@@ -17,6 +17,8 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
+	"time"
 )
 
 // Join copies both ways until both directions have ended, closes a and b, and
@@ -192,7 +194,7 @@ type Dialer interface {
 }
 
 // Forward dials address for every connection that ln accepts and joins the two,
-// until ctx ends or ln fails; it closes ln, and returns when all of it is gone.
+// until ctx ends or ln fails for good; it closes ln, and returns when all of it is gone.
 // A connection whose dial failed is aborted with the dial's error.
 func Forward(ctx context.Context, ln net.Listener, to Dialer, network, address string) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -209,10 +211,34 @@ func Forward(ctx context.Context, ln net.Listener, to Dialer, network, address s
 			}
 			return net.ErrClosed
 		}
+		if passing(err) {
+			pause(ctx)
+			continue
+		}
 		if err != nil {
 			return err
 		}
 		all.Go(func() { forward(ctx, c, to, network, address) })
+	}
+}
+
+// passing tells of an error of Accept after which the next one may succeed: too
+// many open files, or no memory. A wire that is gone is none, whatever it says.
+func passing(err error) bool {
+	for _, e := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func pause(ctx context.Context) {
+	t := time.NewTimer(100 * time.Millisecond)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
 	}
 }
 

@@ -247,6 +247,69 @@ func TestDatagramsRefused(t *testing.T) {
 	}
 }
 
+// TestDatagramTooLarge: what the kernel does not take is lost, and the flow goes on.
+func TestDatagramTooLarge(t *testing.T) {
+	client, a := net.Pipe()
+	b, server := udpPair(t)
+	res := make(chan result, 1)
+	go func() {
+		var r result
+		r.ab, r.ba, r.err = Datagrams(a, b, patience)
+		res <- r
+	}()
+	client.Write(make([]byte, 65535)) // EMSGSIZE
+	client.Write([]byte("small"))
+	server.SetReadDeadline(time.Now().Add(patience))
+	if n, err := server.Read(make([]byte, 10)); n != 5 || err != nil {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	client.Close()
+	if r := receive(t, res); r != (result{1, 0, nil}) {
+		t.Errorf("%+v", r)
+	}
+}
+
+// full is a listener that has no file to spare at first.
+type full struct {
+	net.Listener
+	times int
+}
+
+func (f *full) Accept() (net.Conn, error) {
+	if f.times--; f.times >= 0 {
+		return nil, &net.OpError{Op: "accept", Err: syscall.EMFILE}
+	}
+	return f.Listener.Accept()
+}
+
+// TestForwardFull: a shortage does not end it.
+func TestForwardFull(t *testing.T) {
+	front := listen(t)
+	dialed := make(dials, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	res := make(chan error, 1)
+	go func() { res <- Forward(ctx, &full{front, 2}, dialed, "tcp", "") }()
+	c, err := net.Dial("tcp", front.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	receive(t, dialed)
+	cancel()
+	if err := receive(t, res); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("%v, want net.ErrClosed", err)
+	}
+}
+
+// dials counts.
+type dials chan struct{}
+
+func (d dials) DialContext(context.Context, string, string) (net.Conn, error) {
+	d <- struct{}{}
+	return nil, syscall.ECONNREFUSED
+}
+
 // abortable can be told a reason.
 type abortable struct {
 	net.Conn
