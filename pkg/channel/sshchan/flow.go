@@ -1,6 +1,7 @@
 package sshchan
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -202,8 +203,8 @@ func (f *flow) ending() error {
 	} else if fin {
 		return io.EOF
 	}
-	if cause := f.w.tap.cause(); cause != nil {
-		return f.opError("read", cause)
+	if f.w.tap.cause() != nil {
+		return f.opError("read", f.w.gone())
 	}
 	if f.w.ours {
 		return f.opError("read", syscall.ECONNRESET)
@@ -253,7 +254,7 @@ func (f *flow) Write(p []byte) (int, error) {
 		f.unbounded.write.Store(false)
 		return f.writeBounded(p)
 	}
-	n, err := f.ch.Write(p)
+	n, err := f.writePieces(p)
 	f.unbounded.write.Store(false)
 	<-f.writing
 	return n, f.writeError(err)
@@ -263,7 +264,7 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 	own := append([]byte(nil), p...)
 	res := make(chan error, 1)
 	f.w.spawn(func() {
-		_, err := f.ch.Write(own)
+		_, err := f.writePieces(own)
 		<-f.writing
 		res <- err
 	})
@@ -278,6 +279,43 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 	case <-f.closed:
 		return 0, f.opError("write", f.closedError())
 	}
+}
+
+// writePieces gives p to SSH, as there is room for it on the wire. A deadline
+// counts until it has begun: what is sent in part, a frame perhaps, must be sent
+// in whole.
+func (f *flow) writePieces(p []byte) (n int, err error) {
+	late := f.wr.Done()
+	for {
+		size, ok := f.w.tap.enter(len(p)-n, f.closed, late)
+		if !ok {
+			return n, f.shutOut()
+		}
+		m, err := f.writePiece(p[n : n+size])
+		n += m
+		if err != nil || n == len(p) {
+			return n, err
+		}
+		late = nil
+	}
+}
+
+// writePiece may have to wait for the flow's window, when it no longer counts.
+func (f *flow) writePiece(p []byte) (int, error) {
+	over := time.AfterFunc(turnTime, func() { f.w.tap.leave(len(p)) })
+	n, err := f.ch.Write(p)
+	if over.Stop() {
+		f.w.tap.leave(len(p))
+	}
+	return n, err
+}
+
+// shutOut is why a write was not let in.
+func (f *flow) shutOut() error {
+	if !f.isClosed() && f.wr.Passed() {
+		return os.ErrDeadlineExceeded
+	}
+	return net.ErrClosed
 }
 
 // lockWrite waits for its turn to write.
@@ -309,8 +347,11 @@ func (f *flow) writeError(err error) error {
 	if _, broken := f.heard(); broken != nil {
 		return f.opError("write", broken)
 	}
-	if cause := f.w.tap.cause(); cause != nil {
-		return f.opError("write", cause)
+	if f.w.tap.cause() != nil {
+		return f.opError("write", f.w.gone())
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return f.opError("write", err)
 	}
 	return f.opError("write", syscall.EPIPE)
 }

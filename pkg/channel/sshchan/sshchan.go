@@ -49,7 +49,8 @@ type Config struct {
 	User string
 
 	// Keepalive is how often each end asks the other for a sign of life; after
-	// three times of silence the wire is dead. Zero means 5 s.
+	// three times of silence the wire is dead, and a handshake has failed. Zero
+	// means 5 s.
 	Keepalive time.Duration
 
 	// DialTimeout bounds one dial or listen of Serve at its network, and Idle
@@ -57,7 +58,8 @@ type Config struct {
 	DialTimeout, Idle time.Duration
 
 	// OnAlive, if set, is called when the other end showed that it lives: after
-	// the handshake and with every request and reply. It must return soon.
+	// the handshake, with every request and reply, and while data comes. It must
+	// return soon.
 	OnAlive func()
 
 	Log *slog.Logger // nil: nothing is logged
@@ -101,9 +103,16 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
+// rekeyAfter is how many bytes go under one key. x/crypto would change keys after
+// 1 GiB where the cipher is not AES, and all that writes meanwhile waits, its
+// reading loop too, which under load can be for good. Ciphers with
+// authentication built in bear far more; before the numbers of packets come
+// round, x/crypto changes keys all the same.
+const rekeyAfter = 1 << 40
+
 // common is the part of the protocol's settings that both ends share.
 func common() ssh.Config {
-	return ssh.Config{Ciphers: ciphers(hasAES())}
+	return ssh.Config{Ciphers: ciphers(hasAES()), RekeyThreshold: rekeyAfter}
 }
 
 // ciphers are those with authentication built in, the cheapest first.

@@ -20,22 +20,29 @@ import (
 // while the next packet is being encrypted. It also lets both ends speak first,
 // as SSH does, on a connection that has no buffer.
 //
+// Write never waits: SSH writes also where it reads, to answer what it read, and
+// a wait there would stop all flows of the wire, and with both directions full
+// for good. It is the flows that wait, before they give data to SSH (turns.go).
+//
 // Reads are buffered, since SSH reads the head of a packet by itself.
 type tap struct {
 	net.Conn
 	in    *bufio.Reader
-	reads atomic.Uint64 // of the connection itself
+	reads atomic.Uint64 // of the connection itself, that gave something
 
 	mu      sync.Mutex
 	changed sync.Cond
 	queue   []byte // written, not yet on its way
 	err     error
+
+	most    int     // how much may be queued before data waits
+	entered int     // bytes of data that were let in and are not queued yet
+	waiting []*turn // who comes first is let in first
 }
 
 const (
-	// mostQueued is how much may wait before writers do: two full packets, so
-	// that small ones of other channels do not wait long behind them.
-	mostQueued = 128 << 10
+	// tooMuch is queued when the other end makes SSH answer and does not read.
+	tooMuch = 64 << 20
 
 	// readAhead holds a whole packet.
 	readAhead = 64 << 10
@@ -44,10 +51,13 @@ const (
 	lastWords = time.Second
 )
 
-var errHungUp = errors.New("the other end hung up")
+var (
+	errHungUp = errors.New("the other end hung up")
+	errDeaf   = errors.New("the other end does not read what it is told")
+)
 
 func newTap(conn net.Conn) *tap {
-	t := &tap{Conn: conn}
+	t := &tap{Conn: conn, most: leastQueued}
 	t.in = bufio.NewReaderSize(counted{t}, readAhead)
 	t.changed.L = &t.mu
 	go t.write()
@@ -69,7 +79,9 @@ type counted struct{ t *tap }
 
 func (c counted) Read(p []byte) (int, error) {
 	n, err := c.t.Conn.Read(p)
-	c.t.reads.Add(1)
+	if n > 0 {
+		c.t.reads.Add(1)
+	}
 	return n, err
 }
 
@@ -77,14 +89,14 @@ func (c counted) Read(p []byte) (int, error) {
 func (t *tap) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for len(t.queue) >= mostQueued && t.err == nil {
-		t.changed.Wait()
+	if len(t.queue) > tooMuch {
+		t.failed(errDeaf)
 	}
 	if t.err != nil {
 		return 0, t.err
 	}
 	t.queue = append(t.queue, p...)
-	t.changed.Broadcast()
+	t.changed.Signal()
 	return len(p), nil
 }
 
@@ -97,11 +109,18 @@ func (t *tap) write() {
 		if b == nil {
 			return
 		}
+		began := time.Now()
 		if _, err := t.Conn.Write(b); err != nil {
 			t.fail(err)
 			return
 		}
-		spare = b[:0]
+		t.mu.Lock()
+		t.paced(len(b), time.Since(began))
+		t.mu.Unlock()
+		spare = nil
+		if cap(b) <= 2*mostQueued {
+			spare = b[:0]
+		}
 	}
 }
 
@@ -117,7 +136,7 @@ func (t *tap) take(spare []byte) []byte {
 	}
 	b := t.queue
 	t.queue = spare
-	t.changed.Broadcast()
+	t.admit()
 	return b
 }
 
@@ -132,9 +151,14 @@ func (t *tap) Close() error {
 func (t *tap) fail(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.failed(err)
+}
+
+func (t *tap) failed(err error) {
 	if t.err == nil {
 		t.err = err
-		t.changed.Broadcast()
+		t.changed.Signal()
+		t.admit()
 	}
 }
 

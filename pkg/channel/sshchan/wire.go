@@ -28,7 +28,8 @@ type wire struct {
 	over bool // no goroutine is waited for any more
 	wg   sync.WaitGroup
 
-	rtt atomic.Int64
+	asked atomic.Bool // a keepalive has no answer yet
+	rtt   atomic.Int64
 }
 
 // handler is what an end does with what the other one asks for.
@@ -38,10 +39,12 @@ type handler interface {
 }
 
 // handshake makes a wire of conn; do is the end's half of the handshake. It is
-// bounded by ctx, also where conn has no deadlines.
+// bounded by ctx, and as silence is, also where conn has no deadlines.
 func handshake(ctx context.Context, conn net.Conn, cfg Config,
 	do func(net.Conn) (ssh.Conn, <-chan ssh.NewChannel, <-chan *ssh.Request, error), peer func(ssh.Conn) []byte,
 	h func(*wire) handler) (*wire, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*cfg.Keepalive)
+	defer cancel()
 	t := newTap(conn)
 	stop := context.AfterFunc(ctx, func() { t.Close() })
 	c, chans, reqs, err := do(t)
@@ -65,6 +68,7 @@ func (w *wire) start(h handler, chans <-chan ssh.NewChannel, reqs <-chan *ssh.Re
 	w.spawn(func() { w.requests(h, reqs) })
 	w.spawn(func() { w.channels(h, chans) })
 	w.spawn(w.ask)
+	w.spawn(w.tell)
 	w.spawn(w.watch)
 	go w.bury()
 }
@@ -116,9 +120,11 @@ func (w *wire) channels(h handler, chans <-chan ssh.NewChannel) {
 func (w *wire) ask() {
 	for {
 		began := time.Now()
+		w.asked.Store(true)
 		if _, _, err := w.conn.SendRequest(keepalive, true, nil); err != nil {
 			return
 		}
+		w.asked.Store(false)
 		w.rtt.Store(int64(time.Since(began)))
 		w.cfg.OnAlive()
 		select {
@@ -129,12 +135,30 @@ func (w *wire) ask() {
 	}
 }
 
+// tell shows the other end that this one lives while the answer to a keepalive
+// is on its way, perhaps behind megabytes of data.
+func (w *wire) tell() {
+	t := time.NewTicker(w.cfg.Keepalive)
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+		case <-w.ctx.Done():
+			return
+		}
+		if w.asked.Load() {
+			w.conn.SendRequest(keepalive, false, nil)
+		}
+	}
+}
+
 const (
 	ticksPerKeepalive = 5
 	silentTicks       = 3*ticksPerKeepalive - 1 // and one in which it began
 )
 
-// watch ends the wire when nothing at all was read from it for too long.
+// watch ends the wire when nothing at all was read from it for too long. All
+// that was read is a sign of life.
 func (w *wire) watch() {
 	t := time.NewTicker(w.cfg.Keepalive / ticksPerKeepalive)
 	defer t.Stop()
@@ -147,6 +171,7 @@ func (w *wire) watch() {
 		}
 		if now := w.tap.reads.Load(); now != seen {
 			seen, silent = now, 0
+			w.cfg.OnAlive() // a request may be behind megabytes of data
 		} else {
 			silent++
 		}
@@ -185,11 +210,12 @@ func (w *wire) wait() error {
 	return w.tap.cause()
 }
 
-// gone is the error of what is asked of a wire that is gone.
+// gone is the error of what is asked of a wire that is gone. The wire's own error
+// is in its words only: a reset of the wire is none of the target's.
 func (w *wire) gone() error {
 	cause := w.tap.cause()
 	if cause == nil || errors.Is(cause, net.ErrClosed) {
 		return net.ErrClosed
 	}
-	return fmt.Errorf("%w: %w", net.ErrClosed, cause)
+	return fmt.Errorf("%w: %v", net.ErrClosed, cause)
 }

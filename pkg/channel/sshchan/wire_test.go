@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 )
@@ -281,6 +282,37 @@ func TestSigns(t *testing.T) {
 	ch.Close()
 	ch.Wait()
 	receive(t, served)
+}
+
+// TestHandshakeSilent: it is bounded where its context is not.
+func TestHandshakeSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, _ := pair(t)
+		a, b := net.Pipe()
+		defer b.Close()
+		go io.Copy(io.Discard, b)
+		began := time.Now()
+		if _, err := Dial(context.Background(), a, near); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, want DeadlineExceeded", err)
+		}
+		if took := time.Since(began); took != 15*time.Second {
+			t.Errorf("gave up after %v", took)
+		}
+	})
+}
+
+// TestKeysStay: no change of keys by amount in the life of a session.
+func TestKeysStay(t *testing.T) {
+	near, far := pair(t)
+	sc, err := far.server()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []*ssh.Config{&near.client().Config, &sc.Config} {
+		if c.SetDefaults(); c.RekeyThreshold != 1<<40 {
+			t.Errorf("new keys after %d bytes", c.RekeyThreshold)
+		}
+	}
 }
 
 func TestCiphers(t *testing.T) {
