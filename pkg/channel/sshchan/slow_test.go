@@ -195,11 +195,11 @@ func (s stuck) Write(p []byte) (int, error) {
 // TestStuckWire: closing does not wait for a wire that takes nothing.
 func TestStuckWire(t *testing.T) {
 	noLeak(t)
+	address := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 	near, far := pair(t)
 	a, b := tcpPipe(t)
 	cut := make(chan struct{})
 	ch := join(t, near, far, stuck{freeze(a, cut)}, b)
-	address := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 	conns := []net.Conn{dialTCP(t, ch, address), dialTCP(t, ch, address)}
 	close(cut)
 	var wg sync.WaitGroup
