@@ -352,6 +352,7 @@ func TestClean(t *testing.T) {
 	}
 	s := connect(t)
 	deadOne := theStatus(t)
+	t.Cleanup(func() { try("kubectl", "delete", "lease", "-n", namespace, "culvert-"+deadOne.Session) })
 	kubectl(t, "delete", "role", "-n", namespace, "culvert-"+deadOne.Session)
 	kill9(t, deadOne.PID)
 	s.wait(10 * time.Second)
