@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -148,7 +149,7 @@ func askStatus(ctx context.Context, name string) (s Status, err error) {
 		return s, err
 	}
 	defer c.Close()
-	if !trusted(c) {
+	if os.Geteuid() != 0 && !trusted(c) { // root sees everybody's
 		return s, fmt.Errorf("%s belongs to somebody else", strings.TrimLeft(name, "@"))
 	}
 	if err := c.SetDeadline(time.Now().Add(statusPatient)); err != nil {
