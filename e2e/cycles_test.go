@@ -27,12 +27,18 @@ const (
 // no goroutine, no descriptor, no route, no object.
 func TestCycles(t *testing.T) {
 	check := noTrace(t)
-	inside := on("laptop", must(os.Executable()), "-test.run=^TestCyclesInside$", "-test.v")
-	inside.Env = append(inside.Env, insideName+"=1")
-	if out, err := inside.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestCyclesInside") {
+	inside(t, "TestCyclesInside")
+	check(30 * time.Second)
+}
+
+// inside runs a test of this package on the laptop.
+func inside(t *testing.T, name string) {
+	t.Helper()
+	c := on("laptop", must(os.Executable()), "-test.run=^"+name+"$", "-test.v")
+	c.Env = append(c.Env, insideName+"=1")
+	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+name) {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	check(30 * time.Second)
 }
 
 // TestCyclesInside is the part of TestCycles that runs on the laptop.
