@@ -14,9 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// routeProtocol marks the routes as ours (ip route show proto 99). It is not in
-// rt_protos(5), and is the letter c.
-const routeProtocol = 99
+// routeProtocol marks the routes as ours (ip route show proto 73). Nobody else
+// has it in iproute2's rt_protos.
+const routeProtocol = 73
 
 // A Link is a device as the rest of the machine sees it, known by its name.
 // Every method states all that is wanted, and may be called again.
