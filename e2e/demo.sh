@@ -39,8 +39,8 @@ show ping -c 1 -W 2 db-0.db.shop
 
 say "Names: on the laptop, and beside it what CoreDNS answers inside the cluster"
 for name in web.shop.svc.cluster.local db.shop.svc.cluster.local web-alias.shop.svc.cluster.local nothing.shop.svc.cluster.local; do
-	here=$(laptop dig +noall +comments +answer "$name" | sed -n 's/.*status: \([A-Z]*\).*/\1/p; /^[^;]/p' | awk '{print $1=="NOERROR"||$1=="NXDOMAIN" ? $1 : $4" "$5}' | sort | tr '\n' ' ')
-	there=$(bin/cluster exec node1 -- dig @10.96.0.10 +noall +comments +answer "$name" | sed -n 's/.*status: \([A-Z]*\).*/\1/p; /^[^;]/p' | awk '{print $1=="NOERROR"||$1=="NXDOMAIN" ? $1 : $4" "$5}' | sort | tr '\n' ' ')
+	here=$(laptop dig +noall +comments +answer "$name" | sed -n 's/.*status: \([A-Z]*\).*/\1/p; /^[^;]/p' | awk '{print $1=="NOERROR"||$1=="NXDOMAIN" ? $1 : $4" "$5}' | sort -u | tr '\n' ' ')
+	there=$(bin/cluster exec node1 -- dig @10.96.0.10 +noall +comments +answer "$name" | sed -n 's/.*status: \([A-Z]*\).*/\1/p; /^[^;]/p' | awk '{print $1=="NOERROR"||$1=="NXDOMAIN" ? $1 : $4" "$5}' | sort -u | tr '\n' ' ')
 	printf '%-34s laptop:  %s\n%-34s CoreDNS: %s\n' "$name" "$here" "" "$there"
 	[ "$here" = "$there" ] || { echo "they differ" >&2; exit 1; }
 done

@@ -16,6 +16,10 @@ import (
 // The API server is not reached any more from the moment the routes are set, as
 // when they lead the wrong way: everything is undone, and the reason is told.
 func TestAPIServerLost(t *testing.T) {
+	// The first rule makes the table, which then stays.
+	for _, do := range []string{"-A", "-D"} {
+		laptop(t, "iptables", "-w", do, "OUTPUT", "-p", "tcp", "--dport", "6443", "-j", "DROP")
+	}
 	check := noTrace(t)
 	inside(t, "TestAPIServerLostInside")
 	check(30 * time.Second)
