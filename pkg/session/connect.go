@@ -67,12 +67,10 @@ type Connect struct {
 	names  *dns.Server
 
 	mu     sync.Mutex // guards what changes while it runs
-	way    kube.Way
 	routes []RouteStatus
 	naming naming
 	mode   resolver.Mode // how the OS was told of names; none before that
 	seen   sinkState
-	wireUp bool // as last told
 	warned []string
 
 	zonesChanged chan struct{}
@@ -84,7 +82,7 @@ func NewConnect(cfg ConnectConfig) *Connect {
 	rand.Read(id) // never fails
 	return &Connect{
 		cfg: cfg, id: hex.EncodeToString(id), since: time.Now(),
-		wireUp: true, zonesChanged: make(chan struct{}, 1),
+		zonesChanged: make(chan struct{}, 1),
 	}
 }
 

@@ -31,7 +31,7 @@ func (c *Connect) status() Status {
 		Session: c.id, Owner: kube.Self().Owner(), PID: os.Getpid(), Since: c.since,
 		Context: k.Context, Namespace: k.Namespace, Server: k.Server,
 		Shadow: ShadowStatus{Kind: string(c.shadow.Mode()), Pod: pod},
-		Wire:   wireStatus(c.keep.State(), c.way),
+		Wire:   wireStatus(c.keep.State(), c.shadow.Way()),
 		Flows:  flowStatus(c.stack.Stats()),
 		Device: DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()},
 		Routes: slices.Clone(c.routes),

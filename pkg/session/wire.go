@@ -79,7 +79,7 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 		return "", err
 	}
 	c.learn(info)
-	return fmt.Sprintf("wire open through %s", c.lastWay()), nil
+	return fmt.Sprintf("wire open through %s", c.shadow.Way()), nil
 }
 
 func (c *Connect) firstWire(ctx context.Context) error {
@@ -108,60 +108,45 @@ func (c *Connect) learn(info shadow.Info) {
 const reopenLimit = 2 * time.Minute
 
 func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
-	conn, way, err := c.shadow.Dial(ctx)
+	conn, _, err := c.shadow.Dial(ctx)
 	if errors.Is(err, kube.ErrGone) {
 		c.cfg.Reporter.Say("the shadow is gone, making another")
-		conn, way, err = c.dialNewShadow(ctx)
+		conn, err = c.dialNewShadow(ctx)
 	}
 	if err != nil {
 		return nil, err
 	}
 	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: c.keys.laptop, Log: c.cfg.Log})
 	if err != nil {
-		return nil, err
+		return nil, err // not wire: a nil one in the interface is none
 	}
-	c.mu.Lock()
-	c.way = way
-	c.mu.Unlock()
 	return wire, nil
 }
 
 // dialNewShadow makes the shadow again: it ends itself when this machine was
 // silent for the grace time, as after a sleep.
-func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, kube.Way, error) {
+func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, error) {
 	if err := c.shadow.Delete(ctx); err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	if err := c.shadow.Create(ctx, c.warn); err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	if err := c.shadow.WaitReady(ctx, nil); err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	return c.shadow.Dial(ctx)
+	conn, _, err := c.shadow.Dial(ctx)
+	return conn, err
 }
 
-func (c *Connect) lastWay() kube.Way {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.way
-}
-
-// wireChanged tells the person when the wire goes, and when it is back, but not
-// of every attempt in between.
+// wireChanged tells the person when the wire goes, and when it is back.
 func (c *Connect) wireChanged(s channel.KeepState) {
-	c.mu.Lock()
-	changed := s.Up != c.wireUp && !s.Since.IsZero()
-	if changed {
-		c.wireUp = s.Up
-	}
-	c.mu.Unlock()
 	switch {
-	case !changed || c.gctx.Err() != nil:
-	case s.Up:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again, through %s", c.lastWay()))
-	default:
+	case c.gctx.Err() != nil:
+	case !s.Up:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
+	case s.Reopened > 0:
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again, through %s", c.shadow.Way()))
 	}
 }
 
