@@ -427,24 +427,14 @@ func outsideWithoutShadow(t *testing.T, server string, outside replies) {
 	}
 }
 
-// devRights gives the user dev the rights that "culvert rbac" prints, and no
-// others. It returns dev's kubeconfig.
-func devRights(t *testing.T) (kubeconfig string) {
-	t.Helper()
-	role := laptop(t, culvertBin, "rbac", "-n", namespace)
-	t.Cleanup(func() { kubectl(t, "delete", "-n", namespace, "role/culvert-connect", "rolebinding/culvert-connect") })
-	apply(t, role)
-	kubectl(t, "create", "rolebinding", "-n", namespace, "culvert-connect", "--role=culvert-connect", "--user=dev")
-	return filepath.Join(root, "e2e/.run/kubeconfig-dev")
-}
-
 // Who may not look at the whole cluster has names nevertheless: the cluster's
 // DNS is asked.
 func TestNamesWithoutClusterRights(t *testing.T) {
 	makeOddNames(t)
 	all := services(t)
 	outside := outsideNow(t, upstream)
-	s := connect(t, "--kubeconfig", devRights(t))
+	grant(t, namespace, rbac(t, "-n", namespace))
+	s := connect(t, "--kubeconfig", filepath.Join(root, "e2e/.run/kubeconfig-dev"))
 	st := theStatus(t)
 	if !slices.Equal(st.DNS.Whole, []string{namespace}) {
 		t.Fatalf("answered from what is watched: %v, want %s only", st.DNS.Whole, namespace)
