@@ -51,7 +51,7 @@ func (s *suite) run(run string, unitOnly, keep bool) {
 // checks need no cluster.
 func (s *suite) checks() {
 	s.make("lint")
-	s.goTest("-race", "-timeout=10m", "./pkg/...", "./cmd/...", "./manifests/...", "./images/...")
+	s.goTest("-race", "-timeout=5m", "./pkg/...", "./cmd/...", "./manifests/...", "./images/...")
 	s.make("cross")
 }
 
@@ -153,10 +153,25 @@ func (s *suite) count(e event, said map[string][]string) {
 	case "output", "build-output":
 		said[key] = append(said[key], e.Output)
 	case "pass", "skip", "fail":
+		if e.Test == "" {
+			s.unfinished(e.Package, said)
+		}
 		s.verdict(e, said[key])
 		delete(said, key)
 	case "build-fail":
 		fmt.Fprint(s.out, strings.Join(said[key], ""))
+	}
+}
+
+// unfinished shows the tests of a package that ended without a verdict: those
+// that ran when it crashed or its time was up. What they said has the stacks.
+func (s *suite) unfinished(pkg string, said map[string][]string) {
+	for key, output := range said {
+		if test, ok := strings.CutPrefix(key, pkg+" "); ok && test != "" {
+			s.failed++
+			fmt.Fprintf(s.out, "FAIL %s did not end\n%s", key, strings.Join(output, ""))
+			delete(said, key)
+		}
 	}
 }
 

@@ -191,10 +191,10 @@ func (f *flow) Close() error {
 
 func (f *flow) end(err error) {
 	f.once.Do(func() {
+		f.l.forget(f) // first: who sees the end may count on the next datagram to begin another
+		f.timer.Stop()
 		f.err = err
 		close(f.closed)
-		f.timer.Stop()
-		f.l.forget(f)
 	})
 }
 
