@@ -51,6 +51,23 @@ type Channel interface {
 	Close() error
 }
 
+// Pending is a connection that was accepted here and not yet answered: its far
+// side still waits to hear whether it is taken. Listeners of a Channel give such
+// connections for "tcp", so that who forwards them can dial first and let the
+// answer be what that dial met.
+//
+// What needs the far side, as Read, Write and CloseWrite do, takes it if nobody
+// answered before. Close refuses it then, and so does an Abort, with its reason.
+type Pending interface {
+	net.Conn
+
+	// Answer takes the connection if err is nil; net.ErrClosed says that its
+	// far side has not waited. Otherwise it closes it: the dial at the far side
+	// fails with err, as if its kernel had said so, or what was taken before is
+	// broken off.
+	Answer(err error) error
+}
+
 // CloseWriter is the half of a stream that can be closed alone.
 type CloseWriter interface {
 	CloseWrite() error

@@ -19,6 +19,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
 // Join copies both ways until both directions have ended, closes a and b, and
@@ -195,7 +197,8 @@ type Dialer interface {
 
 // Forward dials address for every connection that ln accepts and joins the two,
 // until ctx ends or ln fails for good; it closes ln, and returns when all of it is gone.
-// A connection whose dial failed is aborted with the dial's error.
+// A connection whose dial failed is aborted with the dial's error; one that is
+// Pending is answered with what the dial met.
 func Forward(ctx context.Context, ln net.Listener, to Dialer, network, address string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
@@ -244,8 +247,12 @@ func pause(ctx context.Context) {
 
 func forward(ctx context.Context, a net.Conn, to Dialer, network, address string) {
 	b, err := to.DialContext(ctx, network, address)
-	if err != nil {
+	if p, ok := a.(channel.Pending); ok {
+		err = answer(p, b, err)
+	} else if err != nil {
 		Abort(a, err)
+	}
+	if err != nil {
 		return
 	}
 	defer context.AfterFunc(ctx, func() {
@@ -257,6 +264,18 @@ func forward(ctx context.Context, a net.Conn, to Dialer, network, address string
 	} else {
 		Datagrams(a, b, DefaultIdle)
 	}
+}
+
+// answer tells p what the dial met. If p has not waited, b has come in vain.
+func answer(p channel.Pending, b net.Conn, err error) error {
+	if err != nil {
+		p.Answer(err)
+		return err
+	}
+	if err = p.Answer(nil); err != nil {
+		Abort(b, err)
+	}
+	return err
 }
 
 // gone tells of errors that a connection gives that has already ended.

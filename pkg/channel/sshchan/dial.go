@@ -187,10 +187,7 @@ func discard(res <-chan opened) {
 
 func (c *Channel) flow(o opened, network, address string) (net.Conn, error) {
 	if o.err != nil {
-		if c.w.tap.cause() != nil {
-			return nil, c.w.gone()
-		}
-		return nil, refused(o.err, address)
+		return nil, c.w.notOpened(o.err, address)
 	}
 	return newConn(c.w, o.ch, o.reqs, network, addr{network, c.w.conn.LocalAddr().String()}, remoteAddr(network, address)), nil
 }

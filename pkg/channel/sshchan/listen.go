@@ -131,12 +131,6 @@ type listener struct {
 	closed   chan struct{}
 }
 
-// incoming is a connection that the far end accepted.
-type incoming struct {
-	ssh.NewChannel
-	origin net.Addr
-}
-
 func (c *Channel) add(b bound) *listener {
 	l := &listener{
 		c: c, at: b,
@@ -198,9 +192,12 @@ func (l *listener) Accept() (net.Conn, error) {
 		case <-l.c.w.ctx.Done():
 			return nil, l.acceptError(l.c.w.gone())
 		case in := <-l.incoming:
-			ch, reqs, err := in.Accept()
-			if err == nil {
-				return newConn(l.c.w, ch, reqs, l.at.network, l.addr, in.origin), nil
+			p := &pending{w: l.c.w, in: in, network: l.at.network, local: l.addr}
+			if l.at.network == "tcp" {
+				return p, nil
+			}
+			if c, err := p.accept(); err == nil {
+				return c, nil
 			}
 		}
 	}

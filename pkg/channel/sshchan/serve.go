@@ -5,6 +5,7 @@ import (
 	"net"
 	"strconv"
 	"sync"
+	"syscall"
 
 	"golang.org/x/crypto/ssh"
 
@@ -188,6 +189,7 @@ func (s *server) accept(b bound, ln net.Listener) {
 }
 
 // forward opens a channel to the other end for a connection from the network.
+// One that still waits for its answer gets that of the other end.
 func (s *server) forward(b bound, far net.Conn) {
 	kind := forwardedTCP
 	if b.network != "tcp" {
@@ -197,8 +199,24 @@ func (s *server) forward(b bound, far net.Conn) {
 	t.OriginHost, _, _ = net.SplitHostPort(far.RemoteAddr().String())
 	ch, reqs, err := s.w.conn.OpenChannel(kind, t.payload(b.network))
 	if err != nil {
-		relay.Abort(far, refused(err, ""))
+		refuse(far, s.w.notOpened(err, ""))
 		return
 	}
-	s.join(b.network, newConn(s.w, ch, reqs, b.network, far.LocalAddr(), far.RemoteAddr()), far)
+	near := newConn(s.w, ch, reqs, b.network, far.LocalAddr(), far.RemoteAddr())
+	if p, ok := far.(channel.Pending); ok {
+		if err := p.Answer(nil); err != nil { // it has not waited
+			relay.Abort(near, syscall.ECONNRESET)
+			return
+		}
+	}
+	s.join(b.network, near, far)
+}
+
+// refuse tells who connected what the other end said.
+func refuse(c net.Conn, err error) {
+	if p, ok := c.(channel.Pending); ok {
+		p.Answer(err)
+	} else {
+		relay.Abort(c, err)
+	}
 }

@@ -219,3 +219,11 @@ func (w *wire) gone() error {
 	}
 	return fmt.Errorf("%w: %v", net.ErrClosed, cause)
 }
+
+// notOpened is why a channel was not opened: the other end refused, or is gone.
+func (w *wire) notOpened(err error, name string) error {
+	if w.tap.cause() != nil {
+		return w.gone()
+	}
+	return refused(err, name)
+}
