@@ -9,7 +9,7 @@ CLUSTER    := bin/cluster
 
 export NODES GOFLAGS
 
-.PHONY: build cross images prepare cluster-up cluster-down demo test unit lint fuzz clean
+.PHONY: build cross images prepare cluster-up cluster-down demo bench test unit lint fuzz clean
 
 build: bin/culvert
 
@@ -44,6 +44,10 @@ cluster-down: $(CLUSTER)
 demo: build $(CLUSTER) images
 	e2e/demo.sh
 
+# What an exchange costs: a Service beside itself, exchanged, on a cluster that is up.
+bench: build
+	go test -run='^$$' -bench=. -benchtime=1x -timeout=10m ./e2e
+
 # Everything: lint, unit tests, other systems, and end to end on a cluster of
 # its own. As root; the last line counts the tests.
 test:
@@ -54,6 +58,7 @@ lint:
 	go vet ./...
 	$(STATICCHECK) ./...
 	cd e2e/cluster && go vet . && $(STATICCHECK) .
+	cd e2e/sample/kit && go vet . && $(STATICCHECK) .
 
 unit:
 	go run ./e2e/suite -unit

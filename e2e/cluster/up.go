@@ -179,7 +179,7 @@ func deploy(p paths, s shape, said *stopwatch) error {
 }
 
 func waitForSample(p paths) error {
-	for _, workload := range []string{"deployment/web", "deployment/echo", "deployment/redis", "deployment/pg", "statefulset/db"} {
+	for _, workload := range []string{"deployment/web", "deployment/echo", "deployment/app", "deployment/redis", "deployment/pg", "statefulset/db"} {
 		if _, err := kubectl(p, "-n", "shop", "rollout", "status", workload, "--timeout=120s"); err != nil {
 			return err
 		}

@@ -1,24 +1,21 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"io"
-	"log"
 	"net"
 	"net/http"
-	"os"
-	"os/signal"
-	"syscall"
 	"time"
 )
 
 // report is what "/" answers: who was asked, and what arrived.
 type report struct {
+	Name    string      `json:"name"`
 	Pod     string      `json:"pod"`
 	Version string      `json:"version,omitempty"`
 	Method  string      `json:"method"`
 	Path    string      `json:"path"`
+	Proto   string      `json:"proto"`
 	Host    string      `json:"host"`
 	Remote  string      `json:"remote"`
 	Local   string      `json:"local"`
@@ -38,37 +35,8 @@ func serveEcho() error {
 	failed := make(chan error, 3)
 	go func() { failed <- echoTCP(tcp) }()
 	go func() { failed <- echoUDP(udp) }()
-	go func() { failed <- http.ListenAndServe(":8080", echoHandler()) }()
-	term := make(chan os.Signal, 1)
-	signal.Notify(term, syscall.SIGTERM, syscall.SIGINT)
-	select {
-	case err := <-failed:
-		return err
-	case <-term:
-		// Clients are still sent here until every kube-proxy has heard.
-		time.Sleep(2 * time.Second)
-		return nil
-	}
-}
-
-func echoHandler() http.Handler {
-	host, _ := os.Hostname()
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST /echo", echoBody)
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		log.Printf("%s %s from %s", r.Method, r.URL, r.RemoteAddr)
-		body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
-		if err != nil {
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-		_ = json.NewEncoder(w).Encode(report{
-			Pod: host, Version: os.Getenv("VERSION"), Method: r.Method, Path: r.URL.String(), Host: r.Host,
-			Remote: r.RemoteAddr, Local: local.String(), Header: r.Header, Body: string(body),
-		})
-	})
-	return mux
+	go func() { failed <- http.ListenAndServe(":8080", newServer(ownName()).handler()) }()
+	return untilTerm(failed, 2*time.Second)
 }
 
 // echoBody sends back byte for byte what arrives, while it arrives.

@@ -1,6 +1,7 @@
 // kit is what the sample system is made of. As a server:
 //
 //	kit echo      HTTP on 8080, TCP echo on 8081, UDP echo on 8082
+//	kit serve     its name in every protocol; kit serve -h
 //	kit outside   the world outside the cluster: HTTP on 80, a CONNECT proxy on 3128
 //
 // and as a client, which gives up after 5s, or as said before it (kit -t 1s ...):
@@ -9,8 +10,11 @@
 //	kit post URL <FILE        the body of the answer
 //	kit dns NAME              its addresses, a line each
 //	kit dial NET ADDR TEXT    one line there and back
+//	kit check HOST            who answers there, over every protocol
+//	kit load URL              many requests; who answered, how soon, and what failed
+//	kit poll URL              a request every 100 ms, a line for each
 //
-// It uses the standard library only, so that it is one static binary.
+// It is one static binary, and a module of its own for the sake of gRPC.
 package main
 
 import (
@@ -55,6 +59,14 @@ func run(limit time.Duration, args []string) error {
 	switch {
 	case verb == "echo":
 		return serveEcho()
+	case verb == "serve":
+		return serveAll(args[1:])
+	case verb == "check":
+		return check(limit, args[1:])
+	case verb == "load":
+		return runLoad(args[1:])
+	case verb == "poll":
+		return poll(args[1:])
 	case verb == "outside":
 		return serveOutside()
 	case verb == "get" && len(args) == 2:
