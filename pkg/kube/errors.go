@@ -23,6 +23,12 @@ var (
 	ErrNamespace    = errors.New("no such namespace")
 	ErrGone         = errors.New("the session is gone from the cluster")
 	ErrLeft         = errors.New("not everything could be removed")
+
+	ErrNoTarget   = errors.New("no such target")
+	ErrNoSelector = errors.New("the service selects no pods")
+	ErrNoPorts    = errors.New("the service has no ports that can be carried")
+	ErrSeveral    = errors.New("several services lead there")
+	ErrExchanged  = errors.New("the service is exchanged already")
 )
 
 // sorted gives err the sentinel that belongs to it. The words of a credential
@@ -42,7 +48,8 @@ func sorted(err error) error {
 }
 
 func hasSentinel(err error) bool {
-	for _, s := range []error{ErrKubeconfig, ErrContext, ErrUnreachable, ErrUnauthorized, ErrForbidden, ErrNamespace, ErrGone, ErrLeft} {
+	for _, s := range []error{ErrKubeconfig, ErrContext, ErrUnreachable, ErrUnauthorized, ErrForbidden, ErrNamespace, ErrGone, ErrLeft,
+		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged} {
 		if errors.Is(err, s) {
 			return true
 		}
