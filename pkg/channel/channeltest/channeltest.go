@@ -40,6 +40,10 @@ func Run(t *testing.T, open Open) {
 		{"errors cross", testErrorsCross},
 		{"close", testClose},
 		{"close ends far end", testCloseEndsFar},
+		{"pending taken", testPendingTaken},
+		{"pending refused", testPendingRefused},
+		{"pending closed", testPendingClosed},
+		{"pending by wire", testPendingWire},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			noLeak(t)
