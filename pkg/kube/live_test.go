@@ -593,7 +593,7 @@ func liveSession(t *testing.T, admin *Cluster, kubeconfig string) {
 	t.Helper()
 	c, err := Load(Config{Kubeconfig: kubeconfig, Namespace: admin.Namespace})
 	must(t, err)
-	defer c.Close()
+	t.Cleanup(c.Close) // after what start leaves to be done at the end
 	_, err = c.Check(t.Context())
 	must(t, err)
 	s := start(t, c, liveConfig(t))
@@ -657,7 +657,7 @@ func TestLiveProxy(t *testing.T) {
 		tunnels.Add(1)
 		tunnel(w, r)
 	}))
-	defer proxy.Close()
+	t.Cleanup(proxy.Close) // a session's last words go through it
 	liveSession(t, admin, liveKubeconfig(t, func(cluster, _ map[string]any) { cluster["proxy-url"] = proxy.URL }))
 	if n := tunnels.Load(); n < 4 {
 		t.Errorf("%d tunnels", n)
