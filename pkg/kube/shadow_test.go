@@ -203,6 +203,36 @@ func TestDeleteNamesWhatIsLeft(t *testing.T) {
 	}
 }
 
+// Credentials that are refused once are tried again, for client-go has others by
+// then; refused for good, nobody waits until the limit.
+func TestDeleteRefused(t *testing.T) {
+	for _, test := range []struct {
+		times int
+		left  bool
+	}{{1, false}, {refusals, false}, {1000, true}} {
+		synctest.Test(t, func(t *testing.T) {
+			client := fake.NewClientset()
+			s := testCluster(client).NewShadow(testConfig("x1"), allRights(ByDeployment))
+			if err := s.Create(t.Context(), nil); err != nil {
+				t.Fatal(err)
+			}
+			asked := 0
+			client.PrependReactor("*", "leases", func(clienttesting.Action) (bool, runtime.Object, error) {
+				asked++
+				return asked <= test.times, nil, apierrors.NewUnauthorized("expired")
+			})
+			begin := time.Now()
+			err := s.Delete(t.Context())
+			if left := errors.Is(err, ErrLeft); left != test.left || left != errors.Is(err, ErrUnauthorized) {
+				t.Errorf("%d times: %v", test.times, err)
+			}
+			if took := time.Since(begin); took > deleteLimit/2 {
+				t.Errorf("%d times: after %v", test.times, took)
+			}
+		})
+	}
+}
+
 // Without the right to open what a policy shuts, that is said.
 func TestPolicyThatStaysShut(t *testing.T) {
 	c := testCluster(fake.NewClientset(defaultDeny()))

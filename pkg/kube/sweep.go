@@ -137,15 +137,21 @@ func (c *Cluster) remove(ctx context.Context, f found) error {
 	return fmt.Errorf("unknown kind %s", f.kind)
 }
 
+// refusals are how often in a row the credentials must be refused to be believed
+// lost, some three seconds: client-go asks for others after the first.
+const refusals = 10
+
 // sweep removes everything of one session and waits until nothing is left. It
 // searches and deletes until a search finds nothing, so it does not matter how
-// far a creation came. What fails is tried again until ctx ends, and only then it
-// returns ErrLeft with the names of what is left.
+// far a creation came. What fails is tried again until ctx ends, or until it is
+// certain that the credentials are not accepted any more; only then it returns
+// ErrLeft with the names of what is left.
 func (c *Cluster) sweep(ctx context.Context, namespace, session string) error {
 	rootErr := c.removeRoots(ctx, namespace, session)
 	var errs error
 	var only []string
 	var rest []found
+	refused := 0 // rounds in a row
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		all, err := c.find(ctx, namespace, session, only...)
 		switch {
@@ -160,6 +166,13 @@ func (c *Cluster) sweep(ctx context.Context, namespace, session string) error {
 			if rootErr = c.removeRoots(ctx, namespace, session); rootErr == nil {
 				continue
 			}
+			err = rootErr
+		}
+		if refused++; !errors.Is(err, ErrUnauthorized) {
+			refused = 0
+		}
+		if refused == refusals {
+			return leftover(rest, errors.Join(rootErr, errs))
 		}
 		select {
 		case <-ctx.Done():
