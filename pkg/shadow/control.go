@@ -1,12 +1,14 @@
 package shadow
 
 import (
-	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -19,7 +21,8 @@ import (
 
 const (
 	controlLimit = 10 * time.Second
-	maxInfo      = 64 << 10
+	maxBody      = 64 << 10 // of a question
+	maxAnswer    = 1 << 20
 )
 
 // Info is what a shadow says of itself and its pod.
@@ -51,55 +54,92 @@ type Families struct {
 func Ask(ctx context.Context, far channel.Network) (Info, error) {
 	ctx, cancel := context.WithTimeout(ctx, controlLimit)
 	defer cancel()
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return far.DialContext(ctx, "tcp", ControlAddress)
-	}
-	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+controlHost+"/info", nil)
-	if err != nil {
-		return Info{}, fmt.Errorf("ask shadow: %w", err)
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return Info{}, fmt.Errorf("ask shadow: %w", err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return Info{}, fmt.Errorf("ask shadow: %s", resp.Status)
-	}
 	var info Info
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxInfo)).Decode(&info); err != nil {
+	if err := call(ctx, far, http.MethodGet, "/info", nil, &info); err != nil {
 		return Info{}, fmt.Errorf("ask shadow: %w", err)
 	}
 	return info, nil
 }
 
-// dialControl connects to the control host, which is here.
-func (n *network) dialControl() net.Conn {
-	near, far := duplexes()
-	n.control.Go(func() { n.answerControl(far) })
-	return near
+// A statusError is what a shadow says that does not do what it was asked to.
+type statusError struct {
+	code int
+	text string
 }
 
-func (n *network) answerControl(c net.Conn) {
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(controlLimit))
-	req, err := http.ReadRequest(bufio.NewReader(io.LimitReader(c, maxHeader)))
+func (e *statusError) Error() string {
+	return cmp.Or(e.text, http.StatusText(e.code))
+}
+
+// call asks the control host of the shadow at the other end. answer may be nil.
+func call(ctx context.Context, far channel.Network, method, path string, question, answer any) error {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return far.DialContext(ctx, "tcp", ControlAddress)
+	}
+	var body bytes.Buffer
+	if question != nil {
+		if err := json.NewEncoder(&body).Encode(question); err != nil {
+			return err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+controlHost+path, &body)
 	if err != nil {
-		return
+		return err
 	}
-	if req.Method != http.MethodGet || req.URL.Path != "/info" {
-		respond(c, http.StatusNotFound, "not found\n")
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), controlLimit)
-	defer cancel()
-	text, err := json.Marshal(n.info(ctx))
+	client := http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	resp, err := client.Do(req)
 	if err != nil {
-		respond(c, http.StatusInternalServerError, err.Error())
-		return
+		return err
 	}
-	respond(c, http.StatusOK, string(text)+"\n")
+	defer resp.Body.Close()
+	return read(resp, answer)
+}
+
+func read(resp *http.Response, answer any) error {
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		return &statusError{resp.StatusCode, strings.TrimSpace(string(text))}
+	}
+	if answer == nil {
+		return nil
+	}
+	return json.Unmarshal(text, answer)
+}
+
+// control serves the control host until ctx ends.
+func (s *Shadow) control(ctx context.Context, ln net.Listener) error {
+	server := http.Server{
+		Handler:        http.MaxBytesHandler(s.controls(), maxBody),
+		ReadTimeout:    controlLimit,
+		WriteTimeout:   controlLimit,
+		MaxHeaderBytes: maxHeader,
+		ErrorLog:       slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelWarn),
+		ConnState:      s.network.controlled,
+		BaseContext:    func(net.Listener) context.Context { return ctx },
+	}
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", ControlAddress, err)
+	}
+	return nil
+}
+
+// controls are what can be asked.
+func (s *Shadow) controls() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /info", func(w http.ResponseWriter, r *http.Request) { respondJSON(w, s.info(r.Context())) })
+	if s.router != nil {
+		s.claimControls(mux)
+	}
+	return mux
+}
+
+func respondJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // who hung up needs no answer
 }
 
 func (s *Shadow) info(ctx context.Context) Info {
@@ -164,32 +204,3 @@ func parseResolvConf(text []byte) ResolvConf {
 	}
 	return r
 }
-
-// duplexes are two ends of a connection in memory which, other than those of
-// net.Pipe, can be half closed: there is a pipe for each direction.
-func duplexes() (near, far *duplex) {
-	a, b := net.Pipe()
-	c, d := net.Pipe()
-	return &duplex{Conn: a, w: d}, &duplex{Conn: c, w: b}
-}
-
-// A duplex reads from Conn and writes to w.
-type duplex struct {
-	net.Conn
-	w net.Conn
-}
-
-func (d *duplex) Write(p []byte) (int, error) { return d.w.Write(p) }
-func (d *duplex) CloseWrite() error           { return d.w.Close() }
-
-func (d *duplex) Close() error {
-	d.w.Close()
-	return d.Conn.Close()
-}
-
-func (d *duplex) SetDeadline(t time.Time) error {
-	_ = d.w.SetWriteDeadline(t)
-	return d.Conn.SetReadDeadline(t)
-}
-
-func (d *duplex) SetWriteDeadline(t time.Time) error { return d.w.SetWriteDeadline(t) }

@@ -56,7 +56,7 @@ func (d *door) known(c net.Conn) {
 // answer reads one request and does what it asks for. There is no http.Server,
 // because a connection is to be bounded as a whole until it has shown a key, and
 // because nothing here is asked twice on one connection.
-func (s *Shadow) answer(ctx context.Context, conn net.Conn, id sshchan.Identity) {
+func (s *Shadow) answer(ctx, wires context.Context, conn net.Conn, id sshchan.Identity) {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	s.door.enter(conn)
@@ -69,7 +69,11 @@ func (s *Shadow) answer(ctx context.Context, conn net.Conn, id sshchan.Identity)
 	case req.Method == http.MethodGet && req.URL.Path == "/healthz":
 		respond(conn, http.StatusOK, "ok\n")
 	case req.Method == http.MethodGet && req.URL.Path == "/" && wantsUpgrade(req.Header):
-		s.wire(ctx, conn, r, id)
+		if s.leaving.Load() {
+			respond(conn, http.StatusServiceUnavailable, isLeaving+"\n")
+			return
+		}
+		s.wire(wires, conn, r, id)
 	default:
 		respond(conn, http.StatusNotFound, "not found\n")
 	}

@@ -4,14 +4,17 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 // ControlAddress is the shadow's own host: a "tcp" dial of it, on any wire,
@@ -27,24 +30,36 @@ const (
 type network struct {
 	inner  channel.Network
 	resolv ResolvConf
-	info   func(context.Context) Info
+
+	memory memchan.Network // the control host, and what claims listen at
+	claims bool            // whether there may be any
 
 	flows   atomic.Int64
 	control sync.WaitGroup
 }
 
-func newNetwork(inner channel.Network, resolv ResolvConf, info func(context.Context) Info) *network {
-	return &network{inner: inner, resolv: resolv, info: info}
+func newNetwork(inner channel.Network, resolv ResolvConf, claims bool) *network {
+	return &network{inner: inner, resolv: resolv, claims: claims}
 }
 
 // wait waits for the control connections, which end with their wires.
 func (n *network) wait() { n.control.Wait() }
 
+// controlled counts control connections.
+func (n *network) controlled(_ net.Conn, state http.ConnState) {
+	switch state {
+	case http.StateNew:
+		n.control.Add(1)
+	case http.StateClosed:
+		n.control.Done()
+	}
+}
+
 // DialContext dials from the pod. A name is resolved here, and not below, so
 // that what it stands for can be judged.
 func (n *network) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	if network == "tcp" && address == ControlAddress {
-		return n.dialControl(), nil
+		return n.memory.DialContext(ctx, network, address)
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialLimit)
 	defer cancel()
@@ -71,7 +86,7 @@ func (n *network) resolve(ctx context.Context, network, address string) (addrs [
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a}, port, nil
 	}
-	if host == "" || host == controlHost {
+	if host == "" || host == controlHost || strings.HasSuffix(host, claimSuffix) {
 		return nil, "", fmt.Errorf("%q is not the cluster's: %w", address, syscall.EACCES)
 	}
 	addrs, err = net.DefaultResolver.LookupNetIP(ctx, "ip", host)
@@ -128,8 +143,14 @@ func (n *network) dialAny(ctx context.Context, network string, addrs []netip.Add
 	return nil, first
 }
 
-// Listen listens in the pod.
+// Listen listens in the pod; for a claim, where only the router finds it.
 func (n *network) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	if host, _, err := net.SplitHostPort(address); err == nil && strings.HasSuffix(host, claimSuffix) {
+		if !n.claims {
+			return nil, fmt.Errorf("nothing is claimed here: %w", syscall.EACCES)
+		}
+		return n.memory.Listen(ctx, network, address)
+	}
 	l, err := n.inner.Listen(ctx, network, address)
 	if err != nil {
 		return nil, err

@@ -17,6 +17,14 @@
 // silence on its own monotonic clock: nothing is compared with another
 // machine's. A laptop that comes back while the cluster cannot yet be told of
 // its end finds its session as it was.
+//
+// A shadow with Routes is a router, too: it stands where a Service's pods stood,
+// and belongs to that Service rather than to one laptop. A laptop listens, over
+// its wire, at addresses of its claim, and asks ControlAddress for the claim; the
+// router dials those addresses in memory, and goes to the original where they do
+// not answer. A wire that is lost takes its listeners with it, so that nothing has
+// to be told. See claims.go for what is asked, and leave.go for the ways to end
+// without harm: each of them first sees to it that nothing comes any more.
 package shadow
 
 import (
@@ -28,12 +36,14 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/router"
 )
 
 const (
@@ -58,6 +68,14 @@ type Config struct {
 	// cluster back as it was.
 	Heal func(context.Context) error
 
+	// Routes make it a router. One without Heal never ends by itself: nobody
+	// would serve the Service after it.
+	Routes []router.Route
+
+	// Service, if set, is the one whose traffic the Routes carry. It is watched,
+	// and put back after Grace, before Heal.
+	Service Service
+
 	Network channel.Network // nil: the pod's own, a channel.Host
 	Log     *slog.Logger
 }
@@ -68,6 +86,10 @@ type Shadow struct {
 	pulse   *pulse
 	network *network
 	door    door
+	router  *router.Router // nil without Routes
+	arrival *arrivals      // of its connections
+	service serviceState
+	leaving atomic.Bool   // it was told to end
 	retry   time.Duration // the first one; tests have no time
 	bound   chan net.Addr // gets the listener's address
 }
@@ -84,15 +106,24 @@ func New(cfg Config) *Shadow {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Shadow{cfg: cfg, pulse: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1)}
-	s.network = newNetwork(cfg.Network, readResolvConf("/etc/resolv.conf"), s.info)
+	s.network = newNetwork(cfg.Network, readResolvConf("/etc/resolv.conf"), len(cfg.Routes) > 0)
+	s.service.again = make(chan struct{}, 1)
+	if len(cfg.Routes) > 0 {
+		s.arrival = &arrivals{Network: cfg.Network, pulse: newPulse()}
+		s.router = router.New(router.Config{Routes: cfg.Routes, Network: s.arrival, Grace: cfg.Grace, Log: cfg.Log})
+	}
 	return s
 }
 
-// errLapsed ends Run: the laptop is gone and the cluster is as before.
-var errLapsed = errors.New("lease lapsed")
+// What ends Run in good order.
+var (
+	errLapsed = errors.New("lease lapsed")          // the laptop is gone and the cluster is as before
+	errLeft   = errors.New("told to end, and done") // nothing comes to the router any more
+)
 
 // Run serves until ctx ends, or the laptop has been silent for the grace time
-// and Heal has succeeded; then it returns nil.
+// and Heal has succeeded; then it returns nil. After ctx a router goes on for as
+// long as it has connections, but not for long.
 func (s *Shadow) Run(ctx context.Context) error {
 	id, err := readIdentity(s.cfg.KeysDir)
 	if err != nil {
@@ -102,17 +133,49 @@ func (s *Shadow) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("listen for wires: %w", err)
 	}
+	control, err := s.network.memory.Listen(ctx, "tcp", ControlAddress)
+	if err != nil {
+		ln.Close()
+		return err
+	}
 	s.bound <- ln.Addr()
 	s.pulse.beat()
 	defer s.network.wait()
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { <-ctx.Done(); return ln.Close() })
-	g.Go(func() error { return s.accept(ctx, ln, id) })
-	g.Go(func() error { return s.outlive(ctx) })
-	if err := g.Wait(); !errors.Is(err, errLapsed) {
-		return err
+	err = s.serve(ctx, ln, control, id)
+	if errors.Is(err, errLapsed) || errors.Is(err, errLeft) {
+		return nil
 	}
-	return nil
+	return err
+}
+
+// serve runs the parts. All end with life; wires may have to end before.
+func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, id sshchan.Identity) error {
+	g, life := errgroup.WithContext(s.lifetime(ctx))
+	wires, hangUp := context.WithCancel(life)
+	defer hangUp()
+	working, stop := context.WithCancel(life)
+	defer stop()
+	defer context.AfterFunc(ctx, stop)()
+	g.Go(func() error { <-life.Done(); return ln.Close() })
+	g.Go(func() error { return s.control(life, control) })
+	g.Go(func() error { return s.accept(life, wires, ln, id) })
+	g.Go(func() error { return s.outlive(working) })
+	if s.router != nil {
+		g.Go(func() error { return s.route(life) })
+		g.Go(func() error { return s.leave(ctx, life, hangUp) })
+	}
+	if s.router != nil && s.cfg.Service != nil {
+		g.Go(func() error { return s.watch(working) })
+	}
+	return g.Wait()
+}
+
+// lifetime is that of ctx, except for a router, which ends itself after it.
+func (s *Shadow) lifetime(ctx context.Context) context.Context {
+	if s.router == nil {
+		return ctx
+	}
+	return context.WithoutCancel(ctx)
 }
 
 func readIdentity(dir string) (sshchan.Identity, error) {
@@ -132,9 +195,9 @@ func readIdentity(dir string) (sshchan.Identity, error) {
 }
 
 // accept serves connections until ctx ends, and returns when they are gone.
-func (s *Shadow) accept(ctx context.Context, ln net.Listener, id sshchan.Identity) error {
-	var wires sync.WaitGroup
-	defer wires.Wait()
+func (s *Shadow) accept(ctx, wires context.Context, ln net.Listener, id sshchan.Identity) error {
+	var all sync.WaitGroup
+	defer all.Wait()
 	for {
 		conn, err := ln.Accept()
 		switch {
@@ -150,7 +213,7 @@ func (s *Shadow) accept(ctx context.Context, ln net.Listener, id sshchan.Identit
 			pause(ctx, 100*time.Millisecond)
 			continue
 		}
-		wires.Go(func() { s.answer(ctx, conn, id) })
+		all.Go(func() { s.answer(ctx, wires, conn, id) })
 	}
 }
 
@@ -158,8 +221,13 @@ func (s *Shadow) accept(ctx context.Context, ln net.Listener, id sshchan.Identit
 // cluster to be healed.
 func (s *Shadow) outlive(ctx context.Context) error {
 	for s.pulse.stops(ctx, s.cfg.Grace) {
+		if s.router != nil && s.cfg.Heal == nil {
+			s.cfg.Log.Info("laptop is silent; the original goes on being served, since nobody else would", "grace", s.cfg.Grace)
+			<-ctx.Done()
+			return nil
+		}
 		s.cfg.Log.Info("laptop is silent, session ends", "grace", s.cfg.Grace)
-		if s.heal(ctx) {
+		if s.putBack(ctx) && s.heal(ctx, s.cfg.Heal) {
 			return errLapsed
 		}
 	}
@@ -167,12 +235,12 @@ func (s *Shadow) outlive(ctx context.Context) error {
 }
 
 // heal tries until it succeeds. It gives up when ctx ends or the laptop is back.
-func (s *Shadow) heal(ctx context.Context) bool {
-	if s.cfg.Heal == nil {
+func (s *Shadow) heal(ctx context.Context, how func(context.Context) error) bool {
+	if how == nil {
 		return true
 	}
 	for wait := s.retry; ; wait = min(2*wait, longestRetry) {
-		err := s.cfg.Heal(ctx)
+		err := how(ctx)
 		if err == nil {
 			return true
 		}

@@ -498,11 +498,12 @@ func TestWhatMayBeDialled(t *testing.T) {
 		{"tcp", "localhost:80", syscall.EACCES},
 		{"tcp", controlHost + ":81", syscall.EACCES},
 		{"udp", ControlAddress, syscall.EACCES},
+		{"tcp", ClaimAddress("x", 80), syscall.EACCES},
 		{"ping", "127.0.0.1", syscall.EACCES},
 		{"ping", "", syscall.EACCES},
 	} {
 		inner := &asked{}
-		_, err := newNetwork(inner, resolv, nil).DialContext(t.Context(), tc.network, tc.address)
+		_, err := newNetwork(inner, resolv, false).DialContext(t.Context(), tc.network, tc.address)
 		if !errors.Is(err, tc.want) {
 			t.Errorf("%s %s: %v, want %v", tc.network, tc.address, err, tc.want)
 		}
@@ -565,27 +566,4 @@ func TestParseResolvConf(t *testing.T) {
 	if r := readResolvConf("/nowhere"); r.Nameservers == nil || len(r.Search) != 0 {
 		t.Errorf("no file: %+v", r)
 	}
-}
-
-func TestDuplexIsHalfClosed(t *testing.T) {
-	a, b := duplexes()
-	go func() {
-		io.WriteString(a, "ask")
-		a.CloseWrite()
-	}()
-	if text, err := io.ReadAll(b); string(text) != "ask" || err != nil {
-		t.Errorf("%q, %v", text, err)
-	}
-	go func() {
-		io.WriteString(b, "answer")
-		b.Close()
-	}()
-	if text, err := io.ReadAll(a); string(text) != "answer" || err != nil {
-		t.Errorf("%q, %v", text, err)
-	}
-	a.SetDeadline(time.Now().Add(-time.Second))
-	if _, err := a.Read(make([]byte, 1)); err == nil {
-		t.Error("read after the deadline")
-	}
-	a.Close()
 }

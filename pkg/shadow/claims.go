@@ -1,0 +1,227 @@
+package shadow
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
+	"github.com/culvert-dev/culvert/pkg/router"
+)
+
+// What a router is asked at ControlAddress:
+//
+//	PUT /claims/{id}[?take=1]  a router.Claim: from now on, or still, mine
+//	GET /claims/{id}           I am here; how is it?
+//	GET /claims                how are all?
+//	DELETE /claims/{id}        no longer mine: {"last":bool}
+//	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
+//	                           is open: {"open":int}
+
+// ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
+// over.
+var ErrNoClaim = errors.New("no such claim")
+
+// ClaimInfo is a claim as its router sees it, and the state of the Service: ""
+// while it is not known, or one of package heal's words.
+type ClaimInfo struct {
+	router.ClaimStatus
+	Service string `json:"service,omitempty"`
+}
+
+// claimSuffix ends the hosts at which laptops listen for what they claim.
+const claimSuffix = ".claim.culvert.dev"
+
+// ClaimAddress is where a laptop listens, over its wire, for what comes to a port
+// of the Service. Who listens later takes it over.
+func ClaimAddress(id string, port int) string {
+	return net.JoinHostPort(id+claimSuffix, strconv.Itoa(port))
+}
+
+// PutClaim makes a claim, or says that it is still meant, as on every new wire.
+// What another holds already is a *router.HeldError, unless it is taken; a router
+// that ends says router.ErrClosing.
+func PutClaim(ctx context.Context, far channel.Network, c router.Claim, take bool) error {
+	path := claimPath(c.ID)
+	if take {
+		path += "?take=1"
+	}
+	return ask(ctx, far, http.MethodPut, path, c, nil)
+}
+
+// GetClaim asks for a claim, and shows that its holder is there.
+func GetClaim(ctx context.Context, far channel.Network, id string) (info ClaimInfo, err error) {
+	err = ask(ctx, far, http.MethodGet, claimPath(id), nil, &info)
+	return info, err
+}
+
+// DropClaim gives a claim up. After the last one the router takes no other: the
+// Service is to be put back.
+func DropClaim(ctx context.Context, far channel.Network, id string) (last bool, err error) {
+	var answer struct{ Last bool }
+	err = ask(ctx, far, http.MethodDelete, claimPath(id), nil, &answer)
+	return answer.Last, err
+}
+
+// Claims asks for all of a router's claims.
+func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err error) {
+	err = ask(ctx, far, http.MethodGet, "/claims", nil, &all)
+	return all, err
+}
+
+// Drain ends the router's work: everything goes to the original, and when
+// nothing is open any more, or after limit, Drain returns what still is.
+func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, limit+controlLimit)
+	defer cancel()
+	var answer struct{ Open int }
+	err = call(ctx, far, http.MethodPost, "/drain?limit="+limit.String(), nil, &answer)
+	return answer.Open, heard(err)
+}
+
+func claimPath(id string) string { return "/claims/" + url.PathEscape(id) }
+
+func ask(ctx context.Context, far channel.Network, method, path string, question, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, controlLimit)
+	defer cancel()
+	return heard(call(ctx, far, method, path, question, answer))
+}
+
+// heard is the router's error behind a status, the other way round of refuse.
+func heard(err error) error {
+	var status *statusError
+	if !errors.As(err, &status) {
+		return err
+	}
+	switch status.code {
+	case http.StatusNotFound:
+		return ErrNoClaim
+	case http.StatusGone:
+		return router.ErrClosing
+	case http.StatusConflict:
+		var held router.HeldError
+		if json.Unmarshal([]byte(status.text), &held) == nil {
+			return &held
+		}
+	}
+	return fmt.Errorf("the router answers: %w", status)
+}
+
+func refuse(w http.ResponseWriter, err error) {
+	var held *router.HeldError
+	switch {
+	case errors.As(err, &held):
+		w.WriteHeader(http.StatusConflict)
+		_ = json.NewEncoder(w).Encode(held)
+	case errors.Is(err, router.ErrClosing):
+		http.Error(w, err.Error(), http.StatusGone)
+	case errors.Is(err, ErrNoClaim):
+		http.Error(w, err.Error(), http.StatusNotFound)
+	default:
+		http.Error(w, err.Error(), http.StatusBadRequest)
+	}
+}
+
+// isLeaving answers who asks a pod that is about to end: another one will
+// be there soon, and has the claims by then that are put to it.
+const isLeaving = "this pod ends; try the next one"
+
+func (s *Shadow) claimControls(mux *http.ServeMux) {
+	for pattern, do := range map[string]http.HandlerFunc{
+		"PUT /claims/{id}":    s.putClaim,
+		"GET /claims/{id}":    s.getClaim,
+		"GET /claims":         s.allClaims,
+		"DELETE /claims/{id}": s.dropClaim,
+		"POST /drain":         s.drain,
+	} {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if s.leaving.Load() {
+				http.Error(w, isLeaving, http.StatusServiceUnavailable)
+				return
+			}
+			do(w, r)
+		})
+	}
+}
+
+// claimID is a DNS label, since it becomes a host.
+var claimID = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+func (s *Shadow) putClaim(w http.ResponseWriter, r *http.Request) {
+	var c router.Claim
+	if err := json.NewDecoder(r.Body).Decode(&c); err != nil {
+		refuse(w, fmt.Errorf("read claim: %w", err))
+		return
+	}
+	if c.ID != r.PathValue("id") || !claimID.MatchString(c.ID) {
+		refuse(w, fmt.Errorf("%q is no ID for a claim", c.ID))
+		return
+	}
+	if err := s.router.Put(c, laptop{&s.network.memory, c.ID}, r.URL.Query().Get("take") == "1"); err != nil {
+		refuse(w, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// laptop dials what a claim listens at. Where it does not listen, nobody is
+// waited for.
+type laptop struct {
+	memory *memchan.Network
+	id     string
+}
+
+func (l laptop) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	return l.memory.DialContext(ctx, network, l.id+claimSuffix+address)
+}
+
+func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
+	status, ok := s.router.Seen(r.PathValue("id"))
+	if !ok {
+		refuse(w, ErrNoClaim)
+		return
+	}
+	respondJSON(w, ClaimInfo{status, s.service.told()})
+}
+
+func (s *Shadow) allClaims(w http.ResponseWriter, _ *http.Request) {
+	all := []ClaimInfo{}
+	for _, status := range s.router.Claims() {
+		all = append(all, ClaimInfo{status, s.service.told()})
+	}
+	respondJSON(w, all)
+}
+
+func (s *Shadow) dropClaim(w http.ResponseWriter, r *http.Request) {
+	last, ok := s.router.Drop(r.PathValue("id"))
+	if !ok {
+		refuse(w, ErrNoClaim)
+		return
+	}
+	respondJSON(w, map[string]bool{"last": last})
+}
+
+const longestDrain = 5 * time.Minute
+
+func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
+	limit, err := time.ParseDuration(r.URL.Query().Get("limit"))
+	if err != nil || limit < 0 || limit > longestDrain {
+		refuse(w, fmt.Errorf("no limit, or none from 0 to %v", longestDrain))
+		return
+	}
+	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {
+		refuse(w, err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), limit)
+	defer cancel()
+	respondJSON(w, map[string]int{"open": s.router.Drain(ctx)})
+}

@@ -1,0 +1,128 @@
+package shadow
+
+import (
+	"context"
+	"net"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+)
+
+// A router that ends must not end before its last connection: after the Service
+// is put back, or the pod was told to end, the cluster takes a while until it
+// sends nothing here any more.
+const (
+	settle     = 3 * time.Second  // until every node has heard that the Service is put back
+	drainLimit = 30 * time.Second // for what is open then
+
+	quiet      = 2 * time.Second  // nothing came for so long: nothing comes any more
+	wireLimit  = 5 * time.Second  // for what laptops are answering when the pod is told to end
+	leaveLimit = 25 * time.Second // in all; a pod has 30 s
+)
+
+// arrivals is the network of a router, that notes when a connection came last.
+type arrivals struct {
+	channel.Network
+	pulse *pulse // of the last one
+}
+
+func (a *arrivals) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	l, err := a.Network.Listen(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &arrivalListener{l, a}, nil
+}
+
+type arrivalListener struct {
+	net.Listener
+	of *arrivals
+}
+
+func (l *arrivalListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.of.pulse.beat()
+	}
+	return c, err
+}
+
+// route runs the router.
+func (s *Shadow) route(ctx context.Context) error {
+	if err := s.router.Run(ctx); ctx.Err() == nil {
+		return err
+	}
+	return nil
+}
+
+// putBack puts the Service back, and waits until nothing comes here any more. It
+// gives up as heal does.
+func (s *Shadow) putBack(ctx context.Context) bool {
+	if s.router == nil || s.cfg.Service == nil {
+		return true
+	}
+	if !s.heal(ctx, s.cfg.Service.Restore) {
+		return false
+	}
+	limit, cancel := context.WithTimeout(ctx, settle+drainLimit)
+	defer cancel()
+	if open := s.drained(limit, settle); open > 0 {
+		s.cfg.Log.Warn("connections are still open and will be cut", "open", open)
+	}
+	return ctx.Err() == nil
+}
+
+// drained waits until nothing is open and nothing has come for a while, or ctx
+// ends; it returns what is open then.
+func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
+	s.arrival.pulse.beat() // the first may just be on its way
+	for {
+		if open = s.router.Drain(ctx); open > 0 {
+			return open
+		}
+		left := quiet - s.arrival.pulse.silence()
+		if left <= 0 || !pause(ctx, left) {
+			return 0
+		}
+	}
+}
+
+// leave waits for ctx, upon which the pod is to end. Until nothing comes any
+// more, which may be the whole time where the cluster has no other pod, everything
+// goes to the original.
+func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
+	select {
+	case <-ctx.Done():
+	case <-life.Done():
+		return nil
+	}
+	s.leaving.Store(true)
+	s.cfg.Log.Info("told to end", "limit", leaveLimit)
+	limit, cancel := context.WithTimeout(life, leaveLimit)
+	defer cancel()
+	go s.release(limit, hangUp)
+	if open := s.drained(limit, quiet); open > 0 {
+		s.cfg.Log.Warn("connections are still open and will be cut", "open", open)
+	}
+	return errLeft
+}
+
+// release ends the wires when the laptops have answered what they had begun to:
+// they go to the next pod.
+func (s *Shadow) release(ctx context.Context, hangUp func()) {
+	defer hangUp()
+	ctx, cancel := context.WithTimeout(ctx, wireLimit)
+	defer cancel()
+	for s.answering() && pause(ctx, 50*time.Millisecond) {
+	}
+}
+
+// answering tells whether a laptop still has something to answer.
+func (s *Shadow) answering() bool {
+	for _, c := range s.router.Claims() {
+		if c.Open > 0 {
+			return true
+		}
+	}
+	return false
+}
