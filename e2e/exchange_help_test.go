@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -136,16 +135,25 @@ func nodeKubectl(args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// fromPod is a command within the client pod that needs no API server.
+// clientPod is the node of the client pod, and the process there that keeps it.
+var clientPod = sync.OnceValues(func() (found [2]string, err error) {
+	node, err := nodeKubectl("get", "pod", "-n", namespace, "client", "-o", "jsonpath={.spec.nodeName}")
+	if err != nil {
+		return found, err
+	}
+	pid, err := on(node, "pgrep", "-o", "-f", "^sleep 1000000000").Output()
+	return [2]string{node, strings.TrimSpace(string(pid))}, err
+})
+
+// fromPod is kit within the client pod, for which no API server is needed.
 func fromPod(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
-	node := kubectl(t, "get", "pod", "-n", namespace, "client", "-o", "jsonpath={.spec.nodeName}")
-	pid, err := on(node, "pgrep", "-o", "-f", "^sleep 1000000000").Output()
+	found, err := clientPod()
 	if err != nil {
-		t.Fatalf("find the client pod on %s: %v", node, err)
+		t.Fatalf("find the client pod: %v", err)
 	}
-	enter := []string{"nsenter", "--target", strings.TrimSpace(string(pid)), "--net", "--mount", "--", "/bin/kit"}
-	return on(node, append(enter, args...)...)
+	enter := []string{"nsenter", "--target", found[1], "--net", "--mount", "--", "/bin/kit"}
+	return on(found[0], append(enter, args...)...)
 }
 
 // kitInPod runs kit in the client pod and reads its JSON.
@@ -352,7 +360,8 @@ func outageOf(samples []sample, at time.Time) outage {
 
 // dumpObjects is every object of the watched namespaces, less what may change
 // when traffic goes elsewhere for a while and comes back: counters of the API
-// server's, and in which order a slice names its endpoints.
+// server's, when a condition was last seen, and in which order a slice names its
+// endpoints.
 func dumpObjects() (string, error) {
 	out, err := nodeKubectl("get", kinds, "-A", "-o", "json")
 	if err != nil {
@@ -379,27 +388,36 @@ func dumpObjects() (string, error) {
 }
 
 func lineOf(object, meta map[string]any) (string, error) {
-	maps.DeleteFunc(meta, func(key string, _ any) bool {
-		return slices.Contains([]string{"resourceVersion", "generation", "managedFields"}, key)
-	})
+	forget(object, "resourceVersion", "generation", "observedGeneration", "managedFields", "lastTransitionTime", "lastUpdateTime", "lastProbeTime")
 	name := meta["name"]
 	if object["kind"] == "EndpointSlice" {
-		if notes, ok := meta["annotations"].(map[string]any); ok {
-			delete(notes, "endpoints.kubernetes.io/last-change-trigger-time")
-			if len(notes) == 0 {
-				delete(meta, "annotations")
-			}
-		}
-		// A slice may have been replaced by another one.
-		maps.DeleteFunc(meta, func(key string, _ any) bool {
-			return slices.Contains([]string{"name", "uid", "creationTimestamp"}, key)
-		})
+		// It may have been replaced by another one; its one annotation is a time.
 		name = meta["generateName"]
+		for _, key := range []string{"name", "uid", "creationTimestamp", "annotations"} {
+			delete(meta, key)
+		}
 		sortAny(object["endpoints"])
 		sortAny(object["ports"])
 	}
 	b, err := json.Marshal(object)
 	return fmt.Sprintf("%v/%v/%v %s", object["kind"], meta["namespace"], name, b), err
+}
+
+// forget removes keys from a JSON value, however deep.
+func forget(value any, keys ...string) {
+	switch v := value.(type) {
+	case []any:
+		for _, e := range v {
+			forget(e, keys...)
+		}
+	case map[string]any:
+		for _, k := range keys {
+			delete(v, k)
+		}
+		for _, e := range v {
+			forget(e, keys...)
+		}
+	}
 }
 
 func sortAny(list any) {

@@ -449,7 +449,7 @@ func TestExchangeNothingListens(t *testing.T) {
 	check(30 * time.Second)
 }
 
-// A developer with the built-in role edit may exchange; what the cluster then
+// A developer with the built-in role edit, and no root, may exchange; what the cluster then
 // cannot undo by itself, anybody does by clean.
 func TestExchangeEditRole(t *testing.T) {
 	t.Cleanup(func() { kubectl(t, "delete", "rolebinding", "-n", namespace, "dev-edit") })
@@ -457,7 +457,7 @@ func TestExchangeEditRole(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	check := asBefore(t)
 	ip := serviceIP(t, "app")
-	s := startAs(t, culvert(dev, append([]string{"exchange", "-n", namespace, "svc/app", shortGrace}, appPorts(0)...)...))
+	s := startAs(t, culvertAs(devUID, nil, append([]string{"exchange", "-n", namespace, "svc/app", shortGrace}, appPorts(0)...)...))
 	s.says(exchangedLine)
 	want(t, who(t, ip), laptopName, byRequest, byConnection)
 	st := theExchange(t, "app")
@@ -484,6 +484,50 @@ func TestExchangeEditRole(t *testing.T) {
 	if err := p.steadily("original", at, 5*time.Second); err != nil {
 		t.Error(err)
 	}
+	check(30 * time.Second)
+}
+
+// Where policies keep pods apart, the router's say who may come to it, and that
+// it may come to the original; none takes hold of pods that were free before.
+func TestExchangePolicies(t *testing.T) {
+	laptopApp(t, laptopName, 0)
+	apply(t, `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny-all, namespace: shop}
+spec: {podSelector: {}, policyTypes: [Ingress, Egress]}
+`)
+	t.Cleanup(func() { kubectl(t, "delete", "networkpolicy", "-n", namespace, "deny-all") })
+	check := asBefore(t)
+	s := exchange(t, append([]string{"svc/app"}, appPorts(0)...)...)
+	text := kubectl(t, "get", "networkpolicy", "-n", namespace, "-l", "culvert.dev/session="+routerOf(t, "app"), "-o", "json")
+	var list struct {
+		Items []struct {
+			Spec struct {
+				PodSelector struct{ MatchLabels map[string]string }
+				Ingress     []struct {
+					From  []any
+					Ports []struct{ Port int }
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(text), &list); err != nil {
+		t.Fatal(err)
+	}
+	open, toOriginal := map[int]bool{}, false
+	for _, policy := range list.Items {
+		toOriginal = toOriginal || policy.Spec.PodSelector.MatchLabels["app"] == "app"
+		for _, rule := range policy.Spec.Ingress {
+			for _, p := range rule.Ports {
+				open[p.Port] = true
+			}
+		}
+	}
+	if !open[8080] || !open[7003] || !toOriginal {
+		t.Errorf("ports %v are open, the router to the original: %v\n%s", open, toOriginal, text)
+	}
+	s.stop()
 	check(30 * time.Second)
 }
 
