@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/culvert-dev/culvert/pkg/kube/heal"
@@ -24,6 +25,9 @@ func main() {
 	flag.DurationVar(&cfg.Grace, "grace", shadow.DefaultGrace, "how long the laptop may be silent")
 	lease := flag.String("lease", "", "`name` of the Lease to delete at the end; none: just exit")
 	namespace := flag.String("namespace", "", "`namespace` of that Lease")
+	flag.Var((*routes)(&cfg.Routes), "route", "`port` of a Service to stand in for: tcp/80,listen=:8080,original=10.96.1.2:80,protocol=http (repeatable)")
+	service := flag.String("service", "", "`name` of that Service, to be put back before the Lease is deleted")
+	selector := flag.String("selector", "", "`labels` that it selected its pods by: app=web,tier=front")
 	only := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *only {
@@ -32,6 +36,14 @@ func main() {
 	}
 	if *lease != "" {
 		cfg.Heal = func(ctx context.Context) error { return heal.Lease(ctx, *namespace, *lease) }
+	}
+	if *service != "" {
+		labels, err := parseSelector(*selector)
+		if err != nil {
+			cfg.Log.Error("wrong usage", "flag", "selector", "err", err)
+			os.Exit(2)
+		}
+		cfg.Service = heal.Service{Namespace: *namespace, Name: *service, Session: session(*lease), Selector: labels}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
@@ -43,5 +55,8 @@ func main() {
 		os.Exit(terminated) // a Job's pod that ends well is not replaced
 	}
 }
+
+// session is whose root the Lease is.
+func session(lease string) string { return strings.TrimPrefix(lease, "culvert-") }
 
 const terminated = 128 + int(syscall.SIGTERM)
