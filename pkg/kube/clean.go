@@ -13,6 +13,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 )
 
 // CleanConfig says where Clean looks and whether it changes anything.
@@ -37,14 +40,18 @@ type Cleaned struct {
 type judged struct {
 	Cleaned
 	id
-	lease *coordv1.Lease // as seen first
-	watch *watched
+	lease    *coordv1.Lease // as seen first
+	watch    *watched
+	services []string // whose traffic it took
 }
 
 const (
 	shortestLease = 10 * time.Second
 	longestLease  = 5 * time.Minute
 	defaultLease  = time.Minute
+
+	// Somebody else may hold a router as well, and renews it within this time.
+	routerLease = 2*renewEvery + 2*time.Second
 )
 
 // Clean finds what dead sessions left and removes it; it never touches a living
@@ -52,7 +59,8 @@ const (
 // machine, when it has no root any more, or when its Lease did not change
 // while we looked on for as long as the Lease lasts: so it takes that long, at
 // the most, and no two clocks are compared. It returns as soon as every
-// session is decided.
+// session is decided. A Service that a dead session took gets its own pods back
+// before anything is removed.
 func (c *Cluster) Clean(ctx context.Context, cfg CleanConfig) ([]Cleaned, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = func(string) {}
@@ -82,17 +90,30 @@ func (c *Cluster) openCases(ctx context.Context, namespace string) ([]*judged, e
 	if err != nil {
 		return nil, err
 	}
+	taken, err := c.takenServices(ctx, namespace)
+	if err != nil {
+		return nil, err
+	}
 	roots, err := c.roots(ctx, namespace)
 	if err != nil {
 		return nil, err
 	}
 	byID := map[id]*judged{}
-	for _, f := range all {
-		key := id{f.namespace, f.session}
+	add := func(key id, object string) *judged {
 		if byID[key] == nil {
-			byID[key] = &judged{id: key, Cleaned: Cleaned{Namespace: f.namespace, Name: f.session}}
+			byID[key] = &judged{id: key, Cleaned: Cleaned{Namespace: key.namespace, Name: key.session}}
 		}
-		byID[key].Objects = append(byID[key].Objects, f.String())
+		byID[key].Objects = append(byID[key].Objects, object)
+		return byID[key]
+	}
+	for _, f := range all {
+		add(id{f.namespace, f.session}, f.String())
+	}
+	for key, services := range taken {
+		for _, name := range services {
+			j := add(key, "selector of service/"+name)
+			j.services = append(j.services, name)
+		}
 	}
 	var cases []*judged
 	self, now := Self(), time.Now()
@@ -118,7 +139,12 @@ func (j *judged) open(r roots, self Holder, running bool, now time.Time) {
 		j.Owner, j.Why = "", "nothing holds it any more"
 		return
 	}
-	switch judgeHere(holder, self, processStart) {
+	verdict := judgeHere(holder, self, processStart)
+	if verdict == dead && j.lease != nil && isRouter(j.lease) {
+		j.watch = &watched{mark: mark(j.id, r), since: now, lasts: routerLease}
+		return
+	}
+	switch verdict {
 	case dead:
 		j.Why = fmt.Sprintf("its process %d on this machine has ended", holder.PID)
 	case living:
@@ -130,6 +156,31 @@ func (j *judged) open(r roots, self Holder, running bool, now time.Time) {
 		}
 		j.watch = &watched{mark: mark(j.id, r), since: now, lasts: lasts(j.lease)}
 	}
+}
+
+// takenServices are those whose traffic goes to a router, or whose annotation
+// says so, by session. Who may not list Services has taken none.
+func (c *Cluster) takenServices(ctx context.Context, namespace string) (map[id][]string, error) {
+	taken := map[id][]string{}
+	_, err := c.services(namespace).each(ctx, func(o runtime.Object) bool {
+		raw, ok := o.(*corev1.Service)
+		if !ok || raw.Labels[labelManaged] == managed {
+			return true
+		}
+		mark, _ := heal.ParseMark(raw.Annotations[heal.Annotation])
+		sessions := []string{mark.Session, raw.Spec.Selector[heal.Label]}
+		for _, session := range slices.Compact(sessions) {
+			if sessionName.MatchString(session) {
+				key := id{raw.Namespace, session}
+				taken[key] = append(taken[key], raw.Name)
+			}
+		}
+		return true
+	})
+	if err != nil && !apierrors.IsForbidden(err) {
+		return nil, fmt.Errorf("look for exchanged services: %w", sorted(err))
+	}
+	return taken, nil
 }
 
 // mark changes whenever the root does.
@@ -209,13 +260,16 @@ func (j *judged) look(r roots, now time.Time) {
 // bury removes a dead session. The Lease goes first, and only if it still is as
 // it was when it was judged: a laptop that comes back at this moment wins.
 func (c *Cluster) bury(ctx context.Context, j *judged) error {
+	if renewed, err := c.giveBack(ctx, j); renewed || err != nil {
+		return err
+	}
 	if j.lease != nil {
 		err := c.client.CoordinationV1().Leases(j.Namespace).Delete(ctx, j.lease.Name, metav1.DeleteOptions{
 			Preconditions: &metav1.Preconditions{UID: &j.lease.UID, ResourceVersion: &j.lease.ResourceVersion},
 		})
 		switch {
 		case apierrors.IsConflict(err):
-			j.Living, j.Why = true, "its lease was renewed at the last moment"
+			j.renewed()
 			return nil
 		case err != nil && !apierrors.IsNotFound(err):
 			return fmt.Errorf("delete lease %s in namespace %s: %w", j.lease.Name, j.Namespace, sorted(err))
@@ -228,4 +282,37 @@ func (c *Cluster) bury(ctx context.Context, j *judged) error {
 	}
 	j.Removed = true
 	return nil
+}
+
+func (j *judged) renewed() { j.Living, j.Why = true, "its lease was renewed at the last moment" }
+
+// giveBack restores what the session took, unless it is being renewed.
+func (c *Cluster) giveBack(ctx context.Context, j *judged) (renewed bool, err error) {
+	if len(j.services) == 0 {
+		return false, nil
+	}
+	if j.lease != nil {
+		now, err := c.client.CoordinationV1().Leases(j.Namespace).Get(ctx, j.lease.Name, metav1.GetOptions{})
+		if err == nil && now.ResourceVersion != j.lease.ResourceVersion {
+			j.renewed()
+			return true, nil
+		}
+		if err != nil && !apierrors.IsNotFound(err) {
+			return false, fmt.Errorf("get lease %s in namespace %s: %w", j.lease.Name, j.Namespace, sorted(err))
+		}
+	}
+	original, err := c.siblingSelector(ctx, j.Namespace, j.Name)
+	if err != nil {
+		return false, fmt.Errorf("get service %s in namespace %s: %w", rootName(j.Name), j.Namespace, sorted(err))
+	}
+	for _, name := range j.services {
+		changed, err := c.restore(ctx, j.Namespace, name, j.Name, original)
+		if err != nil {
+			return false, fmt.Errorf("%w: %w", ErrLeft, err)
+		}
+		if changed {
+			c.awaitOriginals(ctx, j.Namespace, name, j.Name)
+		}
+	}
+	return false, nil
 }

@@ -155,11 +155,16 @@ func (s *Shadow) Renew(ctx context.Context) error {
 	}
 }
 
-// renew is a merge patch, so that it never conflicts.
+// renew is a merge patch, so that it never conflicts. Who holds a router changes:
+// several machines take turns.
 func (s *Shadow) renew(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, renewEvery)
 	defer cancel()
-	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"renewTime": metav1.NowMicro()}})
+	spec := map[string]any{"renewTime": metav1.NowMicro()}
+	if s.router {
+		spec["holderIdentity"] = s.holder.String()
+	}
+	patch, err := json.Marshal(map[string]any{"spec": spec})
 	if err != nil {
 		return err
 	}

@@ -45,6 +45,11 @@ type objects struct {
 	deployment     *appsv1.Deployment
 	job            *batchv1.Job
 	networkPolicy  *netv1.NetworkPolicy
+
+	// of a router
+	sibling *corev1.Service
+	exposed *corev1.Service
+	letIn   []*netv1.NetworkPolicy
 }
 
 // render fills the manifests in.
@@ -52,11 +57,7 @@ func render(cfg ShadowConfig, namespace string, holder Holder, fit func(*corev1.
 	if !sessionName.MatchString(cfg.Session) {
 		return nil, fmt.Errorf("session %q: not a DNS label of at most 32 characters", cfg.Session)
 	}
-	words := map[string]string{
-		"SESSION": cfg.Session, "NAMESPACE": namespace, "OWNER": labelValue(holder.Owner()), "HOLDER": holder.String(),
-		"IMAGE": cfg.Image, "GRACE": cfg.Grace.String(),
-		"HOST_KEY": string(cfg.HostKey), "AUTHORIZED_KEY": string(cfg.AuthorizedKey),
-	}
+	words := wordsOf(cfg, namespace, holder)
 	o := &objects{}
 	files := map[string]any{
 		"lease.yaml": &o.lease, "secret.yaml": &o.secret, "serviceaccount.yaml": &o.serviceAccount, "role.yaml": &o.role,
@@ -69,6 +70,11 @@ func render(cfg ShadowConfig, namespace string, holder Holder, fit func(*corev1.
 	}
 	seconds := int32(cfg.Grace / time.Second)
 	o.lease.Spec.LeaseDurationSeconds = &seconds
+	if cfg.Router != nil {
+		if err := o.route(cfg, words, holder); err != nil {
+			return nil, err
+		}
+	}
 	for _, template := range []*corev1.PodTemplateSpec{&o.deployment.Spec.Template, &o.job.Spec.Template} {
 		for _, name := range cfg.PullSecrets {
 			template.Spec.ImagePullSecrets = append(template.Spec.ImagePullSecrets, corev1.LocalObjectReference{Name: name})
@@ -76,6 +82,14 @@ func render(cfg ShadowConfig, namespace string, holder Holder, fit func(*corev1.
 		fit(&template.Spec)
 	}
 	return o, nil
+}
+
+func wordsOf(cfg ShadowConfig, namespace string, holder Holder) map[string]string {
+	return map[string]string{
+		"SESSION": cfg.Session, "NAMESPACE": namespace, "OWNER": labelValue(holder.Owner()), "HOLDER": holder.String(),
+		"IMAGE": cfg.Image, "GRACE": cfg.Grace.String(),
+		"HOST_KEY": string(cfg.HostKey), "AUTHORIZED_KEY": string(cfg.AuthorizedKey),
+	}
 }
 
 // decode reads one manifest. The words go in after the YAML is parsed, so that
@@ -134,6 +148,15 @@ func labelValue(text string) string {
 // blockOwnerDeletion no right on the owner's finalizers is asked for.
 func (o *objects) ownedBy(ref metav1.OwnerReference) {
 	all := []metav1.Object{o.lease, o.secret, o.serviceAccount, o.role, o.roleBinding, o.deployment, o.job, o.networkPolicy}
+	if o.sibling != nil {
+		all = append(all, o.sibling)
+	}
+	if o.exposed != nil {
+		all = append(all, o.exposed)
+	}
+	for _, policy := range o.letIn {
+		all = append(all, policy)
+	}
 	for _, object := range all {
 		object.SetOwnerReferences([]metav1.OwnerReference{ref})
 	}

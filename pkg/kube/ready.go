@@ -28,7 +28,7 @@ const (
 
 // What the cluster takes the pod only without.
 var (
-	errSysctl = errors.New("the cluster refuses the sysctl net.ipv4.ping_group_range")
+	errSysctl = errors.New("the cluster refuses a sysctl of the pod")
 	errIDs    = errors.New("the cluster chooses users and groups itself")
 )
 
@@ -55,6 +55,11 @@ func (s *Shadow) WaitReady(ctx context.Context, progress func(string)) error {
 // there was such a thing.
 func (s *Shadow) concede(err error, progress func(string)) bool {
 	switch {
+	case s.joined: // it is not for us to make it anew
+		return false
+	case errors.Is(err, errSysctl) && !s.noPing && s.router:
+		progress("the cluster refuses the sysctl for low ports: whether the router may listen on them is up to the nodes")
+		s.noPing = true
 	case errors.Is(err, errSysctl) && !s.noPing:
 		progress("the cluster refuses the sysctl for unprivileged ping: pings into the cluster will not be answered")
 		s.noPing = true

@@ -22,9 +22,20 @@ const (
 	ByDeployment Mode = "Deployment"
 	// ByJob: the shadow holds no right, and ends by exiting.
 	ByJob Mode = "Job"
+	// ByBareDeployment: a router that holds no right. It does not end, as the
+	// Service would lead nowhere.
+	ByBareDeployment Mode = "Deployment without rights"
 )
 
-// Rights are what the user may do, as far as connecting asks for it.
+// A Need is what rights are asked for.
+type Need string
+
+const (
+	Connect  Need = "connect"
+	Exchange Need = "exchange" // and to expose
+)
+
+// Rights are what the user may do, as far as the need asks for it.
 type Rights struct {
 	Mode    Mode     // how the shadow can be made
 	Ways    []Way    // the ways to it, the best first
@@ -102,11 +113,59 @@ func connectRights() []right {
 	}
 }
 
+// exchangeRights are those of the router's Role of `culvert rbac`.
+func exchangeRights() []right {
+	const (
+		limits = "the router is not fitted to the namespace's limits and quota"
+		policy = "a network policy that keeps the router from working is not noticed"
+		target = "an exchange is of a Service by its own name only, and a target port's name is looked for in pods only"
+		slower = "stopping takes a little longer, and a pod that may not be made is told less clearly"
+	)
+	return []right{
+		{group: "", resource: "services", verbs: []string{"create", "get", "list", "patch"}, purpose: always},
+		{group: "", resource: "secrets", verbs: []string{"create"}, purpose: always},
+		{group: "", resource: "pods", verbs: []string{"get", "list", "watch"}, purpose: always},
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"create", "delete", "get", "patch"}, purpose: always},
+		{group: "apps", resource: "deployments", verbs: []string{"create"}, purpose: always},
+
+		{group: "", resource: "serviceaccounts", verbs: []string{"create"}, purpose: deployment},
+		{group: "rbac.authorization.k8s.io", resource: "roles", verbs: []string{"create"}, purpose: deployment},
+		{group: "rbac.authorization.k8s.io", resource: "rolebindings", verbs: []string{"create"}, purpose: deployment},
+
+		{group: "", resource: "pods/proxy", verbs: []string{"get"}, purpose: way},
+		{group: "", resource: "pods/portforward", verbs: []string{"create", "get"}, purpose: way},
+
+		{group: "", resource: "secrets", verbs: []string{"get"}, purpose: optional, without: "an exchange that somebody else began cannot be joined"},
+		{group: "", resource: "services", verbs: []string{"delete"}, purpose: optional, without: slower},
+		{group: "apps", resource: "deployments", verbs: []string{"delete", "get", "list"}, purpose: optional, without: slower},
+		{group: "apps", resource: "statefulsets", verbs: []string{"get", "list"}, purpose: optional, without: target},
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"list"}, purpose: optional, without: "status and clean do not see other sessions"},
+		{group: "", resource: "events", verbs: []string{"list"}, purpose: optional, without: "why a pod does not start is told less clearly"},
+		{group: "", resource: "limitranges", verbs: []string{"list"}, purpose: optional, without: limits},
+		{group: "", resource: "resourcequotas", verbs: []string{"list"}, purpose: optional, without: limits},
+		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"list"}, purpose: optional, without: policy},
+		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"create"}, purpose: optional, without: "a network policy that shuts the router in, or out, cannot be opened for it"},
+		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list"}, purpose: optional, without: "that the original pods are back behind a Service is not seen, but trusted"},
+	}
+}
+
+// rightsFor are those of all the needs; no need is that of connecting.
+func rightsFor(needs []Need) []right {
+	var all []right
+	if len(needs) == 0 || slices.Contains(needs, Connect) {
+		all = append(all, connectRights()...)
+	}
+	if slices.Contains(needs, Exchange) {
+		all = append(all, exchangeRights()...)
+	}
+	return all
+}
+
 // Preflight asks the API server, by self subject access reviews, what the user
-// may do, all at once, and changes nothing.
-func (c *Cluster) Preflight(ctx context.Context) (*Rights, error) {
-	wanted := connectRights()
-	answers := make(chan string, 128)
+// may do, all at once, and changes nothing. Without a need it is Connect.
+func (c *Cluster) Preflight(ctx context.Context, needs ...Need) (*Rights, error) {
+	wanted := rightsFor(needs)
+	answers := make(chan string, 256)
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(16)
 	for _, r := range wanted {
@@ -184,11 +243,13 @@ func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
 	for _, r := range wanted {
 		var lacks []string
 		for _, verb := range r.verbs {
-			if !held[r.key(verb)] {
-				lacks = append(lacks, r.words(verb, namespace))
+			if words := r.words(verb, namespace); !held[r.key(verb)] {
+				lacks = append(lacks, words)
+				if !slices.Contains(missing[r.purpose], words) { // two needs may want the same
+					missing[r.purpose] = append(missing[r.purpose], words)
+				}
 			}
 		}
-		missing[r.purpose] = append(missing[r.purpose], lacks...)
 		if len(lacks) > 0 && r.without != "" {
 			notices = append(notices, fmt.Sprintf("you may not %s: %s", lacks[0], r.without))
 		}
@@ -197,17 +258,21 @@ func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
 	if len(rights.Ways) == 0 {
 		rights.Missing = append(rights.Missing, missing[way]...)
 	}
-	rights.Mode = rights.chooseMode(missing, namespace)
+	rights.Mode = rights.chooseMode(missing, slices.ContainsFunc(wanted, func(r right) bool { return r.purpose == job }))
 	rights.Notices = append(rights.Notices, perEffect(notices)...)
 	return rights
 }
 
-// chooseMode takes the Deployment where all it needs is there, else the Job.
-func (r *Rights) chooseMode(missing map[purpose][]string, namespace string) Mode {
+// chooseMode takes the Deployment where all it needs is there, else the Job; a
+// router is never one, for it must not end by itself.
+func (r *Rights) chooseMode(missing map[purpose][]string, jobs bool) Mode {
 	lacks := slices.Concat(missing[lease], missing[deployment])
 	switch {
 	case len(lacks) == 0:
 		return ByDeployment
+	case !jobs:
+		r.Notices = append(r.Notices, fmt.Sprintf("you may not %s: should this machine be lost, the router goes on serving the original until somebody runs culvert clean", lacks[0]))
+		return ByBareDeployment
 	case len(missing[job]) > 0:
 		r.Missing = append(r.Missing, lacks...)
 		return ""
@@ -262,13 +327,20 @@ func (r *Rights) may(verb, group, resource string) bool {
 	return r.held["here "+verb+" "+group+"/"+resource]
 }
 
-// RBAC is the Role that connecting needs in a namespace, as YAML, and with
-// cluster the ClusterRole of what is read beyond it.
-func RBAC(namespace string, cluster bool) (string, error) {
+// RBAC is the Roles that the needs ask for in a namespace, as YAML, and with
+// cluster the ClusterRole of what connecting reads beyond it. Without a need it
+// is Connect.
+func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 	if wrong := validation.IsDNS1123Label(namespace); len(wrong) > 0 {
 		return "", fmt.Errorf("%w: %q: %s", ErrNamespace, namespace, wrong[0])
 	}
-	files := []string{"rbac.yaml"}
+	var files []string
+	if len(needs) == 0 || slices.Contains(needs, Connect) {
+		files = append(files, "rbac.yaml")
+	}
+	if slices.Contains(needs, Exchange) {
+		files = append(files, "rbac-exchange.yaml")
+	}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")
 	}

@@ -22,6 +22,8 @@ type ShadowConfig struct {
 	Grace         time.Duration
 	Mode          Mode // "" is what the rights allow
 	Way           Way  // "" is the best that works
+
+	Router *RouterConfig // nil: it is nobody's router
 }
 
 // A Shadow is the far end of one session: not there, being made, or there. Its
@@ -36,6 +38,11 @@ type Shadow struct {
 	noPing  bool // the cluster refuses the sysctl that unprivileged ping needs
 	noIDs   bool // the cluster refuses a user and groups that it has not chosen
 	ways    ways
+
+	router   bool
+	joined   bool              // somebody else made it
+	service  string            // whose traffic the router takes
+	original map[string]string // that Service's own selector
 }
 
 // shadowID is the user and the group of the manifests, and of the image.
@@ -56,6 +63,15 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 	if s.mode == "" {
 		s.mode = rights.Mode
 	}
+	if r := cfg.Router; r != nil {
+		s.router = true
+		if s.mode == ByJob {
+			s.mode = ByBareDeployment
+		}
+		if r.Service != nil {
+			s.service, s.original = r.Service.Name, r.Service.Selector
+		}
+	}
 	s.ways.order = rights.Ways
 	if cfg.Way != "" {
 		s.ways.order = []Way{cfg.Way}
@@ -69,7 +85,7 @@ func (s *Shadow) Mode() Mode { return s.mode }
 func (s *Shadow) name() string { return rootName(s.cfg.Session) }
 
 func (s *Shadow) hasLease() bool {
-	return s.mode == ByDeployment || s.rights.may("create", "coordination.k8s.io", "leases")
+	return s.mode != ByJob || s.rights.may("create", "coordination.k8s.io", "leases")
 }
 
 // Create makes the root and then all that it owns. What fails half-way is
@@ -79,6 +95,9 @@ func (s *Shadow) hasLease() bool {
 // The session counts as living for as long as its Lease lasts; start Renew when
 // Create has returned the first time, and not only when the shadow is ready.
 func (s *Shadow) Create(ctx context.Context, say func(string)) error {
+	if s.joined {
+		return fmt.Errorf("create session %s: it is somebody else's", s.cfg.Session)
+	}
 	if say == nil {
 		say = func(string) {}
 	}
@@ -109,11 +128,14 @@ func (s *Shadow) create(ctx context.Context, say func(string)) error {
 	if err != nil {
 		return err
 	}
+	if s.mode == ByBareDeployment {
+		o.withoutRights()
+	}
 	now := metav1.NowMicro()
 	o.lease.Spec.AcquireTime, o.lease.Spec.RenewTime = &now, &now
 	open := s.needsOpening(ctx, o, say)
 	switch s.mode {
-	case ByDeployment:
+	case ByDeployment, ByBareDeployment:
 		return s.createByDeployment(ctx, o, open)
 	case ByJob:
 		return s.createByJob(ctx, o, open)
@@ -134,7 +156,8 @@ func withoutIDs(pod *corev1.PodSpec) {
 	}
 }
 
-// createByDeployment hangs everything on the Lease, which the shadow may delete.
+// createByDeployment hangs everything on the Lease, which the shadow may delete
+// if it has any rights.
 func (s *Shadow) createByDeployment(ctx context.Context, o *objects, open bool) error {
 	cs, ns := s.cluster.client, s.cluster.Namespace
 	root, err := makeOne(ctx, "lease", cs.CoordinationV1().Leases(ns).Create, o.lease)
@@ -142,19 +165,32 @@ func (s *Shadow) createByDeployment(ctx context.Context, o *objects, open bool) 
 		return err
 	}
 	o.ownedBy(refTo("coordination.k8s.io/v1", "Lease", root))
+	grants := func(step func() error) error {
+		if s.mode == ByBareDeployment {
+			return nil
+		}
+		return step()
+	}
 	err = together(
 		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
 		func() error {
-			return makeIt(ctx, "serviceaccount", cs.CoreV1().ServiceAccounts(ns).Create, o.serviceAccount)
+			return grants(func() error {
+				return makeIt(ctx, "serviceaccount", cs.CoreV1().ServiceAccounts(ns).Create, o.serviceAccount)
+			})
 		},
-		func() error { return makeIt(ctx, "role", cs.RbacV1().Roles(ns).Create, o.role) },
+		func() error {
+			return grants(func() error { return makeIt(ctx, "role", cs.RbacV1().Roles(ns).Create, o.role) })
+		},
 		func() error { return s.open(ctx, o, open) },
+		func() error { return s.makeServices(ctx, o) },
 	)
 	if err != nil {
 		return err
 	}
-	return together( // what needs the Role and the ServiceAccount to be there
-		func() error { return makeIt(ctx, "rolebinding", cs.RbacV1().RoleBindings(ns).Create, o.roleBinding) },
+	return together( // what needs the Role, the ServiceAccount and the routes to be there
+		func() error {
+			return grants(func() error { return makeIt(ctx, "rolebinding", cs.RbacV1().RoleBindings(ns).Create, o.roleBinding) })
+		},
 		func() error { return makeIt(ctx, "deployment", cs.AppsV1().Deployments(ns).Create, o.deployment) },
 	)
 }
@@ -190,14 +226,23 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 	return ctx.Err()
 }
 
-// needsOpening tells whether a network policy shuts the shadow in and may be
-// answered by one of ours.
+// needsOpening tells whether network policies shut the shadow in, or a router
+// out, and may be answered by ours.
 func (s *Shadow) needsOpening(ctx context.Context, o *objects, say func(string)) bool {
 	if !s.rights.may("list", "networking.k8s.io", "networkpolicies") {
 		return false
 	}
 	list, err := s.cluster.client.NetworkingV1().NetworkPolicies(s.cluster.Namespace).List(ctx, metav1.ListOptions{})
-	if err != nil || !isolated(list.Items, o.podLabels()) {
+	if err != nil {
+		return false
+	}
+	shut := isolated(list.Items, o.podLabels())
+	if s.router {
+		if shut, err = s.policies(ctx, o, list.Items); err != nil {
+			return false
+		}
+	}
+	if !shut {
 		return false
 	}
 	if !s.rights.may("create", "networking.k8s.io", "networkpolicies") {
@@ -211,14 +256,23 @@ func (s *Shadow) open(ctx context.Context, o *objects, needed bool) error {
 	if !needed {
 		return nil
 	}
-	return makeIt(ctx, "networkpolicy", s.cluster.client.NetworkingV1().NetworkPolicies(s.cluster.Namespace).Create, o.networkPolicy)
+	for _, policy := range append(o.letIn, o.networkPolicy) {
+		if err := makeIt(ctx, "networkpolicy", s.cluster.client.NetworkingV1().NetworkPolicies(s.cluster.Namespace).Create, policy); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Delete removes all of the session from the namespace and waits until it is
-// gone, at most deleteLimit. It may be called at any time and more than once.
+// gone, at most deleteLimit. It may be called at any time and more than once. A
+// router is removed only when its Service does not lead to it any more.
 func (s *Shadow) Delete(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, deleteLimit)
 	defer cancel()
+	if err := s.restoreFirst(ctx); err != nil {
+		return err
+	}
 	if err := s.cluster.sweep(ctx, s.cluster.Namespace, s.cfg.Session); err != nil {
 		return fmt.Errorf("delete session %s in namespace %s: %w", s.cfg.Session, s.cluster.Namespace, err)
 	}

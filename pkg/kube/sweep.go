@@ -35,6 +35,7 @@ func kindOf[L runtime.Object](name string, api interface {
 // orphan.
 func (c *Cluster) kinds(namespace string) []kind {
 	return []kind{
+		kindOf("Service", c.client.CoreV1().Services(namespace)),
 		kindOf("Secret", c.client.CoreV1().Secrets(namespace)),
 		kindOf("ServiceAccount", c.client.CoreV1().ServiceAccounts(namespace)),
 		kindOf("Role", c.client.RbacV1().Roles(namespace)),
@@ -69,7 +70,7 @@ func (c *Cluster) find(ctx context.Context, namespace, session string, only ...s
 	// Two steps: children first, then roots (see kinds).
 	kinds := c.kinds(namespace)
 	var all []found
-	for _, step := range [][]kind{kinds[:7], kinds[7:]} {
+	for _, step := range [][]kind{kinds[:8], kinds[8:]} {
 		part, err := findKinds(ctx, step, selector, only)
 		if err != nil {
 			return nil, fmt.Errorf("look for what sessions made in namespace %q: %w", namespace, sorted(err))

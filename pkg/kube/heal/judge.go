@@ -52,6 +52,21 @@ type Op struct {
 // annotationPath is where a JSON patch finds the annotation.
 const annotationPath = "/metadata/annotations/culvert.dev~1exchange"
 
+// Take is the JSON patch that leads a Service's traffic to the router of the
+// session of a mark, for the version that was looked at; first says that it will
+// be the Service's first annotation.
+func Take(live Live, first bool, mark Mark) []Op {
+	text, _ := json.Marshal(mark) // it is plain values
+	note := Op{"add", annotationPath, string(text)}
+	if first {
+		note = Op{"add", "/metadata/annotations", map[string]string{Annotation: string(text)}}
+	}
+	return []Op{
+		{"test", "/metadata/resourceVersion", live.ResourceVersion}, note,
+		{"add", "/spec/selector", map[string]string{Label: mark.Session}},
+	}
+}
+
 // Judge says what a session's Service is like, and the JSON patch that puts it
 // back: nil where there is nothing of ours, and where no copy of the original
 // selector is left. Selectors that others wrote meanwhile are kept; only what
