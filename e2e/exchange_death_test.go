@@ -106,6 +106,49 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 	check(60 * time.Second)
 }
 
+// Ctrl-C as soon as each step of the way up has begun: nothing is left, and the
+// Service is as it was.
+func TestExchangeInterruptAtEveryStep(t *testing.T) {
+	laptopApp(t, laptopName, 0)
+	first := exchange(t, "svc/app", "--to", "http=8080", "-v")
+	first.stop()
+	var steps []string
+	for _, name := range talkOf(first.talk.String(), "… ") {
+		if !strings.Contains(name, ":") && !strings.HasPrefix(name, "putting") {
+			steps = append(steps, strings.ReplaceAll(name, "svc/app", "svc/SERVICE"))
+		}
+	}
+	if len(steps) < 6 {
+		t.Fatalf("only %d steps seen: %q", len(steps), steps)
+	}
+	victims := make([]*victim, len(steps))
+	for i := range victims {
+		victims[i] = &victim{}
+	}
+	victimServices(t, victims)
+	check := asBefore(t)
+	for i, v := range victims {
+		v.culvert = start(t, "exchange", "-n", namespace, "svc/"+v.service, "--to", "8080", "-v")
+		v.way = strings.ReplaceAll(steps[i], "SERVICE", v.service)
+	}
+	var all sync.WaitGroup
+	for _, v := range victims {
+		all.Go(func() {
+			for v.culvert.alive() && !strings.Contains(v.culvert.talk.String(), "… "+v.way+"\n") {
+				time.Sleep(5 * time.Millisecond)
+			}
+			v.err = v.interrupt()
+		})
+	}
+	all.Wait()
+	for _, v := range victims {
+		if v.err != nil {
+			t.Errorf("%s: %v\n%s", v.way, v.err, v.culvert.talk.String())
+		}
+	}
+	check(30 * time.Second)
+}
+
 // victimServices makes a Service for each victim, in front of the same pods.
 func victimServices(t testing.TB, victims []*victim) {
 	t.Helper()

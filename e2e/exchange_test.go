@@ -135,6 +135,27 @@ func TestExchangeTargets(t *testing.T) {
 	check(30 * time.Second)
 }
 
+// Both ways at once: what the laptop asks of the Service by connect comes back
+// to it by exchange.
+func TestExchangeWithConnect(t *testing.T) {
+	laptopApp(t, laptopName, 0)
+	check := asBefore(t)
+	c := connect(t)
+	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
+	for by, header := range map[string]string{"original": "x-dev: yours", laptopName: "x-dev: mine"} {
+		got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", "http://app.shop/")
+		if got != by {
+			t.Errorf("%s: answered by %q, want %q", header, got, by)
+		}
+	}
+	if all := laptop(t, culvertBin, "status"); strings.Count(all, "session") < 2 {
+		t.Errorf("status tells of one only:\n%s", all)
+	}
+	s.stop()
+	c.stop()
+	check(30 * time.Second)
+}
+
 // Two developers and the original on one Service, told apart by what requests say.
 func TestExchangeHeaders(t *testing.T) {
 	laptopApp(t, "ann", 10000)
