@@ -147,7 +147,7 @@ func (n *network) dialAny(ctx context.Context, network string, addrs []netip.Add
 func (n *network) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	if host, _, err := net.SplitHostPort(address); err == nil && strings.HasSuffix(host, claimSuffix) {
 		if !n.claims {
-			return nil, fmt.Errorf("nothing is claimed here: %w", syscall.EACCES)
+			return nil, syscall.EACCES
 		}
 		return n.memory.Listen(ctx, network, address)
 	}

@@ -237,13 +237,17 @@ func TestStockServerForward(t *testing.T) {
 	<-done
 }
 
-// BenchmarkForward is a router's way to a laptop: dialled in memory, over the
-// wire, relayed to a local socket.
+// BenchmarkForward is a router's way to a laptop and back: dialled in memory,
+// or at a listening socket, over the wire, relayed to a local socket.
 func BenchmarkForward(b *testing.B) {
-	n := &memchan.Network{}
+	b.Run("memory", func(b *testing.B) { benchForward(b, &memchan.Network{}, "web:80") })
+	b.Run("kernel", func(b *testing.B) { benchForward(b, &channel.Host{}, "127.0.0.1:0") })
+}
+
+func benchForward(b *testing.B, n channel.Network, at string) {
 	near, far := tcpPipe(b)
 	ch := connect(b, near, far, n)
-	l, err := ch.Listen(context.Background(), "tcp", "web:80")
+	l, err := ch.Listen(context.Background(), "tcp", at)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -251,22 +255,14 @@ func BenchmarkForward(b *testing.B) {
 	defer cancel()
 	address := benchServer(b, func(c net.Conn) { io.Copy(c, c) })
 	go relay.Forward(ctx, l, to(func() string { return address }), "tcp", "")
-	b.Run("Dial", func(b *testing.B) {
-		for b.Loop() {
-			c, err := n.DialContext(ctx, "tcp", "web:80")
-			if err != nil {
-				b.Fatal(err)
-			}
-			c.Close()
-		}
-	})
-	c, err := n.DialContext(ctx, "tcp", "web:80")
+	c, err := n.DialContext(ctx, "tcp", l.Addr().String())
 	if err != nil {
 		b.Fatal(err)
 	}
 	defer c.Close()
 	buf := make([]byte, benchChunk)
 	b.Run("RoundTrip", func(b *testing.B) {
+		b.ReportAllocs()
 		for b.Loop() {
 			c.Write(buf[:1])
 			c.Read(buf)
@@ -274,11 +270,23 @@ func BenchmarkForward(b *testing.B) {
 	})
 	b.Run("Echo1M", func(b *testing.B) {
 		b.SetBytes(benchChunk)
+		got := make([]byte, benchChunk)
 		for b.Loop() {
 			go c.Write(buf)
-			if _, err := io.ReadFull(c, make([]byte, benchChunk)); err != nil {
+			if _, err := io.ReadFull(c, got); err != nil {
 				b.Fatal(err)
 			}
+		}
+	})
+	b.Run("Dial", func(b *testing.B) {
+		for b.Loop() {
+			c, err := n.DialContext(ctx, "tcp", l.Addr().String())
+			if err != nil {
+				b.Fatal(err)
+			}
+			c.Write(buf[:1])
+			c.Read(buf[:1])
+			c.Close()
 		}
 	})
 }

@@ -1,0 +1,517 @@
+package shadow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
+	"github.com/culvert-dev/culvert/pkg/relay"
+	"github.com/culvert-dev/culvert/pkg/router"
+)
+
+// Most of these wait for the time in which nothing comes: they do it together.
+
+// stand is a router pod that stands in for a Service of port 80.
+type stand struct {
+	*pod
+	address string // what the Service would lead to
+}
+
+// answering is an HTTP server that says its name; /slow waits for release.
+func answering(t *testing.T, name string, release <-chan struct{}) (address string) {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			w.(http.Flusher).Flush()
+			<-release
+		}
+		io.WriteString(w, name)
+	}))
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}
+
+func freePort(t *testing.T, network string) string {
+	t.Helper()
+	if network == "udp" {
+		pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer pc.Close()
+		return strconv.Itoa(pc.LocalAddr().(*net.UDPAddr).Port)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+}
+
+// startRouter runs a shadow that stands in for an original.
+func startRouter(t *testing.T, cfg Config, original string) *stand {
+	t.Helper()
+	address := "127.0.0.1:" + freePort(t, "tcp")
+	cfg.Routes = append(cfg.Routes, router.Route{Network: "tcp", Port: 80, Listen: address, Original: original})
+	s := &stand{start(t, cfg), address}
+	eventually(t, func() error {
+		c, err := net.Dial("tcp", address)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+	return s
+}
+
+// eventually tries until there is no error.
+func eventually(t *testing.T, try func() error) {
+	t.Helper()
+	var err error
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if err = try(); err == nil {
+			return
+		}
+	}
+	t.Fatal(err)
+}
+
+// get asks the Service, on a connection of its own.
+func (s *stand) get(header ...string) (string, error) {
+	req, _ := http.NewRequest(http.MethodGet, "http://"+s.address, nil)
+	for _, h := range header {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Add(name, value)
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return string(text), err
+}
+
+func (s *stand) want(name string, header ...string) {
+	s.t.Helper()
+	if got, err := s.get(header...); got != name || err != nil {
+		s.t.Errorf("answer of %q, %v; want %q", got, err, name)
+	}
+}
+
+// lead has the laptop listen for a claim, and forward to a local address.
+func (p *pod) lead(wire channel.Channel, id, network, address string) {
+	p.t.Helper()
+	port := map[string]int{"tcp": 80, "udp": 53}[network]
+	l, err := wire.Listen(p.t.Context(), network, ClaimAddress(id, port))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- relay.Forward(ctx, l, &channel.Host{}, network, address) }()
+	p.t.Cleanup(func() { cancel(); <-done })
+}
+
+func whole(id string) router.Claim {
+	return router.Claim{ID: id, Holder: id + "@laptop", Routes: []string{"tcp/80"}}
+}
+
+func (s *stand) put(wire channel.Channel, c router.Claim, take bool) {
+	s.t.Helper()
+	if err := PutClaim(s.t.Context(), wire, c, take); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// TestClaim is the life of one: made, seen, dropped.
+func TestClaim(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	s.want("original")
+	wire := s.open(time.Second)
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", nil))
+	s.put(wire, whole("ann"), false)
+	s.want("laptop")
+
+	info, err := GetClaim(t.Context(), wire, "ann")
+	if err != nil || info.ID != "ann" || info.Holder != "ann@laptop" || info.Silent || info.Requests != 1 || info.Service != "" {
+		t.Errorf("%+v, %v", info, err)
+	}
+	all, err := Claims(t.Context(), wire)
+	if err != nil || len(all) != 1 || all[0].ID != "ann" {
+		t.Errorf("%+v, %v", all, err)
+	}
+	last, err := DropClaim(t.Context(), wire, "ann")
+	if !last || err != nil {
+		t.Errorf("last %v, %v", last, err)
+	}
+	s.want("original")
+	if err := PutClaim(t.Context(), wire, whole("bob"), false); !errors.Is(err, router.ErrClosing) {
+		t.Errorf("put: %v, want ErrClosing", err)
+	}
+	if open, err := Drain(t.Context(), wire, time.Minute); open != 0 || err != nil {
+		t.Errorf("drain: %d open, %v", open, err)
+	}
+	s.stop()
+	s.end()
+}
+
+func TestClaimsOfSeveral(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	ann, bob := s.open(time.Second), s.open(time.Second)
+	s.lead(ann, "ann", "tcp", answering(t, "ann", nil))
+	s.lead(bob, "bob", "tcp", answering(t, "bob", nil))
+	mine := whole("ann")
+	mine.Match.Headers = []router.Header{{Name: "x-dev", Kind: "exact", Value: "ann"}}
+	s.put(ann, mine, false)
+	s.want("original")
+	s.want("ann", "x-dev: ann")
+
+	other := mine
+	other.ID, other.Holder = "bob", "bob@laptop"
+	var held *router.HeldError
+	if err := PutClaim(t.Context(), bob, other, false); !errors.As(err, &held) || held.Holder != "ann@laptop" || held.Match.String() != mine.Match.String() {
+		t.Fatalf("put: %v (%+v)", err, held)
+	}
+	s.put(bob, other, true)
+	s.want("bob", "x-dev: ann")
+	if _, err := GetClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
+		t.Errorf("get: %v, want ErrNoClaim", err)
+	}
+	if _, err := DropClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
+		t.Errorf("drop: %v, want ErrNoClaim", err)
+	}
+	s.stop()
+	s.end()
+}
+
+func TestClaimsThatAreNone(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, "")
+	wire := s.open(time.Second)
+	for name, c := range map[string]router.Claim{
+		"no label":     {ID: "a.b", Routes: []string{"tcp/80"}},
+		"no ID":        {Routes: []string{"tcp/80"}},
+		"no route":     {ID: "ann"},
+		"unknown port": {ID: "ann", Routes: []string{"tcp/81"}},
+		"bad regex":    {ID: "ann", Routes: []string{"tcp/80"}, Match: router.Match{Headers: []router.Header{{Name: "x", Kind: "regex", Value: "("}}}},
+		"too long":     {ID: "ann", Routes: []string{"tcp/80"}, Holder: strings.Repeat("x", maxBody)},
+	} {
+		if err := PutClaim(t.Context(), wire, c, false); err == nil || errors.Is(err, router.ErrClosing) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if all, err := Claims(t.Context(), wire); err != nil || len(all) != 0 {
+		t.Errorf("%v, %v", all, err)
+	}
+	if _, err := Drain(t.Context(), wire, time.Hour); err == nil {
+		t.Error("drained for an hour")
+	}
+	s.stop()
+	s.end()
+}
+
+// TestLaptopRefuses: nobody is there, the wire is lost, the laptop is back.
+func TestLaptopRefuses(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	nobody := "127.0.0.1:" + freePort(t, "tcp")
+	atOnce := func() {
+		t.Helper()
+		began := time.Now()
+		s.want("original")
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the original answered after %v", took)
+		}
+	}
+	wire := s.open(time.Second)
+	s.put(wire, whole("ann"), false)
+	atOnce() // nobody listens
+	s.lead(wire, "ann", "tcp", nobody)
+	atOnce() // nobody is behind it
+	wire.Close()
+	wire.Wait()
+	atOnce()
+	wire = s.open(time.Second)
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", nil))
+	s.put(wire, whole("ann"), false)
+	s.want("laptop")
+	s.stop()
+	s.end()
+}
+
+// TestNewWireTakesOver: a laptop is back before its old wire is known to be dead.
+func TestNewWireTakesOver(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	old, fresh := s.open(time.Minute), s.open(time.Second)
+	s.lead(old, "ann", "tcp", answering(t, "before", nil))
+	s.put(old, whole("ann"), false)
+	s.want("before")
+	s.lead(fresh, "ann", "tcp", answering(t, "after", nil))
+	s.put(fresh, whole("ann"), false)
+	s.want("after")
+	old.Close()
+	old.Wait()
+	s.want("after")
+	s.stop()
+	s.end()
+}
+
+func TestClaimOfUDP(t *testing.T) {
+	t.Parallel()
+	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pc.Close()
+	go func() {
+		buf := make([]byte, 100)
+		for {
+			n, from, err := pc.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			pc.WriteTo(append([]byte("laptop "), buf[:n]...), from)
+		}
+	}()
+	address := "127.0.0.1:" + freePort(t, "udp")
+	s := startRouter(t, Config{Grace: long, Routes: []router.Route{{Network: "udp", Port: 53, Listen: address}}}, "")
+	wire := s.open(time.Second)
+	s.lead(wire, "ann", "udp", pc.LocalAddr().String())
+	c := whole("ann")
+	c.Routes = []string{"udp/53"}
+	s.put(wire, c, false)
+	from, err := net.Dial("udp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	from.SetDeadline(time.Now().Add(patience))
+	buf := make([]byte, 100)
+	for range 3 {
+		fmt.Fprint(from, "hello")
+		if n, err := from.Read(buf); err != nil || string(buf[:n]) != "laptop hello" {
+			t.Fatalf("%q, %v", buf[:n], err)
+		}
+	}
+	s.stop()
+	s.end()
+}
+
+func TestNothingIsClaimedWithoutRoutes(t *testing.T) {
+	p := start(t, Config{Grace: long})
+	wire := p.open(time.Second)
+	if _, err := wire.Listen(t.Context(), "tcp", ClaimAddress("ann", 80)); !errors.Is(err, syscall.EACCES) {
+		t.Errorf("listen: %v, want EACCES", err)
+	}
+	if err := PutClaim(t.Context(), wire, whole("ann"), false); err == nil {
+		t.Error("claimed")
+	}
+	p.stop()
+	p.end()
+}
+
+// exchanged is a Service that notes what is done.
+type exchanged struct {
+	mu    sync.Mutex
+	state string
+	fails int
+	done  []string
+}
+
+func (e *exchanged) Look(context.Context) (string, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.state, nil
+}
+
+func (e *exchanged) Restore(context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.fails--; e.fails >= 0 {
+		e.done = append(e.done, "failed")
+		return errors.New("the API server is away")
+	}
+	e.state, e.done = heal.PutBack, append(e.done, "restored")
+	return nil
+}
+
+func (e *exchanged) note(what string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.done = append(e.done, what)
+}
+
+func (e *exchanged) set(state string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.state = state
+}
+
+func (e *exchanged) was() []string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.done)
+}
+
+// TestServiceIsWatched: the laptop hears of it within a heartbeat or two, and what
+// somebody else has put back is put back in whole.
+func TestServiceIsWatched(t *testing.T) {
+	t.Parallel()
+	e := &exchanged{state: heal.PutBack}
+	s := startRouter(t, Config{Grace: long, Service: e}, "")
+	wire := s.open(time.Second)
+	s.put(wire, whole("ann"), false)
+	hears := func(state string) {
+		t.Helper()
+		eventually(t, func() error {
+			info, err := GetClaim(t.Context(), wire, "ann")
+			if err == nil && info.Service != state {
+				err = fmt.Errorf("service is %q, want %q", info.Service, state)
+			}
+			return err
+		})
+	}
+	hears(heal.PutBack)
+	e.set(heal.Ours)
+	hears(heal.Ours)
+	e.set(heal.Mixed)
+	hears(heal.PutBack)
+	if done := e.was(); !slices.Equal(done, []string{"restored"}) {
+		t.Errorf("done: %v", done)
+	}
+	e.set(heal.Gone)
+	hears(heal.Gone)
+	s.stop()
+	s.end()
+}
+
+// TestGraceOver: the Service first, then what is still open, then the Lease.
+func TestGraceOver(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	e := &exchanged{state: heal.Ours, fails: 2}
+	s := startRouter(t, Config{
+		Grace: 300 * time.Millisecond, Service: e,
+		Heal: func(context.Context) error { e.note("healed"); return nil },
+	}, answering(t, "original", release))
+	began := time.Now()
+	slow := make(chan string, 1)
+	go func() { slow <- s.slowly() }()
+	eventually(t, func() error {
+		if len(e.was()) < 3 {
+			return errors.New("not restored")
+		}
+		return nil
+	})
+	s.want("original") // nodes that have not heard yet
+	time.Sleep(settle)
+	if slices.Contains(e.was(), "healed") {
+		t.Error("the Lease is gone under an open connection")
+	}
+	close(release)
+	if got := <-slow; got != "original" {
+		t.Errorf("the open connection: %q", got)
+	}
+	s.end()
+	if done := e.was(); !slices.Equal(done, []string{"failed", "failed", "restored", "healed"}) {
+		t.Errorf("done: %v", done)
+	}
+	if took := time.Since(began); took < settle {
+		t.Errorf("ended after %v", took)
+	}
+}
+
+// slowly gets what takes as long as it is not released.
+func (s *stand) slowly() string {
+	resp, err := http.Get("http://" + s.address + "/slow")
+	if err != nil {
+		return err.Error()
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// TestRouterWithoutHealStays: nobody would serve the Service after it.
+func TestRouterWithoutHealStays(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: 50 * time.Millisecond}, answering(t, "original", nil))
+	time.Sleep(200 * time.Millisecond)
+	s.want("original")
+	wire := s.open(time.Second) // and laptops may come again
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", nil))
+	s.put(wire, whole("ann"), false)
+	s.want("laptop")
+	s.stop()
+	s.end()
+}
+
+// TestToldToEnd: what a laptop has begun to answer it may finish, the original
+// answers the rest, and the wires lead to the next pod.
+func TestToldToEnd(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	wire := s.open(time.Second)
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", release))
+	s.put(wire, whole("ann"), false)
+	slow := make(chan string, 1)
+	go func() { slow <- s.slowly() }()
+	eventually(t, func() error {
+		info, err := GetClaim(t.Context(), wire, "ann")
+		if err == nil && info.Open == 0 {
+			err = errors.New("nothing open")
+		}
+		return err
+	})
+	s.stop()
+	eventually(t, func() error {
+		_, err := GetClaim(t.Context(), wire, "ann")
+		if err == nil {
+			return errors.New("still answers for claims")
+		}
+		if errors.Is(err, ErrNoClaim) || errors.Is(err, net.ErrClosed) {
+			t.Errorf("get: %v", err)
+		}
+		return nil
+	})
+	s.want("original")
+	close(release)
+	if got := <-slow; got != "laptop" {
+		t.Errorf("what was begun: %q", got)
+	}
+	began := time.Now()
+	if err := wire.Wait(); err == nil || time.Since(began) > wireLimit/2 {
+		t.Errorf("the wire ended after %v, %v", time.Since(began), err)
+	}
+	s.want("original")
+	s.end()
+	if took := time.Since(began); took < quiet {
+		t.Errorf("ended %v after the last connection", took)
+	}
+	if got, err := s.get(); err == nil {
+		t.Errorf("%q still answers", got)
+	}
+}
