@@ -26,6 +26,7 @@ const (
 // Fifty times in and out within one process, on the laptop, and nothing adds up:
 // no goroutine, no descriptor, no route, no object.
 func TestCycles(t *testing.T) {
+	t.Parallel() // with the rooms' tests, which do without the laptop
 	check := noTrace(t)
 	inside(t, "TestCyclesInside")
 	check(30 * time.Second)

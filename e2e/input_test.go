@@ -153,6 +153,7 @@ func issued(t testing.TB, until time.Time) (cert, key []byte) {
 // An image that is not to be had is told by its name, early, and nothing of the
 // session is left.
 func TestWrongImage(t *testing.T) {
+	check := noTrace(t)
 	for name, c := range map[string]struct {
 		args []string
 		says []string
@@ -163,15 +164,15 @@ func TestWrongImage(t *testing.T) {
 		"wrong pull secret": {[]string{"--image=localhost/none:1", "--image-pull-secret=nowhere"}, []string{"localhost/none:1", "nowhere"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			check := noTrace(t)
+			t.Parallel() // none comes so far as to change the laptop
 			start := time.Now()
 			refusal{1, append(c.says, "namespace shop"), ""}.check(t, culvert(nil, append([]string{"connect", "-n", namespace}, c.args...)...))
 			if took := time.Since(start); took > 50*time.Second {
 				t.Errorf("said so after %v", took)
 			}
-			check(30 * time.Second)
 		})
 	}
+	t.Cleanup(func() { check(30 * time.Second) }) // after all of them
 }
 
 // inPrivate is culvert with mounts that only it sees.
@@ -347,6 +348,9 @@ func clean(t testing.TB, args ...string) cleaned {
 // it spares one that lives, and a dry run touches nothing.
 func TestClean(t *testing.T) {
 	check := noTrace(t)
+	eventually(t, 2*time.Minute, "the dead of other tests are gone", func() error {
+		return nothing(kubectl(t, "get", kinds, "-n", namespace, "-l", sessionLabel, "-o", "name"))
+	})
 	if c := clean(t); len(c.Files)+len(c.Sessions) > 0 {
 		t.Fatalf("of what is not there: %+v", c)
 	}
@@ -399,8 +403,10 @@ func withoutRenewal(dump string) string {
 func TestCleanMachine(t *testing.T) {
 	check := noTrace(t)
 	s := connect(t, shortGrace)
+	session := theStatus(t).Session
 	// Both die at once, so that none can put it back.
 	laptop(t, "sh", "-c", "kill -9 $(pgrep -f '[c]ulvert privileged') $(pgrep -f '[c]ulvert connect')")
+	killed := time.Now()
 	s.wait(10 * time.Second)
 	var c cleaned
 	for _, args := range [][]string{{"--dry-run"}, nil} {
@@ -415,7 +421,7 @@ func TestCleanMachine(t *testing.T) {
 			t.Errorf("after clean %v resolv.conf begins %q", args, head)
 		}
 	}
-	check(75 * time.Second)
+	goesByItself(t, session, check, killed, 15*time.Second)
 }
 
 // keysOf are the paths of all keys in a JSON value, those of a list's first

@@ -104,11 +104,13 @@ func TestResolved(t *testing.T) {
 	check(30 * time.Second)
 
 	t.Run("kill -9", func(t *testing.T) {
-		s := connect(t, "--grace=15s")
-		kill9(t, theStatus(t).PID)
+		s := connect(t, shortGrace)
+		st := theStatus(t)
+		kill9(t, st.PID)
+		killed := time.Now()
 		s.wait(10 * time.Second)
 		asBefore(t)
-		check(2 * time.Minute)
+		goesByItself(t, st.Session, check, killed, 15*time.Second)
 	})
 	for _, order := range [][]int{{0, 1}, {1, 0}} {
 		t.Run(fmt.Sprintf("two sessions, ended in order %v", order), func(t *testing.T) {

@@ -25,7 +25,8 @@ const kinds = "all,cm,secret,sa,role,rolebinding,lease,networkpolicy,endpointsli
 // own look at that by themselves.
 var watched = []string{"default", "kube-public", "kube-system", "shop", "other"}
 
-// dumpCluster is every object of every namespace, less what changes by itself.
+// dumpCluster is every object of every namespace, less what changes by itself
+// and what belongs to the dead: see goesByItself.
 func dumpCluster(t testing.TB) string {
 	t.Helper()
 	out := kubectl(t, "get", kinds, "-A", "-o", "json")
@@ -38,6 +39,10 @@ func dumpCluster(t testing.TB) string {
 		meta := o["metadata"].(map[string]any)
 		for _, volatile := range []string{"resourceVersion", "managedFields"} {
 			delete(meta, volatile)
+		}
+		labels, _ := meta["labels"].(map[string]any)
+		if session, _ := labels[sessionLabel].(string); isDead(session) {
+			continue
 		}
 		if ns, _ := meta["namespace"].(string); !slices.Contains(watched, ns) || o["kind"] == "Lease" && ns == "kube-system" {
 			continue
