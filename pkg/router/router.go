@@ -16,9 +16,17 @@
 package router
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"github.com/culvert-dev/culvert/pkg/relay"
+	"golang.org/x/sync/errgroup"
 	"log/slog"
+	"net"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
@@ -71,4 +79,164 @@ type Config struct {
 	Network channel.Network // listens, and dials the originals
 	Grace   time.Duration   // a claim that is not seen for so long is dropped
 	Log     *slog.Logger
+}
+
+// name is how claims call a route.
+func (r *Route) name() string { return r.Network + "/" + strconv.Itoa(r.Port) }
+
+// service is how laptops call it: they are dialled for a port of the Service.
+func (r *Route) service() string { return ":" + strconv.Itoa(r.Port) }
+
+// A Router serves the routes of one Service.
+type Router struct {
+	config  Config
+	claims  *claims
+	streams crowd // connections that are open, but for flows of datagrams
+	copies  copies
+	buffers buffers
+}
+
+// New returns a Router that serves nothing yet; it may be claimed already.
+func New(c Config) *Router {
+	return &Router{config: c, claims: newClaims(c.Routes, c.Grace)}
+}
+
+// Put makes a claim, or makes the one of that ID anew: its laptop is reached
+// through to from now on, what it has taken goes on and is counted on.
+// to.DialContext(ctx, "tcp", ":80") dials the laptop for port 80 of the Service;
+// where to is nil the original answers. The error is a *HeldError where another
+// claim has the same Match on one of the routes, unless take drops that one.
+func (r *Router) Put(c Claim, to relay.Dialer, take bool) error { return r.claims.put(c, to, take) }
+
+// Seen notes that a claim's laptop is alive, and tells how the claim is doing.
+func (r *Router) Seen(id string) (ClaimStatus, bool) { return r.claims.see(id) }
+
+// Drop ends a claim; what its laptop has taken it may finish. If it was the last
+// one the router is closing: it can be claimed no more, the original answers, and
+// clients are asked to connect anew, because the Service is about to be put back.
+func (r *Router) Drop(id string) (last, ok bool) { return r.claims.drop(id) }
+
+// Claims lists the claims, the oldest first.
+func (r *Router) Claims() []ClaimStatus { return r.claims.list() }
+
+// Drain closes the router as the last Drop does, and waits until no connection is
+// open or ctx has ended; it tells how many are. New ones are served by the
+// original meanwhile. Flows of datagrams are not waited for: they have no end.
+func (r *Router) Drain(ctx context.Context) (open int) {
+	r.claims.close()
+	return r.streams.wait(ctx)
+}
+
+// Run listens and serves until ctx ends, or a listener fails for good.
+func (r *Router) Run(ctx context.Context) error {
+	listeners, err := r.listen(ctx)
+	if err != nil {
+		return err
+	}
+	all, ctx := errgroup.WithContext(ctx)
+	for i, l := range listeners {
+		all.Go(func() error { return r.accept(ctx, l, &r.config.Routes[i]) })
+	}
+	all.Go(func() error { return r.claims.watch(ctx) })
+	err = all.Wait()
+	r.copies.all.Wait()
+	r.claims.forget()
+	return err
+}
+
+func (r *Router) listen(ctx context.Context) (all []net.Listener, err error) {
+	for _, route := range r.config.Routes {
+		l, err := r.config.Network.Listen(ctx, route.Network, route.Listen)
+		if err != nil {
+			for _, l := range all {
+				l.Close()
+			}
+			return nil, fmt.Errorf("listen for %s on %s: %w", route.name(), route.Listen, err)
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+// accept serves what comes by one route; it returns when that is gone.
+func (r *Router) accept(ctx context.Context, l net.Listener, route *Route) error {
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer l.Close()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	for {
+		c, err := l.Accept()
+		switch {
+		case err == nil && route.Network == "udp":
+			all.Go(func() { r.flow(ctx, c, route) })
+		case err == nil:
+			all.Go(func() { r.stream(ctx, c, route) })
+		case ctx.Err() != nil:
+			return nil
+		case !passing(err):
+			return fmt.Errorf("accept for %s: %w", route.name(), err)
+		default:
+			wait(ctx, 100*time.Millisecond)
+		}
+	}
+}
+
+// passing tells of an error of Accept after which the next one may succeed.
+func passing(err error) bool {
+	return slices.ContainsFunc([]error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM},
+		func(e error) bool { return errors.Is(err, e) })
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// A crowd counts who is here, and can be waited for to have gone.
+type crowd struct {
+	mu   sync.Mutex
+	n    int
+	gone chan struct{} // closed when n is 0 again
+}
+
+func (c *crowd) enter() (leave func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n == 0 {
+		c.gone = make(chan struct{})
+	}
+	c.n++
+	return c.leave
+}
+
+func (c *crowd) leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n--; c.n == 0 {
+		close(c.gone)
+	}
+}
+
+func (c *crowd) here() (int, <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n, c.gone
+}
+
+func (c *crowd) wait(ctx context.Context) int {
+	n, gone := c.here()
+	if n == 0 {
+		return 0
+	}
+	select {
+	case <-gone:
+		return 0
+	case <-ctx.Done():
+	}
+	n, _ = c.here()
+	return n
 }

@@ -1,0 +1,317 @@
+package router
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+)
+
+// A kind is what a connection turns out to speak.
+type kind int
+
+const (
+	unsure kind = iota // the bytes so far may become HTTP
+	raw                // nothing that we read
+	http1
+	http2
+)
+
+const (
+	hush    = 200 * time.Millisecond  // after which who says nothing may be waiting for the server to begin
+	stutter = 2 * time.Second         // for the rest of a request line, where its beginning leaves little doubt
+	rest    = 3500 * time.Millisecond // no round number: clients come every second, or every five
+	firsts  = 16 << 10                // of a request line are enough
+)
+
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" // RFC 9113, 3.4
+
+// methods are those of RFC 9110 and RFC 5789 whose requests can be handed on
+// one by one. CONNECT is none: what follows is not ours to read.
+var methods = []string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH"}
+
+// look tells what is spoken from the first bytes. HTTP is only what has a whole
+// request line (RFC 9112, 3) that asks for a path: everything else might be
+// harmed by being read as HTTP.
+func look(first []byte) kind {
+	if n := min(len(first), len(preface)); string(first[:n]) == preface[:n] {
+		if n == len(preface) {
+			return http2
+		}
+		return unsure
+	}
+	line, _, whole := bytes.Cut(first, []byte("\n"))
+	method, rest, ok := bytes.Cut(line, []byte(" "))
+	switch {
+	case !token(method) || string(method) == "CONNECT":
+		return raw
+	case !ok && whole:
+		return raw
+	case !ok:
+		return undecided(first, len(method) < 64)
+	}
+	target, version, ok := bytes.Cut(rest, []byte(" "))
+	switch {
+	case len(target) == 0 && !ok && !whole:
+		return unsure
+	case len(target) == 0 || target[0] != '/' && string(target) != "*":
+		return raw
+	case !ok && whole:
+		return raw
+	case !ok:
+		return undecided(first, visible(target))
+	}
+	if _, err := url.ParseRequestURI(string(target)); err != nil {
+		return raw
+	}
+	return versioned(first, bytes.TrimSuffix(version, []byte("\r")), whole)
+}
+
+// versioned reads the end of a request line.
+func versioned(first, version []byte, whole bool) kind {
+	for _, v := range []string{"HTTP/1.1", "HTTP/1.0"} {
+		if whole && string(version) == v {
+			return http1
+		}
+		if !whole && strings.HasPrefix(v+"\r", string(version)) {
+			return undecided(first, true)
+		}
+	}
+	return raw
+}
+
+// undecided is for a line that is not at its end: a very long one of a known
+// method is an ordinary request for a very long path.
+func undecided(first []byte, plausible bool) kind {
+	switch {
+	case !plausible:
+		return raw
+	case len(first) < firsts:
+		return unsure
+	case likely(first):
+		return http1
+	}
+	return raw
+}
+
+// likely tells of bytes that look like HTTP to people.
+func likely(first []byte) bool {
+	if strings.HasPrefix(preface, string(first)) {
+		return len(first) > len("PRI")
+	}
+	method, rest, ok := bytes.Cut(first, []byte(" "))
+	if !ok {
+		return false
+	}
+	for _, m := range methods {
+		if string(method) == m {
+			return len(rest) > 0
+		}
+	}
+	return false
+}
+
+// patience is how long to wait for more bytes after some that did not tell.
+func patience(first []byte) time.Duration {
+	if likely(first) {
+		return stutter
+	}
+	return hush
+}
+
+// token tells of what may be a method (RFC 9110, 5.6.2).
+func token(b []byte) bool {
+	for _, c := range b {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && !strings.ContainsRune("!#$%&'*+-.^_`|~", rune(c)) {
+			return false
+		}
+	}
+	return len(b) > 0
+}
+
+// visible tells of what may be a target: no control characters, nothing binary.
+func visible(b []byte) bool {
+	for _, c := range b {
+		if c <= ' ' || c == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+// A client is a connection that was made to the Service. Its first bytes have
+// been looked at, and are read once more.
+type client struct {
+	net.Conn
+	first []byte
+
+	mu    sync.Mutex
+	rests time.Time // since when it waits for a next request; zero: it is busy
+
+	half    func()        // called when the client has ended its half during a request
+	aborted chan struct{} // has a token while the read deadline is past
+
+	once   sync.Once
+	closed chan struct{}
+}
+
+func newClient(c net.Conn) *client {
+	return &client{Conn: c, aborted: make(chan struct{}, 1), closed: make(chan struct{})}
+}
+
+// look reads until the bytes tell what is spoken. It waits for the first one as
+// long as wait, or for ever; a deadline that somebody else sets ends it too.
+// unsure is the answer where nothing was said.
+func (c *client) look(wait time.Duration) (kind, error) {
+	defer c.SetReadDeadline(time.Time{})
+	if wait > 0 {
+		c.SetReadDeadline(time.Now().Add(wait))
+	}
+	for {
+		n, err := c.more()
+		switch k := look(c.first); {
+		case len(c.first) == 0 && timedOut(err):
+			return unsure, nil
+		case len(c.first) == 0 && err != nil && !ended(err):
+			return raw, err
+		case err != nil:
+			return told(k), nil
+		case n > 0 && k != unsure:
+			return k, nil
+		}
+		c.SetReadDeadline(time.Now().Add(patience(c.first)))
+	}
+}
+
+// told is what is spoken where no more will be said.
+func told(k kind) kind {
+	if k == unsure {
+		return raw
+	}
+	return k
+}
+
+// more reads some of the first bytes.
+func (c *client) more() (int, error) {
+	if cap(c.first) == 0 {
+		c.first = make([]byte, 0, 2<<10)
+	}
+	if len(c.first) == cap(c.first) {
+		c.first = append(c.first, make([]byte, len(c.first))...)[:len(c.first)]
+	}
+	n, err := c.Conn.Read(c.first[len(c.first):cap(c.first)])
+	c.first = c.first[:len(c.first)+n]
+	return n, err
+}
+
+func (c *client) Read(p []byte) (int, error) {
+	if len(c.first) > 0 {
+		n := copy(p, c.first)
+		if c.first = c.first[n:]; len(c.first) == 0 {
+			c.first = nil
+		}
+		return n, nil
+	}
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.work()
+	}
+	if ended(err) && n == 0 && len(p) == 1 && c.half != nil {
+		return 0, c.awaitAnswer()
+	}
+	return n, err
+}
+
+// awaitAnswer hides from the HTTP server that its client has ended its half:
+// it would take the client for gone, and the answer would be lost. The server
+// looks for that end during a request, by reading a single byte, until it stops
+// by a deadline.
+func (c *client) awaitAnswer() error {
+	c.half()
+	select {
+	case <-c.aborted:
+		return os.ErrDeadlineExceeded
+	case <-c.closed:
+		return net.ErrClosed
+	}
+}
+
+func (c *client) SetReadDeadline(t time.Time) error {
+	past := !t.IsZero() && time.Until(t) <= 0
+	select {
+	case <-c.aborted:
+	default:
+	}
+	if past {
+		c.aborted <- struct{}{}
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+// CloseWrite ends what is said to the client.
+func (c *client) CloseWrite() error {
+	if cw, ok := c.Conn.(channel.CloseWriter); ok {
+		return cw.CloseWrite()
+	}
+	return c.Close()
+}
+
+// work notes that the client has said something, rest that it was answered.
+func (c *client) work() { c.since(time.Time{}) }
+func (c *client) rest() { c.since(time.Now()) }
+
+func (c *client) since(rests time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rests = rests
+}
+
+// part closes the connection when it has rested for so long that its next
+// request is unlikely to cross the end of it. One that never rests is told by an
+// answer instead.
+func (c *client) part(ctx context.Context) {
+	for {
+		select {
+		case <-time.After(c.left()):
+		case <-c.closed:
+			return
+		case <-ctx.Done():
+			return
+		}
+		if c.left() == 0 {
+			c.Close()
+			return
+		}
+	}
+}
+
+// left is how long a connection may rest on.
+func (c *client) left() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rests.IsZero() {
+		return rest
+	}
+	return max(0, rest-time.Since(c.rests))
+}
+
+func (c *client) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(func() {
+		c.work()
+		close(c.closed)
+	})
+	return err
+}
+
+func timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
+
+func ended(err error) bool { return errors.Is(err, io.EOF) }
