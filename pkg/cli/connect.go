@@ -62,9 +62,8 @@ const minGrace = 15 * time.Second
 // config checks what was typed.
 func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	cfg = session.ConnectConfig{Image: o.image, PullSecrets: o.pullSecrets, Grace: o.grace}
-	var known bool
-	if cfg.Way, known = ways[o.way]; !known {
-		return cfg, usage(fmt.Errorf("--way is proxy, websocket or spdy, not %q", o.way))
+	if cfg.Way, err = wayNamed(o.way); err != nil {
+		return cfg, err
 	}
 	if o.image == "" {
 		return cfg, usage(errors.New("--image is empty"))
@@ -80,6 +79,14 @@ func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	}
 	cfg.Exclude, err = parsePrefixes("--exclude", o.exclude)
 	return cfg, err
+}
+
+func wayNamed(name string) (kube.Way, error) {
+	way, known := ways[name]
+	if !known {
+		return "", usage(fmt.Errorf("--way is proxy, websocket or spdy, not %q", name))
+	}
+	return way, nil
 }
 
 // parsePrefixes takes ranges and single addresses.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/resolver"
+	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -22,6 +23,7 @@ type typed struct {
 func judge(err error, t typed) (code int, hint string) {
 	var wrong usageError
 	var conflict *session.ConflictError
+	var held *router.HeldError
 	switch {
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return exitLeftovers, "culvert clean" + t.flags
@@ -29,6 +31,10 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitUsage, "culvert --help"
 	case errors.As(err, &conflict):
 		return exitFailed, makeWay(conflict.Conflicts, t)
+	case errors.As(err, &held):
+		return exitFailed, "culvert " + t.line + " --take  # from " + held.Holder
+	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):
+		return exitFailed, "kubectl get services" + t.flags
 	case errors.Is(err, resolver.ErrBusy):
 		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):

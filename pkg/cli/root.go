@@ -108,7 +108,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.namespace, "namespace", "n", "", "namespace to work in (default: the context's)")
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "tell more, and log what goes on")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "tell only errors")
-	root.AddCommand(a.connectCommand(), a.statusCommand(), a.rbacCommand(), a.cleanCommand(),
+	root.AddCommand(a.connectCommand(), a.exchangeCommand(), a.exposeCommand(), a.leaveCommand(), a.statusCommand(), a.rbacCommand(), a.cleanCommand(),
 		a.versionCommand(), a.privilegedCommand())
 	a.completions(root)
 	return root

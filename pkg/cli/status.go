@@ -1,7 +1,9 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -13,23 +15,70 @@ import (
 
 func (a *app) statusCommand() *cobra.Command {
 	var output outputFormat
+	var wide bool
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show the sessions that run on this machine",
 		Args:  noArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			all, err := session.Statuses(c.Context())
-			if err != nil {
-				return err
-			}
-			if all == nil {
-				all = []session.Status{}
-			}
-			return a.print(output, all, func() { a.tableOfStatuses(all) })
-		},
+		RunE:  func(c *cobra.Command, _ []string) error { return a.status(c, output, wide) },
 	}
+	c.Flags().BoolVar(&wide, "cluster", false, "also what others hold of the namespace's Services")
 	outputFlag(c, &output)
 	return c
+}
+
+func (a *app) status(c *cobra.Command, output outputFormat, wide bool) error {
+	all, err := session.Statuses(c.Context())
+	if err != nil {
+		return err
+	}
+	all = append([]session.Status{}, all...)
+	var held []session.Status
+	if wide {
+		held, err = a.held(c, all)
+	}
+	printed := a.print(output, append(all, held...), func() {
+		if len(all) > 0 || !wide {
+			a.tableOfStatuses(all)
+		}
+		a.tableOfHeld(held, wide && err == nil)
+	})
+	return errors.Join(err, printed)
+}
+
+// held is what other sessions than those of this machine hold.
+func (a *app) held(c *cobra.Command, here []session.Status) ([]session.Status, error) {
+	cluster, err := a.cluster()
+	if err != nil {
+		return nil, err
+	}
+	defer cluster.Close()
+	held, err := session.Held(c.Context(), cluster, a.logger())
+	return slices.DeleteFunc(held, func(s session.Status) bool {
+		return slices.ContainsFunc(here, func(h session.Status) bool { return h.Session == s.Session })
+	}), err
+}
+
+func (a *app) tableOfHeld(held []session.Status, looked bool) {
+	if len(held) == 0 {
+		if looked {
+			fmt.Fprintln(a.err, "nobody else holds a Service of this namespace")
+		}
+		return
+	}
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	defer w.Flush()
+	fmt.Fprintln(w, "SERVICE\tHOLDER\tSINCE\tMATCH\tWIRE\tREQUESTS")
+	for _, s := range held {
+		match, wire := s.Exchange.Match, "silent"
+		if match == "" {
+			match = "everything"
+		}
+		if s.Wire.Up {
+			wire = "up"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), match, wire, s.Exchange.Requests)
+	}
 }
 
 func (a *app) tableOfStatuses(all []session.Status) {
@@ -50,8 +99,20 @@ func (a *app) tableOfStatus(s session.Status) {
 	row := func(key, format string, args ...any) { fmt.Fprintf(w, key+"\t"+format+"\n", args...) }
 	row("session", "%s of %s, process %d, for %v", s.Session, s.Owner, s.PID, time.Since(s.Since).Round(time.Second))
 	row("cluster", "%s, namespace %s, %s", s.Context, s.Namespace, s.Server)
+	if s.Exchange != nil {
+		rowsOfExchange(row, s.Kind, *s.Exchange)
+	}
 	row("shadow", "%s, pod %s", s.Shadow.Kind, s.Shadow.Pod)
 	row("wire", "%s", wireLine(s.Wire))
+	if s.Device != nil {
+		rowsOfConnect(row, s)
+	}
+	for _, m := range s.Missing {
+		row("missing", "%s", m)
+	}
+}
+
+func rowsOfConnect(row func(key, format string, args ...any), s session.Status) {
 	row("flows", "%d tcp, %d udp, %d ping; %s sent, %s received, %d dials failed",
 		s.Flows.TCP, s.Flows.UDP, s.Flows.Ping, byteCount(s.Flows.Sent), byteCount(s.Flows.Received), s.Flows.Failed)
 	row("device", "%s, MTU %d, offload %v", s.Device.Name, s.Device.MTU, s.Device.Offload)
@@ -59,9 +120,21 @@ func (a *app) tableOfStatus(s session.Status) {
 		row("route", "%s\t%s", r.Prefix, r.Source)
 	}
 	row("names", "%s, answered at %s; watched namespaces: %s", s.DNS.Mode, s.DNS.Server, strings.Join(s.DNS.Whole, " "))
-	for _, m := range s.Missing {
-		row("missing", "%s", m)
+}
+
+func rowsOfExchange(row func(key, format string, args ...any), kind string, e session.ExchangeStatus) {
+	which := "everything"
+	if e.Match != "" {
+		which = "requests with " + e.Match
 	}
+	if e.Mirror {
+		which = "copies of " + which
+	}
+	row(kind, "svc/%s, %s", e.Service, which)
+	for _, f := range e.Forwards {
+		row("forward", "%s\t%s", f.Port, f.Address)
+	}
+	row("served", "%d requests, %d other connections; %d open now", e.Requests, e.Connections, e.Open)
 }
 
 func wireLine(w session.WireStatus) string {

@@ -2,18 +2,13 @@ package session
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/dns"
@@ -46,13 +41,8 @@ type ConnectConfig struct {
 // A Connect joins this machine to the cluster's network, until it is told to
 // stop.
 type Connect struct {
-	cfg    ConnectConfig
-	id     string
-	since  time.Time
-	undo   undo
-	group  *errgroup.Group // everything that runs beside the steps
-	gctx   context.Context // ends when one of these fails, or on the way down
-	cancel context.CancelFunc
+	course
+	cfg ConnectConfig
 
 	rights *kube.Rights
 	keys   keys
@@ -71,24 +61,13 @@ type Connect struct {
 	naming naming
 	mode   resolver.Mode // how the OS was told of names; none before that
 	seen   sinkState
-	warned []string
 
 	zonesChanged chan struct{}
 }
 
 // NewConnect starts nothing.
 func NewConnect(cfg ConnectConfig) *Connect {
-	id := make([]byte, 4)
-	rand.Read(id) // never fails
-	return &Connect{
-		cfg: cfg, id: hex.EncodeToString(id), since: time.Now(),
-		zonesChanged: make(chan struct{}, 1),
-	}
-}
-
-type step struct {
-	name string
-	do   func(ctx context.Context) (result string, err error)
+	return &Connect{course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg, zonesChanged: make(chan struct{}, 1)}
 }
 
 // steps are the way up.
@@ -113,99 +92,17 @@ func (c *Connect) steps() []step {
 // Run connects and blocks until ctx ends or the session cannot go on, and then
 // puts everything back. It returns nil when it was told to stop and nothing is
 // left; what could not be put back is marked ErrLeft.
-func (c *Connect) Run(ctx context.Context) error {
-	gctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	c.cancel = cancel
-	c.group, c.gctx = errgroup.WithContext(gctx)
-	err := c.up(ctx)
-	if err == nil {
-		err = c.stay(ctx)
-	}
-	if ctx.Err() != nil {
-		err = nil
-	}
-	return errors.Join(err, c.down(ctx))
-}
-
-// up takes the steps. What runs beside them and fails ends them.
-func (c *Connect) up(ctx context.Context) error {
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	defer context.AfterFunc(c.gctx, func() { stop(context.Cause(c.gctx)) })()
-	for _, s := range c.steps() {
-		c.cfg.Reporter.Begin(s.name)
-		result, err := s.do(ctx)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err != nil {
-			return err
-		}
-		c.cfg.Reporter.Done(result)
-	}
-	return nil
-}
-
-// stay waits until somebody wants to stop or something cannot go on.
-func (c *Connect) stay(ctx context.Context) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-c.gctx.Done():
-		return context.Cause(c.gctx)
-	}
-}
-
-// down undoes what was done and ends what runs.
-func (c *Connect) down(ctx context.Context) error {
-	changed := len(c.undo.steps) > 0
-	if changed {
-		c.cfg.Reporter.Begin("putting everything back")
-	}
-	left := c.undo.run(ctx)
-	c.cancel()
-	_ = c.group.Wait() // the first error has been told, the others follow from the undo
-	if changed && left == nil {
-		c.cfg.Reporter.Done("this machine and the cluster are as before")
-	}
-	return left
-}
-
-// background runs what lives as long as the session. That it ends with ctx is
-// no error; that it ends otherwise ends the session.
-func (c *Connect) background(what string, run func(ctx context.Context) error) {
-	c.group.Go(func() error {
-		err := run(c.gctx)
-		if c.gctx.Err() != nil {
-			return nil
-		}
-		if err == nil {
-			err = net.ErrClosed
-		}
-		return fmt.Errorf("%s: %w", what, err)
-	})
-}
-
-// warn says a line once.
-func (c *Connect) warn(line string) {
-	c.mu.Lock()
-	for _, w := range c.warned {
-		if w == line {
-			c.mu.Unlock()
-			return
-		}
-	}
-	c.warned = append(c.warned, line)
-	c.mu.Unlock()
-	c.cfg.Reporter.Warn(line)
-}
+func (c *Connect) Run(ctx context.Context) error { return c.course.run(ctx, c.steps()) }
 
 func (c *Connect) askCluster(ctx context.Context) (string, error) {
-	version, err := c.cfg.Cluster.Check(ctx)
+	return askCluster(ctx, c.cfg.Cluster)
+}
+
+func askCluster(ctx context.Context, k *kube.Cluster) (string, error) {
+	version, err := k.Check(ctx)
 	if err != nil {
 		return "", err
 	}
-	k := c.cfg.Cluster
 	return fmt.Sprintf("cluster %s, namespace %s, Kubernetes %s", k.Context, k.Namespace, version), nil
 }
 

@@ -1,22 +1,25 @@
 package session
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
 // A Status is what a running session says of itself. Its JSON form is a
 // promise: fields are added, never renamed.
 type Status struct {
+	Kind      string    `json:"kind"` // connect, exchange or expose
 	Session   string    `json:"session"`
 	Owner     string    `json:"owner"`
 	PID       int       `json:"pid"`
@@ -25,15 +28,39 @@ type Status struct {
 	Namespace string    `json:"namespace"`
 	Server    string    `json:"server"`
 
-	Shadow ShadowStatus  `json:"shadow"`
-	Wire   WireStatus    `json:"wire"`
-	Flows  FlowStatus    `json:"flows"`
-	Device DeviceStatus  `json:"device"`
-	Routes []RouteStatus `json:"routes"`
-	DNS    DNSStatus     `json:"dns"`
+	Shadow ShadowStatus `json:"shadow"`
+	Wire   WireStatus   `json:"wire"`
+
+	// Of a connect.
+	Flows  *FlowStatus   `json:"flows,omitempty"`
+	Device *DeviceStatus `json:"device,omitempty"`
+	Routes []RouteStatus `json:"routes,omitempty"`
+	DNS    *DNSStatus    `json:"dns,omitempty"`
+
+	// Of an exchange or expose.
+	Exchange *ExchangeStatus `json:"exchange,omitempty"`
 
 	// Missing has one line for each thing that works less well than it could.
 	Missing []string `json:"missing"`
+}
+
+// ExchangeStatus tells whose traffic comes here, and how much did.
+type ExchangeStatus struct {
+	Service  string          `json:"service"`
+	Target   string          `json:"target"` // as it was asked for
+	Match    string          `json:"match"`  // "": everything
+	Mirror   bool            `json:"mirror"`
+	Forwards []ForwardStatus `json:"forwards"`
+
+	Requests    uint64 `json:"requests"`    // of HTTP
+	Connections uint64 `json:"connections"` // of other protocols, and flows of UDP
+	Open        int    `json:"open"`        // now
+}
+
+// ForwardStatus tells where one port of a Service leads.
+type ForwardStatus struct {
+	Port    string `json:"port"` // tcp/80
+	Address string `json:"address"`
 }
 
 // ShadowStatus tells of the far end in the cluster.
@@ -93,33 +120,66 @@ const (
 	statusPatient = 2 * time.Second
 )
 
-// serveStatus answers each connection of l with what now returns, until ctx is
-// done. It takes l over.
-func serveStatus(ctx context.Context, l net.Listener, log *slog.Logger, now func() Status) error {
+// What a session can be asked, in one line.
+const (
+	askForStatus = "status"
+	askToLeave   = "leave"
+)
+
+// ending is what a session that was asked to leave says when it has.
+type ending struct {
+	Error string `json:"error,omitempty"`
+}
+
+// serveStatus answers each connection of l until ctx is done. It takes l over.
+func (c *course) serveStatus(ctx context.Context, l net.Listener, now func() Status) error {
+	var all sync.WaitGroup
+	defer all.Wait()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	for {
-		c, err := l.Accept()
+		conn, err := l.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("accept on %s: %w", l.Addr(), err)
 		}
-		if err := answerStatus(c, now); err != nil {
-			log.Debug("status not told", "error", err)
-		}
+		all.Go(func() {
+			if err := c.answer(conn, now); err != nil {
+				c.log.Debug("status not told", "err", err)
+			}
+		})
 	}
 }
 
-func answerStatus(c net.Conn, now func() Status) error {
-	defer c.Close()
-	if !trusted(c) {
+func (c *course) answer(conn net.Conn, now func() Status) error {
+	defer conn.Close()
+	if !trusted(conn) {
 		return nil
 	}
-	if err := c.SetDeadline(time.Now().Add(statusPatient)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(statusPatient)); err != nil {
 		return err
 	}
-	return json.NewEncoder(c).Encode(now())
+	asked, err := bufio.NewReader(io.LimitReader(conn, 64)).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	if err := json.NewEncoder(conn).Encode(now()); err != nil {
+		return err
+	}
+	if strings.TrimSpace(asked) != askToLeave {
+		return nil
+	}
+	c.leave()
+	<-c.over
+	var end ending
+	if c.result != nil {
+		end.Error = c.result.Error()
+	}
+	if err := conn.SetDeadline(time.Now().Add(statusPatient)); err != nil {
+		return err
+	}
+	return json.NewEncoder(conn).Encode(end)
 }
 
 // Statuses asks every session of this machine that the user may see, oldest
@@ -143,20 +203,68 @@ func Statuses(ctx context.Context) ([]Status, error) {
 func askStatus(ctx context.Context, name string) (s Status, err error) {
 	ctx, cancel := context.WithTimeout(ctx, statusPatient)
 	defer cancel()
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", name)
+	c, err := ask(ctx, name, askForStatus)
 	if err != nil {
 		return s, err
 	}
 	defer c.Close()
-	if os.Geteuid() != 0 && !trusted(c) { // root sees everybody's
-		return s, fmt.Errorf("%s belongs to somebody else", strings.TrimLeft(name, "@"))
-	}
-	if err := c.SetDeadline(time.Now().Add(statusPatient)); err != nil {
-		return s, err
-	}
 	if err := json.NewDecoder(c).Decode(&s); err != nil {
 		return s, fmt.Errorf("read status of %s: %w", strings.TrimLeft(name, "@"), err)
 	}
 	return s, nil
+}
+
+// ask puts a question to a session. What it answers ends with ctx.
+func ask(ctx context.Context, name, question string) (net.Conn, error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", name)
+	if err != nil {
+		return nil, err
+	}
+	context.AfterFunc(ctx, func() { c.Close() })
+	if os.Geteuid() != 0 && !trusted(c) { // root sees everybody's
+		c.Close()
+		return nil, fmt.Errorf("%s belongs to somebody else", strings.TrimLeft(name, "@"))
+	}
+	if _, err := io.WriteString(c, question+"\n"); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Leave asks those sessions of this machine to end that which names, and waits
+// until each has put everything back. It returns those that were asked.
+func Leave(ctx context.Context, which func(Status) bool) ([]Status, error) {
+	all, err := Statuses(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all = slices.DeleteFunc(all, func(s Status) bool { return !which(s) })
+	errs := make([]error, len(all))
+	var group sync.WaitGroup
+	for i, s := range all {
+		group.Go(func() { errs[i] = leave(ctx, s) })
+	}
+	group.Wait()
+	return all, errors.Join(errs...)
+}
+
+func leave(ctx context.Context, s Status) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c, err := ask(ctx, statusAddress(s.Session), askToLeave)
+	if err != nil {
+		return fmt.Errorf("ask session %s to leave: %w", s.Session, err)
+	}
+	defer c.Close()
+	d := json.NewDecoder(c)
+	var end ending
+	if err := errors.Join(d.Decode(new(Status)), d.Decode(&end)); err != nil {
+		return fmt.Errorf("session %s did not say how it ended: %w", s.Session, err)
+	}
+	if end.Error != "" {
+		return fmt.Errorf("session %s: %w: %s", s.Session, ErrLeft, end.Error)
+	}
+	return nil
 }

@@ -16,8 +16,10 @@ import (
 // them with the process, so that not even kill -9 leaves a file.
 
 func listenStatus(session string) (net.Listener, error) {
-	return net.Listen("unix", "@"+statusPrefix+session)
+	return net.Listen("unix", statusAddress(session))
 }
+
+func statusAddress(session string) string { return "@" + statusPrefix + session }
 
 func statusNames() ([]string, error) {
 	b, err := os.ReadFile("/proc/net/unix")

@@ -14,8 +14,10 @@ func listenStatus(session string) (net.Listener, error) {
 	if err := os.MkdirAll(statusDir(), 0o700); err != nil {
 		return nil, err
 	}
-	return net.Listen("unix", filepath.Join(statusDir(), session))
+	return net.Listen("unix", statusAddress(session))
 }
+
+func statusAddress(session string) string { return filepath.Join(statusDir(), session) }
 
 func statusNames() ([]string, error) { return filepath.Glob(filepath.Join(statusDir(), "*")) }
 

@@ -2,40 +2,69 @@ package session
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
+	"slices"
+	"strings"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 )
 
+// aCourse is one that only tells its status.
+func aCourse(t *testing.T, session string) (c *course, stop func() error) {
+	t.Helper()
+	all := newCourse(nil, slog.New(slog.DiscardHandler))
+	c = &all
+	l, err := listenStatus(session)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	status := Status{Session: session, PID: os.Getpid(), Since: c.since}
+	go func() { done <- c.serveStatus(ctx, l, func() Status { return status }) }()
+	return c, func() error { cancel(); return <-done }
+}
+
 func TestStatusOfRunningSessions(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	want := Status{Session: "t1", PID: os.Getpid(), Since: time.Now().UTC().Truncate(time.Second)}
-	l, err := listenStatus("test-" + want.Session)
+	c, stop := aCourse(t, "test-t1")
+	all, err := Statuses(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan error)
-	go func() { done <- serveStatus(ctx, l, slog.New(slog.DiscardHandler), func() Status { return want }) }()
-	all, err := Statuses(ctx)
-	if err != nil {
-		t.Fatal(err)
+	if !slices.ContainsFunc(all, func(s Status) bool { return s.Session == "test-t1" && s.Since.Equal(c.since) }) {
+		t.Errorf("it is not among %+v", all)
 	}
-	var found bool
-	for _, s := range all {
-		found = found || s.Session == "t1" && s.Since.Equal(want.Since)
-	}
-	if !found {
-		t.Errorf("%+v is not among %+v", want, all)
-	}
-	cancel()
-	if err := <-done; err != nil {
+	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if all, err := Statuses(context.Background()); err != nil || len(all) > 0 {
+	if all, err := Statuses(t.Context()); err != nil || len(all) > 0 {
 		t.Errorf("an ended session still answers: %v, %v", all, err)
+	}
+}
+
+// TestLeave: who asks a session to leave hears how it ended.
+func TestLeave(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	for name, result := range map[string]error{"test-well": nil, "test-badly": errors.New("the lamp is on")} {
+		c, stop := aCourse(t, name)
+		go func() {
+			<-c.asked
+			c.result = result
+			close(c.over)
+		}()
+		left, err := Leave(t.Context(), func(s Status) bool { return s.Session == name })
+		if len(left) != 1 {
+			t.Errorf("%s: %d sessions left", name, len(left))
+		}
+		if (err == nil) != (result == nil) || result != nil && !(errors.Is(err, ErrLeft) && strings.Contains(err.Error(), result.Error())) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -14,43 +14,77 @@ import (
 )
 
 func (c *Connect) tellStatus(context.Context) (string, error) {
+	return fmt.Sprintf("connected to %s; Ctrl-C puts everything back", c.cfg.Cluster.Context), c.listen(c.status)
+}
+
+func (x *Exchange) tellStatus(context.Context) (string, error) { return x.told(), x.listen(x.status) }
+
+// listen lets other processes of the user's ask for the status.
+func (c *course) listen(now func() Status) error {
 	l, err := listenStatus(c.id)
 	if err != nil {
-		return "", fmt.Errorf("listen for status: %w", err)
+		return fmt.Errorf("listen for status: %w", err)
 	}
-	c.background("status", func(ctx context.Context) error { return serveStatus(ctx, l, c.cfg.Log, c.status) })
-	return fmt.Sprintf("connected to %s; Ctrl-C puts everything back", c.cfg.Cluster.Context), nil
+	c.background("status", func(ctx context.Context) error { return c.serveStatus(ctx, l, now) })
+	return nil
+}
+
+// basics are of every kind.
+func (c *course) basics(kind string, k *kube.Cluster) Status {
+	return Status{
+		Kind: kind, Session: c.id, Owner: kube.Self().Owner(), PID: os.Getpid(), Since: c.since,
+		Context: k.Context, Namespace: k.Namespace, Server: k.Server, Missing: c.warnings(),
+	}
 }
 
 func (c *Connect) status() Status {
-	pod := c.podNow()
+	pod := podNow(c.gctx, c.keep)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	k := c.cfg.Cluster
-	return Status{
-		Session: c.id, Owner: kube.Self().Owner(), PID: os.Getpid(), Since: c.since,
-		Context: k.Context, Namespace: k.Namespace, Server: k.Server,
-		Shadow: ShadowStatus{Kind: string(c.shadow.Mode()), Pod: pod},
-		Wire:   wireStatus(c.keep.State(), c.shadow.Way()),
-		Flows:  flowStatus(c.stack.Stats()),
-		Device: DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()},
-		Routes: slices.Clone(c.routes),
-		DNS: DNSStatus{
-			Mode: string(c.mode), Server: c.naming.server, Domain: c.naming.domain,
-			Search: c.naming.search(), Whole: c.seen.whole(),
-		},
-		Missing: append([]string{}, c.warned...),
+	s := c.basics("connect", c.cfg.Cluster)
+	flows := flowStatus(c.stack.Stats())
+	s.Shadow = ShadowStatus{Kind: string(c.shadow.Mode()), Pod: pod}
+	s.Wire = wireStatus(c.keep.State(), c.shadow.Way())
+	s.Flows = &flows
+	s.Device = &DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()}
+	s.Routes = slices.Clone(c.routes)
+	s.DNS = &DNSStatus{
+		Mode: string(c.mode), Server: c.naming.server, Domain: c.naming.domain,
+		Search: c.naming.search(), Whole: c.seen.whole(),
 	}
+	return s
+}
+
+func (x *Exchange) status() Status {
+	pod := podNow(x.gctx, x.keep)
+	kind := "exchange"
+	if x.cfg.Expose != "" {
+		kind = "expose"
+	}
+	s := x.basics(kind, x.cfg.Cluster)
+	r := x.attachment()
+	s.Shadow = ShadowStatus{Kind: string(r.shadow.Mode()), Pod: pod}
+	s.Wire = wireStatus(x.keep.State(), r.shadow.Way())
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	s.Exchange = &ExchangeStatus{
+		Service: x.service.Name, Target: x.target(), Match: x.cfg.Match.String(), Mirror: x.cfg.Mirror,
+		Requests: x.seen.Requests, Connections: x.seen.Connections, Open: x.seen.Open,
+	}
+	for _, f := range x.forwards {
+		s.Exchange.Forwards = append(s.Exchange.Forwards, ForwardStatus{f.route(), f.Address})
+	}
+	return s
 }
 
 // podNow asks the shadow for its name: it may have been replaced.
-func (c *Connect) podNow() string {
-	if !c.keep.State().Up {
+func podNow(ctx context.Context, keep *channel.Keep) string {
+	if !keep.State().Up {
 		return ""
 	}
-	ctx, cancel := context.WithTimeout(c.gctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	info, err := shadow.Ask(ctx, c.keep)
+	info, err := shadow.Ask(ctx, keep)
 	if err != nil {
 		return ""
 	}

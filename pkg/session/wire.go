@@ -22,9 +22,9 @@ const firstWire = 45 * time.Second
 // keys are made for one session and kept in memory; the shadow's half is in a
 // Secret of the session.
 type keys struct {
-	laptop       sshchan.Identity
-	laptopPublic []byte
-	shadowKey    []byte
+	laptop                  sshchan.Identity
+	laptopKey, laptopPublic []byte
+	shadowKey, shadowPublic []byte
 }
 
 func newKeys(session string) (k keys, err error) {
@@ -37,7 +37,7 @@ func newKeys(session string) (k keys, err error) {
 		return k, err
 	}
 	identity, err := sshchan.ParseIdentity(laptopKey, shadowPublic)
-	return keys{laptop: identity, laptopPublic: laptopPublic, shadowKey: shadowKey}, err
+	return keys{identity, laptopKey, laptopPublic, shadowKey, shadowPublic}, err
 }
 
 func (c *Connect) createShadow(ctx context.Context) (string, error) {
@@ -71,7 +71,7 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 		c.keep.Wait() // nobody makes a shadow any more
 		return err
 	})
-	if err := c.firstWire(ctx); err != nil {
+	if err := ready(ctx, c.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the shadow: %w", err)
 	}
 	info, err := shadow.Ask(ctx, c.keep)
@@ -82,11 +82,12 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 	return fmt.Sprintf("wire open through %s", c.shadow.Way()), nil
 }
 
-func (c *Connect) firstWire(ctx context.Context) error {
+// ready waits for the first wire.
+func ready(ctx context.Context, keep *channel.Keep) error {
 	ctx, cancel := context.WithTimeout(ctx, firstWire)
 	defer cancel()
-	err := c.keep.Ready(ctx)
-	if why := c.keep.State().Err; why != nil && errors.Is(err, context.DeadlineExceeded) {
+	err := keep.Ready(ctx)
+	if why := keep.State().Err; why != nil && errors.Is(err, context.DeadlineExceeded) {
 		return why
 	}
 	return err

@@ -1,0 +1,183 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/router"
+	"github.com/culvert-dev/culvert/pkg/session"
+)
+
+const exchangeLong = `Bring the traffic of a Service to a process on this machine until Ctrl-C; then the
+Service is as before, and no request is lost on the way.
+
+No pod is restarted or changed. While this machine is silent, or nothing listens
+at the address, the original answers; after the grace time the cluster puts the
+Service back by itself. With --header and --path only matching requests come
+here, and several people can share a Service. Needs no root.`
+
+func (a *app) exchangeCommand() *cobra.Command {
+	var o exchangeOptions
+	c := &cobra.Command{
+		Use:   "exchange TARGET --to [SERVICE_PORT=][HOST:]PORT",
+		Short: "Bring a Service's traffic to this machine until Ctrl-C",
+		Long:  exchangeLong,
+		Example: `  culvert exchange svc/web --to 8080
+  culvert exchange deploy/web --to http=8080 --to metrics=9090
+  culvert exchange svc/web --to 8080 --header 'x-dev: mine' --path /api
+  culvert exchange svc/web --to 8080 --mirror`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				return nil
+			}
+			return usage(fmt.Errorf("exchange takes one target, as svc/web, but was given %q", args))
+		},
+		RunE: func(c *cobra.Command, args []string) error { return a.exchange(c, args[0], o) },
+	}
+	f := c.Flags()
+	f.StringArrayVar(&o.to, "to", nil, "where the traffic goes: [SERVICE_PORT=][HOST:]PORT[:http|:tcp|/udp] (repeatable)")
+	f.StringArrayVarP(&o.headers, "header", "H", nil, "only requests with this header: 'NAME: VALUE', 'NAME: PREFIX*' or 'NAME: /REGEX/' (repeatable)")
+	f.StringVar(&o.path, "path", "", "only requests whose path begins so")
+	f.BoolVar(&o.mirror, "mirror", false, "send copies here and let the original answer")
+	f.BoolVar(&o.take, "take", false, "take over what somebody else holds")
+	o.flags(a, c)
+	return c
+}
+
+const exposeLong = `Make a new Service whose traffic comes to a process on this machine until Ctrl-C;
+then it is gone. Needs no root.`
+
+func (a *app) exposeCommand() *cobra.Command {
+	var o exchangeOptions
+	var as string
+	c := &cobra.Command{
+		Use:   "expose [SERVICE_PORT=][HOST:]PORT... --as NAME[:SERVICE_PORT]",
+		Short: "Give a process on this machine a Service in the cluster until Ctrl-C",
+		Long:  exposeLong,
+		Example: `  culvert expose 8080 --as web-preview:80
+  culvert expose 80=8080 53=5353/udp --as preview`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return nil
+			}
+			return usage(errors.New("expose takes the port of a process on this machine"))
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			o.to = args
+			return a.expose(c, as, o)
+		},
+	}
+	c.Flags().StringVar(&as, "as", "", "name of the new Service, and its port if it is another: NAME[:SERVICE_PORT]")
+	_ = c.MarkFlagRequired("as")
+	o.flags(a, c)
+	return c
+}
+
+type exchangeOptions struct {
+	to, headers  []string
+	path         string
+	mirror, take bool
+	image        string
+	pullSecrets  []string
+	grace        time.Duration
+	way          string
+}
+
+// flags are those of both verbs.
+func (o *exchangeOptions) flags(a *app, c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&o.image, "image", a.defaultImage(), "image of the router pod (default from $CULVERT_IMAGE)")
+	f.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret in the namespace for the image's registry (repeatable)")
+	f.DurationVar(&o.grace, "grace", time.Minute, "how long the router outlives this machine's silence")
+	f.StringVar(&o.way, "way", "", "way through the API server: proxy, websocket or spdy (default: the best that works)")
+	_ = c.RegisterFlagCompletionFunc("way", cobra.FixedCompletions([]string{"proxy", "websocket", "spdy"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// config checks what was typed.
+func (o exchangeOptions) config() (cfg session.ExchangeConfig, err error) {
+	cfg = session.ExchangeConfig{Image: o.image, PullSecrets: o.pullSecrets, Grace: o.grace, Mirror: o.mirror, Take: o.take}
+	if cfg.Way, err = wayNamed(o.way); err != nil {
+		return cfg, err
+	}
+	if o.image == "" {
+		return cfg, usage(errors.New("--image is empty"))
+	}
+	if o.grace < minGrace {
+		return cfg, usage(fmt.Errorf("--grace is %v or more, not %v", minGrace, o.grace))
+	}
+	if len(o.to) == 0 {
+		return cfg, usage(errors.New("--to is missing: the port on this machine that the traffic goes to, as --to 8080"))
+	}
+	for _, text := range o.to {
+		f, err := session.ParseForward(text)
+		if err != nil {
+			return cfg, usage(err)
+		}
+		cfg.To = append(cfg.To, f)
+	}
+	for _, text := range o.headers {
+		h, err := router.ParseHeader(text)
+		if err != nil {
+			return cfg, usage(fmt.Errorf("--header: %w", err))
+		}
+		cfg.Match.Headers = append(cfg.Match.Headers, h)
+	}
+	if o.path != "" && !strings.HasPrefix(o.path, "/") {
+		return cfg, usage(fmt.Errorf("--path begins with /, not %q", o.path))
+	}
+	cfg.Match.Path = o.path
+	return cfg, nil
+}
+
+func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error {
+	cfg, err := o.config()
+	if err != nil {
+		return err
+	}
+	if cfg.Target, err = kube.ParseTarget(target); err != nil {
+		return usage(err)
+	}
+	return a.runExchange(c, cfg)
+}
+
+func (a *app) expose(c *cobra.Command, as string, o exchangeOptions) error {
+	cfg, err := o.config()
+	if err != nil {
+		return err
+	}
+	name, port, found := strings.Cut(as, ":")
+	if found && len(cfg.To) != 1 {
+		return usage(errors.New("--as has a port only where one is exposed: with several, write SERVICE_PORT=PORT for each"))
+	}
+	if found && cfg.To[0].Port != "" {
+		return usage(fmt.Errorf("the Service's port is given twice: %s and %s", as, o.to[0]))
+	}
+	if found {
+		cfg.To[0].Port = port
+	}
+	if cfg.Expose = name; name == "" {
+		return usage(errors.New("--as is the name of a new Service, as web-preview or web-preview:80"))
+	}
+	return a.runExchange(c, cfg)
+}
+
+func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
+	cluster, err := a.cluster()
+	if err != nil {
+		return err
+	}
+	defer cluster.Close()
+	defer outliveReaders()()
+	steps := a.steps()
+	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
+	err = session.NewExchange(cfg).Run(c.Context())
+	if err != nil {
+		steps.Fail()
+	}
+	return err
+}

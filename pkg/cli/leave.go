@@ -1,0 +1,82 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/session"
+)
+
+func (a *app) leaveCommand() *cobra.Command {
+	var all bool
+	c := &cobra.Command{
+		Use:   "leave [TARGET | --all]",
+		Short: "End exchanges that run on this machine, and put their Services back",
+		Example: `  culvert leave svc/web
+  culvert leave --all`,
+		Args: func(_ *cobra.Command, args []string) error {
+			switch {
+			case len(args) > 1:
+				return usage(fmt.Errorf("leave takes one target, as svc/web, but was given %q", args))
+			case len(args) == 1 && all:
+				return usage(errors.New("leave takes a target or --all, not both"))
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			target := ""
+			if len(args) == 1 {
+				target = args[0]
+			}
+			return a.leave(c, target, all)
+		},
+	}
+	c.Flags().BoolVar(&all, "all", false, "end all of them")
+	return c
+}
+
+// leave without a target ends the only one.
+func (a *app) leave(c *cobra.Command, target string, all bool) error {
+	which := func(s session.Status) bool {
+		return s.Exchange != nil && (a.namespace == "" || a.namespace == s.Namespace)
+	}
+	if target != "" {
+		t, err := kube.ParseTarget(target)
+		if err != nil {
+			return usage(err)
+		}
+		ours := which
+		which = func(s session.Status) bool {
+			return ours(s) && (s.Exchange.Service == t.Name || s.Exchange.Target == t.String())
+		}
+	}
+	running, err := session.Statuses(c.Context())
+	if err != nil {
+		return err
+	}
+	count := 0
+	for _, s := range running {
+		if which(s) {
+			count++
+		}
+	}
+	switch {
+	case count == 0 && target != "":
+		return fmt.Errorf("no exchange of %s runs on this machine", target)
+	case count > 1 && target == "" && !all:
+		return usage(fmt.Errorf("%d exchanges run on this machine: name one, or --all", count))
+	}
+	left, err := session.Leave(c.Context(), which)
+	for _, s := range left {
+		if err == nil && !a.quiet {
+			fmt.Fprintf(a.err, "✓ left svc/%s in namespace %s\n", s.Exchange.Service, s.Namespace)
+		}
+	}
+	if len(left) == 0 && err == nil && !a.quiet {
+		fmt.Fprintln(a.err, "nothing is exchanged on this machine")
+	}
+	return err
+}

@@ -1,0 +1,394 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/relay"
+	"github.com/culvert-dev/culvert/pkg/router"
+	"github.com/culvert-dev/culvert/pkg/shadow"
+)
+
+const (
+	beatEvery   = 2 * time.Second // of a claim; the router calls one silent after two
+	answerLimit = 3 * time.Second // of one question to the router
+	closingWait = time.Second     // between looks at a router that is about to go
+	drainLimit  = 30 * time.Second
+)
+
+// attach finds the router that the Service leads to, or makes one, which the
+// Service is turned to later. It is called again when the router has gone.
+func (x *Exchange) attach(ctx context.Context) (*attached, error) {
+	service, r, err := x.join(ctx)
+	if r != nil || err != nil {
+		return r, err
+	}
+	k, err := newKeys(x.id)
+	if err != nil {
+		return nil, err
+	}
+	r = &attached{keys: k.laptop, made: true, ours: true}
+	r.shadow = x.cfg.Cluster.NewShadow(kube.ShadowConfig{
+		Session: routerID(x.id), Image: x.cfg.Image, PullSecrets: x.cfg.PullSecrets, Grace: x.cfg.Grace, Way: x.cfg.Way,
+		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic, Router: x.routerConfig(service, k),
+	}, x.rights)
+	x.use(r) // whatever Create makes is to be undone
+	return r, r.shadow.Create(ctx, x.warn)
+}
+
+// routerID names the router apart from its first claim: both are sessions.
+func routerID(claim string) string { return "x" + claim }
+
+func (x *Exchange) routerConfig(service *kube.Service, k keys) *kube.RouterConfig {
+	c := &kube.RouterConfig{Service: service, ClientKey: k.laptopKey, HostPublic: k.shadowPublic, Protocols: map[string]string{}}
+	if x.cfg.Expose != "" {
+		c.Service, c.Expose = nil, &kube.Expose{Name: service.Name, Ports: service.Ports}
+	}
+	for _, f := range x.forwards {
+		c.Protocols[f.route()] = f.Protocol
+	}
+	return c
+}
+
+// join attaches to the router that there is; nil without an error: there is
+// none. One that is about to go is waited for.
+func (x *Exchange) join(ctx context.Context) (*kube.Service, *attached, error) {
+	if x.cfg.Expose != "" {
+		return x.service, nil, nil
+	}
+	for deadline := time.Now().Add(drainLimit); ; {
+		s, err := x.cfg.Cluster.FindService(ctx, x.cfg.Target)
+		if err != nil || s.Exchange == nil {
+			return s, nil, err
+		}
+		r, err := x.openRouter(ctx, s.Exchange)
+		if !errors.Is(err, kube.ErrGone) {
+			return s, r, err
+		}
+		if time.Now().After(deadline) {
+			return s, nil, fmt.Errorf("svc/%s leads to the router %s of %s: %w", s.Name, s.Exchange.Session, s.Exchange.By, kube.ErrLeft)
+		}
+		if err := pause(ctx, closingWait); err != nil {
+			return s, nil, err
+		}
+	}
+}
+
+func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*attached, error) {
+	s, k, err := x.cfg.Cluster.OpenRouter(ctx, mark.Session, x.cfg.Way, x.rights)
+	if err != nil {
+		return nil, err
+	}
+	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
+	if err != nil {
+		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
+	}
+	r := &attached{shadow: s, keys: id, turned: true, by: mark.By}
+	x.use(r)
+	return r, nil
+}
+
+// use makes r the present router and keeps its lease fresh.
+func (x *Exchange) use(r *attached) {
+	ctx, stop := context.WithCancel(x.gctx)
+	r.stop = stop
+	x.group.Go(func() error { r.shadow.Renew(ctx); return nil })
+	x.mu.Lock()
+	before := x.router
+	x.router = r
+	x.mu.Unlock()
+	if before != nil {
+		before.stop()
+	}
+}
+
+// dialWire opens a wire to the present router, and finds or makes another when
+// that has gone: it ends itself when no laptop was heard for the grace time.
+func (x *Exchange) dialWire(ctx context.Context) (channel.Channel, error) {
+	r := x.attachment()
+	conn, _, err := r.shadow.Dial(ctx)
+	if errors.Is(err, kube.ErrGone) && !x.isLeaving() {
+		x.cfg.Reporter.Say("the router is gone, looking for another")
+		r, conn, err = x.dialAnother(ctx)
+	}
+	if err != nil {
+		return nil, err
+	}
+	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: r.keys, Log: x.cfg.Log})
+	if err != nil {
+		return nil, err // not wire: a nil one in the interface is none
+	}
+	x.mu.Lock()
+	r.wire = wire
+	x.mu.Unlock()
+	return wire, nil
+}
+
+func (x *Exchange) isLeaving() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.leaving
+}
+
+func (x *Exchange) dialAnother(ctx context.Context) (*attached, net.Conn, error) {
+	if r := x.attachment(); r.made {
+		if err := r.shadow.Delete(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	r, err := x.attach(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := r.shadow.WaitReady(ctx, nil); err != nil {
+		return nil, nil, err
+	}
+	conn, _, err := r.shadow.Dial(ctx)
+	return r, conn, err
+}
+
+// forward serves what the router sends here, over every wire to come.
+func (x *Exchange) forward(ctx context.Context) error {
+	for _, f := range x.forwards {
+		ln, err := x.keep.Listen(ctx, f.port.Network, shadow.ClaimAddress(x.id, f.port.Port))
+		if err != nil {
+			return fmt.Errorf("listen at the router for port %s: %w", portWord(f.port), err)
+		}
+		x.background("forward "+f.route(), func(ctx context.Context) error {
+			return relay.Forward(ctx, ln, &counting{x}, f.port.Network, f.Address)
+		})
+	}
+	return nil
+}
+
+// counting dials on this machine and counts which streams are open.
+type counting struct{ x *Exchange }
+
+func (c *counting) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := (&channel.Host{}).DialContext(ctx, network, address)
+	if tcp, ok := conn.(*net.TCPConn); ok && err == nil {
+		c.x.open.Add(1)
+		return &counted{tcp, sync.OnceFunc(func() { c.x.open.Add(-1) })}, nil
+	}
+	return conn, err
+}
+
+type counted struct {
+	*net.TCPConn
+	closed func()
+}
+
+func (c *counted) Close() error {
+	defer c.closed()
+	return c.TCPConn.Close()
+}
+
+// settle makes the claim known to the present router and turns the Service to
+// it. A router that is about to go, or was made in vain, is replaced.
+func (x *Exchange) settle(ctx context.Context) error {
+	for {
+		r := x.attachment()
+		err := x.put(ctx)
+		if err == nil && !r.turned && x.cfg.Expose == "" {
+			err = r.shadow.Swap(ctx)
+		}
+		switch {
+		case err == nil:
+			r.turned = true
+			return nil
+		case errors.Is(err, kube.ErrExchanged), errors.Is(err, router.ErrClosing):
+			if err := x.another(ctx, r); err != nil {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+}
+
+func (x *Exchange) put(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, firstWire)
+	defer cancel()
+	return shadow.PutClaim(ctx, x.keep, x.theClaim(), x.cfg.Take)
+}
+
+func (x *Exchange) theClaim() router.Claim {
+	c := router.Claim{ID: x.id, Holder: kube.Self().Owner(), Since: x.since, Match: x.cfg.Match, Mirror: x.cfg.Mirror}
+	for _, f := range x.forwards {
+		c.Routes = append(c.Routes, f.route())
+	}
+	return c
+}
+
+// another leaves the router r for the one that the Service leads to.
+func (x *Exchange) another(ctx context.Context, r *attached) error {
+	if err := pause(ctx, closingWait); err != nil {
+		return err
+	}
+	if r.made {
+		if err := r.shadow.Delete(ctx); err != nil {
+			return err
+		}
+	}
+	next, err := x.attach(ctx)
+	if err != nil {
+		return err
+	}
+	if err := next.shadow.WaitReady(ctx, nil); err != nil {
+		return err
+	}
+	x.mu.Lock()
+	wire := r.wire
+	x.mu.Unlock()
+	if wire != nil {
+		wire.Close() // Keep opens the next one, to the next router
+		wire.Wait()
+	}
+	return nil
+}
+
+// hold shows the router that this machine lives, and learns how the claim is.
+func (x *Exchange) hold(ctx context.Context) error {
+	beat := time.NewTicker(beatEvery)
+	defer beat.Stop()
+	for {
+		again := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-x.reopened:
+			again = true
+		case <-beat.C:
+		}
+		err := x.beat(ctx)
+		if errors.Is(err, shadow.ErrNoClaim) {
+			again = true
+			err = x.settle(ctx)
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case over(err):
+			return err
+		case err != nil:
+			x.cfg.Log.Debug("claim not held", "err", err)
+		case again:
+			x.cfg.Reporter.Say(x.told())
+		}
+	}
+}
+
+// over tells of an error after which nothing is to be waited for.
+func over(err error) bool {
+	var held *router.HeldError
+	return errors.As(err, &held) || errors.Is(err, errOver) || errors.Is(err, kube.ErrNoTarget) || errors.Is(err, kube.ErrForbidden)
+}
+
+// beat asks the router for the claim, which is how it knows that we live.
+func (x *Exchange) beat(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	info, err := shadow.GetClaim(ctx, x.keep, x.id)
+	if err != nil {
+		return err
+	}
+	x.mu.Lock()
+	x.seen = info
+	x.mu.Unlock()
+	switch info.Service {
+	case "put back":
+		return fmt.Errorf("svc/%s was put back by somebody else, and is left to them: %w", x.service.Name, errOver)
+	case "gone":
+		return fmt.Errorf("svc/%s was deleted: %w", x.service.Name, errOver)
+	}
+	return nil
+}
+
+// release gives the claim up. If it was the router's last, the Service is put
+// back and the router waits for what is under way. A router that cannot be asked
+// is removed by who made it: laptops that still held it make another.
+func (x *Exchange) release(ctx context.Context) error {
+	x.mu.Lock()
+	x.leaving = true
+	x.mu.Unlock()
+	if x.letGo != nil {
+		x.letGo()
+	}
+	r := x.attachment()
+	last, err := x.drop(ctx)
+	switch {
+	case err == nil && !last:
+		r.ours = false
+		x.finish(ctx)
+		return nil
+	case err != nil && !r.made:
+		x.cfg.Reporter.Say("the router cannot be asked; it gives the claim up by itself")
+		return nil
+	}
+	r.ours = true
+	if x.cfg.Expose == "" {
+		if err := r.shadow.Restore(ctx); err != nil {
+			return err
+		}
+	}
+	if err == nil {
+		x.drain(ctx)
+	}
+	return nil
+}
+
+// drop tells whether nobody holds the router any more.
+func (x *Exchange) drop(ctx context.Context) (last bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	last, err = shadow.DropClaim(ctx, x.keep, x.id)
+	if errors.Is(err, shadow.ErrNoClaim) { // never made, or taken over
+		r := x.attachment()
+		return r.made && !r.turned, nil
+	}
+	return last, err
+}
+
+// drain waits until the router has nothing open. What then still is, is cut
+// when the router is removed.
+func (x *Exchange) drain(ctx context.Context) {
+	open, err := shadow.Drain(ctx, x.keep, drainLimit)
+	if err == nil && open > 0 {
+		x.cfg.Reporter.Say(fmt.Sprintf("%d connections were still open after %v, and are cut", open, drainLimit))
+	}
+}
+
+// finish waits until nothing is open here. The router goes on for others.
+func (x *Exchange) finish(ctx context.Context) {
+	for end := time.Now().Add(drainLimit); x.open.Load() > 0 && time.Now().Before(end); {
+		if pause(ctx, 50*time.Millisecond) != nil {
+			return
+		}
+	}
+}
+
+// removeRouter removes the router if it is ours to remove.
+func (x *Exchange) removeRouter(ctx context.Context) error {
+	if r := x.attachment(); r != nil && r.ours {
+		return r.shadow.Delete(ctx)
+	}
+	return nil
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

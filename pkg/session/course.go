@@ -1,0 +1,160 @@
+package session
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// A course is what the verbs share: steps up, what runs beside them, a stay, and
+// the way down, which undoes what was done.
+type course struct {
+	id       string
+	since    time.Time
+	reporter Reporter
+	log      *slog.Logger
+
+	undo   undo
+	group  *errgroup.Group // everything that runs beside the steps
+	gctx   context.Context // ends when one of these fails, or on the way down
+	cancel context.CancelFunc
+
+	asked   chan struct{} // closed by leave
+	leaving sync.Once
+	over    chan struct{} // closed when all is undone
+	result  error         // of the way down; after over
+
+	wmu    sync.Mutex
+	warned []string
+}
+
+type step struct {
+	name string
+	do   func(ctx context.Context) (result string, err error)
+}
+
+func newCourse(reporter Reporter, log *slog.Logger) course {
+	id := make([]byte, 4)
+	rand.Read(id) // never fails
+	return course{
+		id: hex.EncodeToString(id), since: time.Now(), reporter: reporter, log: log,
+		asked: make(chan struct{}), over: make(chan struct{}),
+	}
+}
+
+// run takes the steps and stays until ctx ends, somebody asks to leave or
+// something cannot go on.
+func (c *course) run(ctx context.Context, steps []step) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	gctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	c.cancel = cancel
+	c.group, c.gctx = errgroup.WithContext(gctx)
+	go func() {
+		select {
+		case <-c.asked:
+			stop()
+		case <-gctx.Done():
+		}
+	}()
+	err := c.up(ctx, steps)
+	if err == nil {
+		err = c.stay(ctx)
+	}
+	if ctx.Err() != nil {
+		err = nil
+	}
+	return errors.Join(err, c.down(ctx))
+}
+
+// leave asks run to end; it does not wait.
+func (c *course) leave() { c.leaving.Do(func() { close(c.asked) }) }
+
+// up takes the steps. What runs beside them and fails ends them.
+func (c *course) up(ctx context.Context, steps []step) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(c.gctx, func() { stop(context.Cause(c.gctx)) })()
+	for _, s := range steps {
+		c.reporter.Begin(s.name)
+		result, err := s.do(ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			return err
+		}
+		c.reporter.Done(result)
+	}
+	return nil
+}
+
+// stay waits until somebody wants to stop or something cannot go on.
+func (c *course) stay(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-c.gctx.Done():
+		return context.Cause(c.gctx)
+	}
+}
+
+// down undoes what was done and ends what runs.
+func (c *course) down(ctx context.Context) error {
+	changed := len(c.undo.steps) > 0
+	if changed {
+		c.reporter.Begin("putting everything back")
+	}
+	c.result = c.undo.run(ctx)
+	close(c.over)
+	c.cancel()
+	_ = c.group.Wait() // the first error has been told, the others follow from the undo
+	if changed && c.result == nil {
+		c.reporter.Done("this machine and the cluster are as before")
+	}
+	return c.result
+}
+
+// background runs what lives as long as the session. That it ends with ctx is
+// no error; that it ends otherwise ends the session.
+func (c *course) background(what string, run func(ctx context.Context) error) {
+	c.group.Go(func() error {
+		err := run(c.gctx)
+		if c.gctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			err = net.ErrClosed
+		}
+		return fmt.Errorf("%s: %w", what, err)
+	})
+}
+
+// warn says a line once.
+func (c *course) warn(line string) {
+	c.wmu.Lock()
+	known := slices.Contains(c.warned, line)
+	if !known {
+		c.warned = append(c.warned, line)
+	}
+	c.wmu.Unlock()
+	if !known {
+		c.reporter.Warn(line)
+	}
+}
+
+// warnings are the lines said by warn.
+func (c *course) warnings() []string {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	return append([]string{}, c.warned...)
+}

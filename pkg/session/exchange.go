@@ -1,0 +1,275 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/router"
+	"github.com/culvert-dev/culvert/pkg/shadow"
+)
+
+// ExchangeConfig is what "culvert exchange" and "culvert expose" are asked for.
+type ExchangeConfig struct {
+	Cluster *kube.Cluster
+
+	Target kube.Target // whose traffic is to come here
+	Expose string      // or the name of a new Service for it
+	To     []Forward   // where it goes; of a new Service each names its port
+
+	Match  router.Match // which requests; the zero value is everything
+	Mirror bool         // copies only
+	Take   bool         // from whoever holds the same Match
+
+	Image       string
+	PullSecrets []string
+	Way         kube.Way      // "" is the best that works
+	Grace       time.Duration // how long the router outlives the laptops' silence
+
+	Reporter Reporter
+	Log      *slog.Logger
+}
+
+// An Exchange brings the traffic of a Service to this machine, until it is told
+// to stop. It needs no root: nothing on this machine changes.
+type Exchange struct {
+	course
+	cfg ExchangeConfig
+
+	rights   *kube.Rights
+	service  *kube.Service
+	forwards []forwarded
+	keep     *channel.Keep
+	open     atomic.Int64  // connections that are being served here
+	reopened chan struct{} // the wire is up again
+	letGo    func()        // ends hold and waits for it; nil before it began
+
+	mu      sync.Mutex // guards what follows: Keep's goroutine makes routers, too
+	router  *attached
+	leaving bool // no other router is looked for
+	seen    shadow.ClaimInfo
+}
+
+// attached is the router that this machine is attached to, and what of it is
+// this machine's to undo.
+type attached struct {
+	shadow *kube.Shadow
+	keys   sshchan.Identity
+	wire   channel.Channel    // the last one; nil before the first
+	stop   context.CancelFunc // ends its lease's renewal
+	by     string             // who made it, where not this machine
+	made   bool               // here
+	turned bool               // the Service leads to it
+	ours   bool               // to remove: made here, or nobody else is left
+}
+
+// NewExchange starts nothing.
+func NewExchange(cfg ExchangeConfig) *Exchange {
+	return &Exchange{course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg, reopened: make(chan struct{}, 1)}
+}
+
+// steps are the way up.
+func (x *Exchange) steps() []step {
+	return []step{
+		{"asking the cluster", x.askCluster},
+		{"checking rights", x.checkRights},
+		{"finding " + x.subject(), x.findService},
+		// Above this line all fails for free, below it things change.
+		{"making the router", x.findRouter},
+		{"waiting for the router pod", x.awaitRouter},
+		{"opening the wire", x.openWire},
+		{"claiming", x.claim},
+		{"listening for status", x.tellStatus}, // says what has been reached
+	}
+}
+
+// Run exchanges and blocks until ctx ends or it cannot go on, and then puts
+// everything back, without losing a request that is under way.
+func (x *Exchange) Run(ctx context.Context) error { return x.course.run(ctx, x.steps()) }
+
+// subject is the Service, as far as it is known yet.
+func (x *Exchange) subject() string {
+	if x.service != nil {
+		return "svc/" + x.service.Name
+	}
+	return x.target()
+}
+
+// target is what was asked for.
+func (x *Exchange) target() string {
+	if x.cfg.Expose != "" {
+		return "svc/" + x.cfg.Expose
+	}
+	return x.cfg.Target.String()
+}
+
+func (x *Exchange) askCluster(ctx context.Context) (string, error) {
+	return askCluster(ctx, x.cfg.Cluster)
+}
+
+func (x *Exchange) checkRights(ctx context.Context) (string, error) {
+	rights, err := x.cfg.Cluster.Preflight(ctx, kube.Exchange)
+	if err != nil {
+		return "", err
+	}
+	if err := rights.Err(); err != nil {
+		return "", err
+	}
+	x.rights = rights
+	for _, n := range rights.Notices {
+		x.warn(n)
+	}
+	return "rights checked", nil
+}
+
+func (x *Exchange) findService(ctx context.Context) (result string, err error) {
+	if x.cfg.Expose != "" {
+		x.service, err = exposed(x.cfg.Expose, x.cfg.To)
+	} else {
+		x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target)
+	}
+	if err != nil {
+		return "", err
+	}
+	x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
+	if err != nil {
+		return "", err
+	}
+	x.lookForListeners(ctx)
+	if x.cfg.Expose != "" {
+		return fmt.Sprintf("svc/%s is free", x.service.Name), nil
+	}
+	return fmt.Sprintf("svc/%s has %s", x.service.Name, portList(x.service.Ports)), nil
+}
+
+// lookForListeners warns of what does not listen yet: it is waited for, and no
+// reason to fail.
+func (x *Exchange) lookForListeners(ctx context.Context) {
+	for _, f := range x.forwards {
+		if f.port.Network != "tcp" {
+			continue
+		}
+		dial, cancel := context.WithTimeout(ctx, time.Second)
+		c, err := (&channel.Host{}).DialContext(dial, "tcp", f.Address)
+		cancel()
+		if err == nil {
+			c.Close()
+			continue
+		}
+		until := "the original answers"
+		if x.cfg.Expose != "" {
+			until = "connections are refused"
+		}
+		x.warn(fmt.Sprintf("nothing listens on %s yet: until something does, %s", f.Address, until))
+	}
+}
+
+// findRouter joins the Service's router, or makes one.
+func (x *Exchange) findRouter(ctx context.Context) (string, error) {
+	x.undo.add("remove the router", x.removeRouter)
+	r, err := x.attach(ctx)
+	if err != nil {
+		return "", err
+	}
+	if !r.made {
+		return fmt.Sprintf("joined the router of %s", r.by), nil
+	}
+	return fmt.Sprintf("router made, as a %s", r.shadow.Mode()), nil
+}
+
+func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
+	return "router pod ready", x.attachment().shadow.WaitReady(ctx, x.cfg.Reporter.Progress)
+}
+
+func (x *Exchange) openWire(ctx context.Context) (string, error) {
+	x.keep = channel.NewKeep(channel.KeepConfig{
+		Open: x.dialWire, OpenTimeout: reopenLimit, OnState: x.wireChanged, Log: x.cfg.Log,
+	})
+	x.background("wire", x.keep.Run)
+	x.undo.add("close the wire", func(context.Context) error {
+		err := x.keep.Close()
+		x.keep.Wait() // nobody makes a router any more
+		return err
+	})
+	if err := ready(ctx, x.keep); err != nil {
+		return "", fmt.Errorf("open the wire to the router: %w", err)
+	}
+	return fmt.Sprintf("wire open through %s", x.attachment().shadow.Way()), nil
+}
+
+// claim listens at the router and makes the traffic come.
+func (x *Exchange) claim(ctx context.Context) (string, error) {
+	x.undo.add("put "+x.subject()+" back", x.release)
+	if err := x.forward(ctx); err != nil {
+		return "", err
+	}
+	if err := x.settle(ctx); err != nil {
+		return "", err
+	}
+	return "traffic comes here", x.holdOn()
+}
+
+// holdOn keeps the claim until release, or until it is lost.
+func (x *Exchange) holdOn() error {
+	ctx, stop := context.WithCancel(x.gctx)
+	ended := make(chan struct{})
+	x.letGo = func() { stop(); <-ended }
+	x.group.Go(func() error {
+		defer close(ended)
+		return x.hold(ctx)
+	})
+	return nil
+}
+
+// told says what has been reached.
+func (x *Exchange) told() string {
+	verb := "exchanged"
+	if x.cfg.Expose != "" {
+		verb = "exposed"
+	}
+	what := "all its traffic comes"
+	if m := x.cfg.Match.String(); m != "" {
+		what = "requests with " + m + " come"
+	}
+	if x.cfg.Mirror {
+		what += ", as copies,"
+	}
+	to := ""
+	for i, f := range x.forwards {
+		if i > 0 {
+			to += ", "
+		}
+		to += f.Address
+	}
+	return fmt.Sprintf("svc/%s is %s: %s to %s; Ctrl-C puts it back", x.service.Name, verb, what, to)
+}
+
+func (x *Exchange) attachment() *attached {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.router
+}
+
+// wireChanged tells the person when the wire goes, and when it is back.
+func (x *Exchange) wireChanged(s channel.KeepState) {
+	switch {
+	case x.gctx.Err() != nil:
+	case !s.Up:
+		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, the original answers; opening it again: %v", s.Err))
+	case s.Reopened > 0:
+		select {
+		case x.reopened <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// errOver ends an exchange for a reason that lies in the cluster.
+var errOver = errors.New("the exchange is over")
