@@ -19,7 +19,7 @@ const module = "github.com/culvert-dev/culvert/"
 var layers = [][]string{
 	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest"},
 	{"pkg/channel", "pkg/dns/dnstest"},
-	{"pkg/relay", "pkg/channel/memchan"},
+	{"pkg/relay", "pkg/process", "pkg/channel/memchan"},
 	{"pkg/channel/sshchan", "pkg/channel/channeltest"},
 	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/kube/heal"},
 	{"pkg/kube"},

@@ -18,6 +18,7 @@
 //	dns         resolver         the server and its zone; how the OS is told of it
 //	channel/sshchan              both ends of the wire
 //	relay                        two connections joined
+//	process                      a command run as a part of this one
 //	channel/memchan              a Network in memory: who dials meets who listens
 //	channel                      the one word: Network, Channel, this machine's Host
 //	catalog     manifests        the names of a cluster as values; what is applied to one

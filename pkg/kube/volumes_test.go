@@ -24,7 +24,7 @@ func volumesPod(t *testing.T, mounts, volumes string) (*Cluster, *fake.Clientset
 	client := fake.NewClientset(append(referredTo(), pod)...)
 	client.PrependReactor("create", "serviceaccounts", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		request := a.(clienttesting.CreateAction).GetObject().(*authenticationv1.TokenRequest)
-		token := fmt.Sprint(request.Spec.Audiences, *request.Spec.ExpirationSeconds, request.Spec.BoundObjectRef.Name, request.Spec.BoundObjectRef.UID)
+		token := fmt.Sprintln(request.Spec.Audiences, *request.Spec.ExpirationSeconds, request.Spec.BoundObjectRef.Name, request.Spec.BoundObjectRef.UID)
 		return a.GetSubresource() == "token", &authenticationv1.TokenRequest{Status: authenticationv1.TokenRequestStatus{Token: token}}, nil
 	})
 	return testCluster(client), client

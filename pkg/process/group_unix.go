@@ -1,0 +1,175 @@
+//go:build unix
+
+package process
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// lastWait is how long the dead may take to be gone.
+const lastWait = 2 * time.Second
+
+// run is on one thread from the start of the command to its end: Linux tells
+// the command of the end of the thread that started it.
+func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (exit, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	guard, err := startGuard(patience)
+	if err != nil {
+		return exit{}, err
+	}
+	defer guard.dismiss()
+	g := &group{patience: patience, terminal: terminalOf(cmd.Stdin, cmd.Stdout)}
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	dieWithParent(cmd.SysProcAttr)
+	g.terminal.handOver(cmd.SysProcAttr)
+	if err := cmd.Start(); err != nil {
+		g.terminal.take()
+		return exit{}, err
+	}
+	g.id = cmd.Process.Pid
+	g.terminal.lead(g.id)
+	guard.watch(g.id)
+	end, err := g.wait(ctx)
+	g.terminal.take()
+	if end.Signal != nil {
+		g.terminal.restore()
+	}
+	if err == nil {
+		_ = cmd.Wait() // of its process we know; this waits for the copying
+	}
+	_ = cmd.Process.Release()
+	return end, err
+}
+
+// A group is the command's process group.
+type group struct {
+	id       int
+	patience time.Duration
+	terminal *terminal
+
+	steps    []step // of its end that are still to come
+	escalate *time.Timer
+}
+
+// A step of the end: a signal, and how long it may take to have its effect.
+type step struct {
+	signal unix.Signal
+	time   time.Duration
+}
+
+// end begins the end of the group, once. An interactive shell takes no notice
+// of a termination, but takes its jobs with it when it is hung up.
+func (g *group) end(first unix.Signal) {
+	if g.steps != nil {
+		return
+	}
+	g.steps = []step{{first, g.patience / 2}, {unix.SIGHUP, g.patience / 2}, {unix.SIGKILL, lastWait}}
+	g.next()
+}
+
+// next takes one step. Without any left the group has outlived its end.
+func (g *group) next() (outlived bool) {
+	if len(g.steps) == 0 {
+		return true
+	}
+	s := g.steps[0]
+	g.steps = g.steps[1:]
+	_ = unix.Kill(-g.id, s.signal)
+	_ = unix.Kill(-g.id, unix.SIGCONT) // the suspended hear nothing
+	g.escalate.Reset(s.time)
+	return false
+}
+
+// empty: there is nobody left, or nobody that we may do anything about.
+func (g *group) empty() bool { return unix.Kill(-g.id, 0) != nil || allDead(g.id) }
+
+// errOutlived is a command that runs as somebody else, or hangs in the kernel.
+var errOutlived = errors.New("it could not be killed")
+
+// wait returns when the group is gone.
+func (g *group) wait(ctx context.Context) (end exit, err error) {
+	g.escalate = time.NewTimer(0)
+	<-g.escalate.C
+	defer g.escalate.Stop()
+	look := time.NewTicker(10 * time.Millisecond)
+	look.Stop()
+	defer look.Stop()
+	continued := make(chan os.Signal, 1)
+	signal.Notify(continued, unix.SIGCONT)
+	defer signal.Stop(continued)
+	changes := make(chan change, 1)
+	go watch(g.id, changes)
+	done := ctx.Done()
+	for ended := false; !ended || !g.empty(); {
+		select {
+		case c := <-changes:
+			if c.err != nil {
+				return end, c.err
+			}
+			if c.status.Stopped() {
+				g.terminal.suspend(c.status.StopSignal(), continued)
+				continue
+			}
+			ended, end.ExitError = true, exitOf(c.status)
+			if !g.empty() {
+				g.end(unix.SIGTERM)
+				look.Reset(10 * time.Millisecond)
+			}
+		case <-continued:
+			g.terminal.resume()
+		case <-done:
+			done, end.told = nil, !ended
+			g.end(signalFor(ctx))
+		case <-g.escalate.C:
+			if g.next() {
+				return end, errOutlived
+			}
+		case <-look.C:
+		}
+	}
+	return end, nil
+}
+
+func signalFor(ctx context.Context) unix.Signal {
+	if errors.Is(context.Cause(ctx), ErrInterrupt) {
+		return unix.SIGINT
+	}
+	return unix.SIGTERM
+}
+
+// A change of the command: it was suspended, or has ended.
+type change struct {
+	status unix.WaitStatus
+	err    error
+}
+
+// watch tells of every stop of the process, and last of its end.
+func watch(pid int, changes chan<- change) {
+	for {
+		var status unix.WaitStatus
+		_, err := unix.Wait4(pid, &status, unix.WUNTRACED, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		changes <- change{status, err}
+		if err != nil || !status.Stopped() {
+			return
+		}
+	}
+}
+
+func exitOf(status unix.WaitStatus) ExitError {
+	if status.Signaled() {
+		return ExitError{Code: 128 + int(status.Signal()), Signal: status.Signal()}
+	}
+	return ExitError{Code: status.ExitStatus()}
+}

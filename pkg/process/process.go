@@ -1,0 +1,99 @@
+// Package process runs a command as a part of this one: it is ended when it is
+// no longer wanted, with all that it has started, even if this process is
+// killed first.
+//
+// The command leads a process group of its own. A signal to the group reaches
+// what the command has started (the program behind "go run .", say), and on a
+// terminal Ctrl-C is the command's and not ours: an editor or an interpreter
+// goes on after it. So the terminal is handed to the group and taken back, as a
+// shell does it, and when the command is suspended so are we.
+//
+// Nobody runs code after a kill -9, so a guard is there before the command is:
+// a shell that reads from a pipe, whose other end is here. The pipe closes with
+// this process, however it ends. In what time is left before the guard knows of
+// the command, Linux signals the command itself.
+//
+// What leaves the group (a daemon, the jobs of an interactive shell) is only
+// reached by what the group's end does to it.
+package process
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"time"
+)
+
+// DefaultPatience is how long a command may take to end.
+const DefaultPatience = 10 * time.Second
+
+// ErrInterrupt as the cause of a context's end says that it was the user's
+// Ctrl-C: the command gets an interrupt as well, and not a termination.
+var ErrInterrupt = errors.New("interrupted")
+
+// Config says what to run.
+type Config struct {
+	Args   []string // its name, looked for in PATH, and its arguments
+	Env    []string // nil: ours
+	Dir    string   // "": ours
+	Stdin  io.Reader
+	Stdout io.Writer
+	Stderr io.Writer
+	// Patience is how long it may take to end before it is killed; 0 is
+	// DefaultPatience.
+	Patience time.Duration
+}
+
+// An ExitError is a command that did not end well.
+type ExitError struct {
+	Name   string
+	Code   int       // its exit status; 128 and the signal's number after a signal, as shells have it
+	Signal os.Signal // what ended it, nil if it exited
+}
+
+func (e *ExitError) Error() string {
+	if e.Signal != nil {
+		return fmt.Sprintf("%s: ended by signal: %v", e.Name, e.Signal)
+	}
+	return fmt.Sprintf("%s: exit status %d", e.Name, e.Code)
+}
+
+// Run starts the command and returns when it and all of its group are gone. Its
+// failure is an *ExitError. When ctx ends first the group is told to end, is
+// killed when it has not after the patience, and the error is ctx's cause. The
+// same is done to what the command leaves behind when it ends by itself.
+func Run(ctx context.Context, cfg Config) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if len(cfg.Args) == 0 {
+		return errors.New("no command to run")
+	}
+	if cfg.Patience == 0 {
+		cfg.Patience = DefaultPatience
+	}
+	cmd := exec.Command(cfg.Args[0], cfg.Args[1:]...)
+	cmd.Env, cmd.Dir = cfg.Env, cfg.Dir
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = cfg.Stdin, cfg.Stdout, cfg.Stderr
+	cmd.WaitDelay = time.Second // who left the group may hold our pipes for ever
+	exit, err := run(ctx, cmd, cfg.Patience)
+	switch {
+	case err != nil:
+		return fmt.Errorf("run %s: %w", cfg.Args[0], err)
+	case exit.told:
+		return context.Cause(ctx)
+	case exit.Code != 0:
+		exit.Name = cfg.Args[0]
+		return &exit.ExitError
+	}
+	return nil
+}
+
+// An exit is how a command ended, and whether that was because of ctx.
+type exit struct {
+	ExitError
+	told bool
+}
