@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -514,4 +515,70 @@ func TestToldToEnd(t *testing.T) {
 	if got, err := s.get(); err == nil {
 		t.Errorf("%q still answers", got)
 	}
+}
+
+// TestNothingIsLost: clients that keep their connections see neither that the pod
+// ends nor that the next one begins; the cluster takes a second to change over.
+func TestNothingIsLost(t *testing.T) {
+	t.Parallel()
+	original := answering(t, "original", nil)
+	first, next := startRouter(t, Config{Grace: long}, original), startRouter(t, Config{Grace: long}, original)
+	wire := first.open(time.Second)
+	first.lead(wire, "ann", "tcp", answering(t, "laptop", nil))
+	first.put(wire, whole("ann"), false)
+
+	var service atomic.Pointer[string] // where it leads to
+	service.Store(&first.address)
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, network, *service.Load())
+	}
+	load, stop := context.WithCancel(t.Context())
+	var clients sync.WaitGroup
+	var done [2]atomic.Int64 // by the laptop, by the original
+	for range 4 {
+		clients.Go(func() {
+			transport := &http.Transport{DialContext: dial}
+			defer transport.CloseIdleConnections()
+			for load.Err() == nil {
+				text, err := post(&http.Client{Transport: transport, Timeout: patience})
+				switch {
+				case err != nil:
+					t.Error(err)
+				case text == "laptop":
+					done[0].Add(1)
+				default:
+					done[1].Add(1)
+				}
+			}
+		})
+	}
+	eventually(t, func() error {
+		if done[0].Load() < 100 {
+			return errors.New("no load")
+		}
+		return nil
+	})
+	first.stop()
+	time.Sleep(time.Second)
+	service.Store(&next.address)
+	first.end()
+	stop()
+	clients.Wait()
+	if done[1].Load() < 100 {
+		t.Errorf("%d requests by the original", done[1].Load())
+	}
+	t.Logf("%d by the laptop, %d by the original", done[0].Load(), done[1].Load())
+	next.stop()
+	next.end()
+}
+
+// post asks what no client repeats by itself.
+func post(client *http.Client) (string, error) {
+	resp, err := client.Post("http://web/", "text/plain", strings.NewReader("question"))
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return string(text), err
 }
