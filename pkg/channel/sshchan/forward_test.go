@@ -72,6 +72,30 @@ func TestForwardRefused(t *testing.T) {
 	transfer(t, c)
 }
 
+// TestForwardBurst: many that come at once are all answered.
+func TestForwardBurst(t *testing.T) {
+	noLeak(t)
+	n := &memchan.Network{}
+	k := newSite(t, n).keep(t, channel.KeepConfig{})
+	local := serveTCP(t, echo)
+	forwarded(t, k, func() string { return local })
+	var all sync.WaitGroup
+	start := make(chan struct{})
+	for range 1000 {
+		all.Go(func() {
+			<-start
+			c, err := n.DialContext(within(t), "tcp", "web:80")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			c.Close()
+		})
+	}
+	close(start)
+	all.Wait()
+}
+
 // TestForwardGivenUp: who dials in vain for too long is gone; what was dialled
 // for it is closed.
 func TestForwardGivenUp(t *testing.T) {

@@ -119,8 +119,9 @@ func notForwarded(reply []byte) error {
 	return wordy("the other end refused", syscall.EACCES)
 }
 
-// backlog is how many connections wait to be accepted.
-const backlog = 128
+// backlog is how many connections wait to be accepted: as many as Linux has it.
+// A burst is not to be refused that who accepts is about to take.
+const backlog = 4096
 
 // listener is the near end of a listener at the far end.
 type listener struct {
