@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -385,6 +387,33 @@ func TestForwardRefused(t *testing.T) {
 	}
 	cancel()
 	receive(t, res)
+}
+
+// TestForwardPending: who waits for an answer hears what the dial met.
+func TestForwardPending(t *testing.T) {
+	var n memchan.Network
+	l, err := n.Listen(t.Context(), "tcp", "web:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	target := listen(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	res := make(chan error, 1)
+	go func() { res <- Forward(ctx, l, &net.Dialer{}, "tcp", target.Addr().String()) }()
+	c, err := n.DialContext(t.Context(), "tcp", "web:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	target.Close()
+	if _, err := n.DialContext(t.Context(), "tcp", "web:80"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial: %v, want ECONNREFUSED", err)
+	}
+	cancel()
+	receive(t, res)
+	if _, err := io.ReadAll(c); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read: %v, want ECONNRESET", err)
+	}
+	c.Close()
 }
 
 func listen(t *testing.T) net.Listener {
