@@ -3,6 +3,7 @@ package shadow
 import (
 	"context"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
@@ -99,8 +100,10 @@ func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	s.leaving.Store(true)
 	s.cfg.Log.Info("told to end", "limit", leaveLimit)
 	limit, cancel := context.WithTimeout(life, leaveLimit)
+	var released sync.WaitGroup
+	defer released.Wait()
 	defer cancel()
-	go s.release(limit, hangUp)
+	released.Go(func() { s.release(limit, hangUp) })
 	if open := s.drained(limit, quiet); open > 0 {
 		s.cfg.Log.Warn("connections are still open and will be cut", "open", open)
 	}
