@@ -73,7 +73,6 @@ func (a *app) exposeCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&as, "as", "", "name of the new Service, and its port if it is another: NAME[:SERVICE_PORT]")
-	_ = c.MarkFlagRequired("as")
 	o.flags(a, c)
 	return c
 }

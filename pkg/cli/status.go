@@ -70,14 +70,11 @@ func (a *app) tableOfHeld(held []session.Status, looked bool) {
 	defer w.Flush()
 	fmt.Fprintln(w, "SERVICE\tHOLDER\tSINCE\tMATCH\tWIRE\tREQUESTS")
 	for _, s := range held {
-		match, wire := s.Exchange.Match, "silent"
-		if match == "" {
-			match = "everything"
-		}
+		wire := "silent"
 		if s.Wire.Up {
 			wire = "up"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), match, wire, s.Exchange.Requests)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), s.Exchange.Match, wire, s.Exchange.Requests)
 	}
 }
 
@@ -123,10 +120,7 @@ func rowsOfConnect(row func(key, format string, args ...any), s session.Status) 
 }
 
 func rowsOfExchange(row func(key, format string, args ...any), kind string, e session.ExchangeStatus) {
-	which := "everything"
-	if e.Match != "" {
-		which = "requests with " + e.Match
-	}
+	which := e.Match
 	if e.Mirror {
 		which = "copies of " + which
 	}

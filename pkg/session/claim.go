@@ -11,6 +11,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 	"github.com/culvert-dev/culvert/pkg/relay"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/shadow"
@@ -301,11 +302,16 @@ func (x *Exchange) beat(ctx context.Context) error {
 	}
 	x.mu.Lock()
 	x.seen = info
+	r := x.router
+	r.led = r.led || info.Service == heal.Ours
 	x.mu.Unlock()
 	switch info.Service {
-	case "put back":
+	case heal.PutBack:
+		if !r.led { // it looked before the Service was turned to it
+			return nil
+		}
 		return fmt.Errorf("svc/%s was put back by somebody else, and is left to them: %w", x.service.Name, errOver)
-	case "gone":
+	case heal.Gone:
 		return fmt.Errorf("svc/%s was deleted: %w", x.service.Name, errOver)
 	}
 	return nil

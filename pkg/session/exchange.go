@@ -67,6 +67,7 @@ type attached struct {
 	by     string             // who made it, where not this machine
 	made   bool               // here
 	turned bool               // the Service leads to it
+	led    bool               // the router has seen that it does
 	ours   bool               // to remove: made here, or nobody else is left
 }
 
@@ -235,8 +236,8 @@ func (x *Exchange) told() string {
 		verb = "exposed"
 	}
 	what := "all its traffic comes"
-	if m := x.cfg.Match.String(); m != "" {
-		what = "requests with " + m + " come"
+	if m := x.cfg.Match; len(m.Headers) > 0 || m.Path != "" {
+		what = "requests with " + m.String() + " come"
 	}
 	if x.cfg.Mirror {
 		what += ", as copies,"
