@@ -10,8 +10,9 @@
 //
 // Nobody runs code after a kill -9, so a guard is there before the command is:
 // a shell that reads from a pipe, whose other end is here. The pipe closes with
-// this process, however it ends. In what time is left before the guard knows of
-// the command, Linux signals the command itself.
+// this process, however it ends. For the moment between the command's start and
+// the guard's knowledge of it there is only what Linux does: it signals the
+// command, but not what that has started already.
 //
 // What leaves the group (a daemon, the jobs of an interactive shell) is only
 // reached by what the group's end does to it.

@@ -257,6 +257,18 @@ func TestRunThreads(t *testing.T) {
 	allGone(t, pids)
 }
 
+// waits tells whether a Run in the process is past its start: only then does it
+// listen for SIGCONT.
+func waits(pid int) bool {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return true // not Linux
+	}
+	_, caught, _ := strings.Cut(string(status), "SigCgt:")
+	mask, err := strconv.ParseUint(strings.Fields(caught)[0], 16, 64)
+	return err == nil && mask&(1<<(unix.SIGCONT-1)) != 0
+}
+
 // Nobody survives a kill -9 of this process, deaf or suspended.
 func TestKilledParent(t *testing.T) {
 	cmd := exec.Command(os.Args[0], sh(`(trap '' TERM HUP; while :; do sleep 1000; done) & deaf=$!; sleep 1000 & plain=$!; (kill -STOP $(exec sh -c 'echo $PPID')) & echo $$ $deaf $plain $!; wait; wait; wait`)...)
@@ -269,6 +281,7 @@ func TestKilledParent(t *testing.T) {
 		t.Fatal(err)
 	}
 	pids := numbers(t, bufio.NewReader(out))
+	await(t, "the guard's knowledge", func() bool { return waits(cmd.Process.Pid) })
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

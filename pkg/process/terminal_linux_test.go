@@ -220,7 +220,9 @@ func TestTerminalShell(t *testing.T) {
 	d.keys("\x1a")
 	d.expect("Stopped")
 	d.expect("inner> ")
-	d.line("kill -9 %1; wait %1; exit 9")
+	d.line("exit 9")
+	d.expect("stopped jobs")
+	d.line("exit 9")
 	d.expect("exit status 9")
 	d.expect("ready> ")
 }
