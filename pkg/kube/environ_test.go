@@ -83,7 +83,7 @@ status:
   podIPs: [{ip: 10.1.0.1}, {ip: "fd01::1"}]
 `
 
-func testPod(t *testing.T, container string) *corev1.Pod {
+func environPod(t *testing.T, container string) *corev1.Pod {
 	pod := &corev1.Pod{}
 	decodeInto(t, podText, pod)
 	c := &pod.Spec.Containers[1]
@@ -260,7 +260,7 @@ env: [{name: A, valueFrom: {resourceFieldRef: {resource: limits.cpu}}}, {name: B
 			forbidden: []string{"list services"}, want: kubernetesLinks},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			pod := testPod(t, test.container)
+			pod := environPod(t, test.container)
 			if test.change != nil {
 				test.change(pod)
 			}
@@ -300,7 +300,7 @@ func joined(all []string) string {
 // One of the namespace's own that is called kubernetes hides the API server's.
 func TestEnvironmentOwnKubernetes(t *testing.T) {
 	own := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes", Namespace: "dev"}, Spec: corev1.ServiceSpec{ClusterIP: "10.96.0.7", Ports: []corev1.ServicePort{{Port: 1}}}}
-	client := fake.NewClientset(append(referredTo(), testPod(t, ""), own)...)
+	client := fake.NewClientset(append(referredTo(), environPod(t, ""), own)...)
 	environ, _, err := testCluster(client).Environment(t.Context(), "web-1", "")
 	if err != nil || !slices.Contains(environ, "KUBERNETES_SERVICE_HOST=10.96.0.7") || slices.Contains(environ, "KUBERNETES_SERVICE_PORT_HTTPS=443") {
 		t.Errorf("%q %v", environ, err)
@@ -308,7 +308,7 @@ func TestEnvironmentOwnKubernetes(t *testing.T) {
 }
 
 func TestEnvironmentErrors(t *testing.T) {
-	pod := testPod(t, `{env: [{name: A, valueFrom: {secretKeyRef: {name: keys, key: PASSWORD}}}]}`)
+	pod := environPod(t, `{env: [{name: A, valueFrom: {secretKeyRef: {name: keys, key: PASSWORD}}}]}`)
 	client := fake.NewClientset(append(referredTo(), pod)...)
 	c := testCluster(client)
 	if _, _, err := c.Environment(t.Context(), "web-1", "none"); err == nil || !strings.Contains(err.Error(), `no container "none", it has: side, app, first`) {
@@ -326,7 +326,7 @@ func TestEnvironmentErrors(t *testing.T) {
 }
 
 func TestContainerOf(t *testing.T) {
-	pod := testPod(t, "")
+	pod := environPod(t, "")
 	pod.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug"}}}
 	for annotation, want := range map[string]string{"": "side", "app": "app", "none": "side"} {
 		pod.Annotations = map[string]string{"kubectl.kubernetes.io/default-container": annotation}

@@ -19,7 +19,7 @@ import (
 // volumesPod has the container's mounts and the pod's volumes.
 func volumesPod(t *testing.T, mounts, volumes string) (*Cluster, *fake.Clientset) {
 	t.Helper()
-	pod := testPod(t, "env: [{name: D, value: d}]\nvolumeMounts: "+mounts)
+	pod := environPod(t, "env: [{name: D, value: d}]\nvolumeMounts: "+mounts)
 	decodeInto(t, volumes, &pod.Spec.Volumes)
 	client := fake.NewClientset(append(referredTo(), pod)...)
 	client.PrependReactor("create", "serviceaccounts", func(a clienttesting.Action) (bool, runtime.Object, error) {
