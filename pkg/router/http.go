@@ -23,6 +23,7 @@ const (
 	maxStreams = 1 << 16  // at a time, of one HTTP/2 connection: likewise
 	bufferSize = 32 << 10
 	flushTime  = time.Second
+	hearing    = time.Second // for a word to reach a client, and for what it said before to reach us
 )
 
 // A web is one connection that speaks HTTP: its requests are routed one by one.
@@ -63,6 +64,7 @@ func newWeb(ctx context.Context, r *Router, route *Route, c *client, http2 bool)
 
 // serve returns when the connection is gone and its requests are answered.
 func (w *web) serve() {
+	defer w.end()
 	server := &http.Server{
 		Handler:                      w,
 		Protocols:                    protocols(w.http2),
@@ -72,16 +74,18 @@ func (w *web) serve() {
 		ErrorLog:                     w.errors,
 		BaseContext:                  func(net.Listener) context.Context { return w.ctx },
 	}
-	if !w.http2 {
+	if w.http2 {
+		w.client.frames = &frames{}
+	} else {
 		server.ConnState, w.client.half = w.rests, w.clientEnded
 	}
+	late := w.router.claims.closed()
 	l := &single{conn: w.client, stop: func() bool { return false }, done: make(chan struct{})}
-	l.taken = func() { l.stop = context.AfterFunc(w.router.claims.closing, func() { w.part(server) }) }
+	l.taken = func() { l.stop = context.AfterFunc(w.router.claims.closing, func() { w.part(server, late) }) }
 	server.Serve(l)
 	<-w.client.closed
 	l.stop()
 	w.busy.Wait()
-	w.end()
 }
 
 // rests keeps account of when the client waits for nothing.
@@ -95,12 +99,19 @@ func (w *web) rests(_ net.Conn, s http.ConnState) {
 }
 
 // part asks the client to connect anew. HTTP/2 has a word for it, which loses
-// nothing (RFC 9113, 6.8); in HTTP/1 an answer has to say it (RFC 9112, 9.6).
-func (w *web) part(server *http.Server) {
+// nothing if it is said twice: first that there will be an end, and when the
+// client must have heard that, where it was (RFC 9113, 6.8). In HTTP/1 an answer
+// has to say it (RFC 9112, 9.6).
+func (w *web) part(server *http.Server, late bool) {
 	if !w.http2 {
 		w.client.part(w.ctx)
 		return
 	}
+	if late {
+		wait(w.ctx, rest) // who has just come may ask first
+	}
+	w.client.goAway()
+	wait(w.ctx, hearing)
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
 	server.Shutdown(now)
@@ -394,7 +405,7 @@ func (a *answer) WriteHeader(code int) {
 				h[name] = nil // none is made up
 			}
 		}
-		if a.web.router.claims.closed() {
+		if !a.web.http2 && a.web.router.claims.closed() {
 			h.Set("Connection", "close")
 		}
 	}

@@ -157,6 +157,7 @@ type client struct {
 	rests time.Time // since when it waits for a next request; zero: it is busy
 
 	half    func()        // called when the client has ended its half during a request
+	frames  *frames       // of HTTP/2, that are written
 	aborted chan struct{} // has a token while the read deadline is past
 
 	once   sync.Once
@@ -315,3 +316,69 @@ func (c *client) Close() error {
 func timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
 func ended(err error) bool { return errors.Is(err, io.EOF) }
+
+// Write sees to it that goAway can be said between frames.
+func (c *client) Write(p []byte) (int, error) {
+	if c.frames == nil {
+		return c.Conn.Write(p)
+	}
+	return c.frames.write(c.Conn, p)
+}
+
+// goAway tells an HTTP/2 client that it cannot begin much more here. No stream
+// that it has begun is refused.
+func (c *client) goAway() { c.frames.goAway(c.Conn) }
+
+// frames follows frames of HTTP/2 (RFC 9113, 4.1) as they are written, in
+// whatever pieces.
+type frames struct {
+	mu   sync.Mutex
+	head []byte // of a frame, as far as it was written
+	left int    // of its payload
+	any  bool   // the first has begun: it has to be SETTINGS
+	away bool   // goAway is to be said
+}
+
+const frameHead = 9
+
+func (f *frames) write(to io.Writer, p []byte) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n, err := to.Write(p)
+	f.follow(p[:n])
+	if err == nil {
+		f.say(to)
+	}
+	return n, err
+}
+
+func (f *frames) follow(p []byte) {
+	for len(p) > 0 {
+		if f.left > 0 {
+			n := min(f.left, len(p))
+			f.left, p = f.left-n, p[n:]
+			continue
+		}
+		n := min(frameHead-len(f.head), len(p))
+		f.head, p = append(f.head, p[:n]...), p[n:]
+		if len(f.head) == frameHead {
+			f.left = int(f.head[0])<<16 | int(f.head[1])<<8 | int(f.head[2])
+			f.head, f.any = f.head[:0], true
+		}
+	}
+}
+
+func (f *frames) goAway(to io.Writer) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.away = true
+	f.say(to)
+}
+
+// say writes GOAWAY (RFC 9113, 6.8) with the highest stream there can be.
+func (f *frames) say(to io.Writer) {
+	if f.away && f.any && f.left == 0 && len(f.head) == 0 {
+		f.away = false
+		to.Write([]byte("\x00\x00\x08\x07\x00\x00\x00\x00\x00" + "\x7f\xff\xff\xff" + "\x00\x00\x00\x00"))
+	}
+}

@@ -171,7 +171,9 @@ func (all *copies) tee(ctx context.Context, c net.Conn, route *Route, mirrors []
 	if len(t.copies) == 0 {
 		return c, func() {}
 	}
-	spread(t.copies, slices.Clone(first), nil)
+	if len(first) > 0 {
+		spread(t.copies, first, nil)
+	}
 	return t, func() {
 		for _, s := range t.copies {
 			s.end()
