@@ -3,6 +3,7 @@ package cli
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -24,20 +25,24 @@ here, and several people can share a Service. Needs no root.`
 func (a *app) exchangeCommand() *cobra.Command {
 	var o exchangeOptions
 	c := &cobra.Command{
-		Use:   "exchange TARGET --to [SERVICE_PORT=][HOST:]PORT",
+		Use:   "exchange TARGET --to [SERVICE_PORT=][HOST:]PORT [-- COMMAND ARGS...]",
 		Short: "Bring a Service's traffic to this machine until Ctrl-C",
 		Long:  exchangeLong,
 		Example: `  culvert exchange svc/web --to 8080
   culvert exchange deploy/web --to http=8080 --to metrics=9090
   culvert exchange svc/web --to 8080 --header 'x-dev: mine' --path /api
-  culvert exchange svc/web --to 8080 --mirror`,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) == 1 {
+  culvert exchange svc/web --to 8080 --mirror
+  culvert exchange svc/web --to 8080 --mounts ./mounts -- go run .`,
+		Args: func(c *cobra.Command, args []string) error {
+			if args, _ = beforeDash(c, args); len(args) == 1 {
 				return nil
 			}
 			return usage(fmt.Errorf("exchange takes one target, as svc/web, but was given %q", args))
 		},
-		RunE: func(c *cobra.Command, args []string) error { return a.exchange(c, args[0], o) },
+		RunE: func(c *cobra.Command, args []string) error {
+			_, o.local.Command = beforeDash(c, args)
+			return a.exchange(c, args[0], o)
+		},
 	}
 	f := c.Flags()
 	f.StringArrayVar(&o.to, "to", nil, "where the traffic goes: [SERVICE_PORT=][HOST:]PORT[:http|:tcp|/udp] (repeatable)")
@@ -45,6 +50,9 @@ func (a *app) exchangeCommand() *cobra.Command {
 	f.StringVar(&o.path, "path", "", "only requests whose path begins so")
 	f.BoolVar(&o.mirror, "mirror", false, "send copies here and let the original answer")
 	f.BoolVar(&o.take, "take", false, "take over what somebody else holds")
+	f.StringVar(&o.local.EnvFile, "env-file", "", "write the original's environment to this file while it lasts")
+	f.StringVar(&o.local.Mounts, "mounts", "", "copy the original's mounted ConfigMaps and Secrets below this folder while it lasts")
+	f.StringVar(&o.local.Container, "container", "", "container of the original's pod, for environment and mounts (default: its main one)")
 	o.flags(a, c)
 	return c
 }
@@ -77,7 +85,16 @@ func (a *app) exposeCommand() *cobra.Command {
 	return c
 }
 
+// beforeDash splits what was typed before -- from the command after it.
+func beforeDash(c *cobra.Command, args []string) (before, command []string) {
+	if n := c.ArgsLenAtDash(); n >= 0 {
+		return args[:n], args[n:]
+	}
+	return args, nil
+}
+
 type exchangeOptions struct {
+	local        session.Local
 	to, headers  []string
 	path         string
 	mirror, take bool
@@ -129,7 +146,7 @@ func (o exchangeOptions) config() (cfg session.ExchangeConfig, err error) {
 	if o.path != "" && !strings.HasPrefix(o.path, "/") {
 		return cfg, usage(fmt.Errorf("--path begins with /, not %q", o.path))
 	}
-	cfg.Match.Path = o.path
+	cfg.Match.Path, cfg.Local = o.path, o.local
 	return cfg, nil
 }
 
@@ -174,6 +191,7 @@ func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
 	defer outliveReaders()()
 	steps := a.steps()
 	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
+	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr = os.Stdin, a.out, a.err
 	err = session.NewExchange(cfg).Run(c.Context())
 	if err != nil {
 		steps.Fail()

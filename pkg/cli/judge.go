@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/process"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
@@ -24,6 +25,7 @@ func judge(err error, t typed) (code int, hint string) {
 	var wrong usageError
 	var conflict *session.ConflictError
 	var held *router.HeldError
+	var ended *process.ExitError
 	switch {
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return exitLeftovers, "culvert clean" + t.flags
@@ -31,6 +33,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitUsage, "culvert --help"
 	case errors.As(err, &conflict):
 		return exitFailed, makeWay(conflict.Conflicts, t)
+	case errors.As(err, &ended):
+		return ended.Code, ""
 	case errors.As(err, &held):
 		return exitFailed, "culvert " + t.line + " --take  # from " + held.Holder
 	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):

@@ -59,6 +59,18 @@ func (s *steps) Progress(detail string) {
 // Done ends the step under way well.
 func (s *steps) Done(result string) { s.end("✓", result) }
 
+// Skip ends the step under way without a word.
+func (s *steps) Skip() {
+	s.mu.Lock()
+	stop, stopped := s.stop, s.stopped
+	s.stop, s.stopped, s.what = nil, nil, ""
+	s.mu.Unlock()
+	if stop != nil {
+		close(stop)
+		<-stopped
+	}
+}
+
 // Fail ends the step under way, if there is one; the error is told elsewhere.
 func (s *steps) Fail() {
 	s.mu.Lock()
@@ -71,13 +83,9 @@ func (s *steps) Fail() {
 
 func (s *steps) end(mark, text string) {
 	s.mu.Lock()
-	stop, stopped, since := s.stop, s.stopped, s.since
-	s.stop, s.stopped, s.what = nil, nil, ""
+	since := s.since
 	s.mu.Unlock()
-	if stop != nil {
-		close(stop)
-		<-stopped
-	}
+	s.Skip()
 	if !s.quiet {
 		fmt.Fprintf(s.out, "%s %s  %.1fs\n", mark, text, time.Since(since).Seconds())
 	}

@@ -259,6 +259,36 @@ func (c *Cluster) Exchanges(ctx context.Context) ([]Service, error) {
 // behind are the pods that a selector takes, those first that say most, and the
 // templates of those that are not there yet.
 func (c *Cluster) behind(ctx context.Context, selector map[string]string) ([]corev1.PodSpec, error) {
+	pods, err := c.podsOf(ctx, selector)
+	if err != nil {
+		return nil, err
+	}
+	var specs []corev1.PodSpec
+	for _, p := range pods {
+		specs = append(specs, p.Spec)
+	}
+	for _, t := range c.templates(ctx) {
+		if labels.SelectorFromSet(selector).Matches(labels.Set(t.Labels)) {
+			specs = append(specs, t.Spec)
+		}
+	}
+	return specs, nil
+}
+
+// PodOf is a pod behind a Service, one that is ready if there is one.
+func (c *Cluster) PodOf(ctx context.Context, s *Service) (string, error) {
+	pods, err := c.podsOf(ctx, s.Selector)
+	if err != nil {
+		return "", fmt.Errorf("find a pod of service %s in namespace %s: %w", s.Name, c.Namespace, sorted(err))
+	}
+	if len(pods) == 0 {
+		return "", fmt.Errorf("find a pod of service %s in namespace %s: %w: it has none", s.Name, c.Namespace, ErrNoTarget)
+	}
+	return pods[0].Name, nil
+}
+
+// podsOf are the pods that a selector takes, ready and young ones first.
+func (c *Cluster) podsOf(ctx context.Context, selector map[string]string) ([]corev1.Pod, error) {
 	pods, err := c.client.CoreV1().Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: labels.SelectorFromSet(selector).String()})
 	if err != nil {
 		return nil, err
@@ -269,16 +299,7 @@ func (c *Cluster) behind(ctx context.Context, selector map[string]string) ([]cor
 		}
 		return b.CreationTimestamp.Compare(a.CreationTimestamp.Time)
 	})
-	var specs []corev1.PodSpec
-	for _, p := range pods.Items {
-		specs = append(specs, p.Spec)
-	}
-	for _, t := range c.templates(ctx) {
-		if labels.SelectorFromSet(selector).Matches(labels.Set(t.Labels)) {
-			specs = append(specs, t.Spec)
-		}
-	}
-	return specs, nil
+	return pods.Items, nil
 }
 
 // templates are those that may be read.

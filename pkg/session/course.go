@@ -39,7 +39,7 @@ type course struct {
 
 type step struct {
 	name string
-	do   func(ctx context.Context) (result string, err error)
+	do   func(ctx context.Context) (result string, err error) // without a result there was nothing to do
 }
 
 func newCourse(reporter Reporter, log *slog.Logger) course {
@@ -93,7 +93,11 @@ func (c *course) up(ctx context.Context, steps []step) error {
 		if err != nil {
 			return err
 		}
-		c.reporter.Done(result)
+		if result == "" {
+			c.reporter.Skip()
+		} else {
+			c.reporter.Done(result)
+		}
 	}
 	return nil
 }

@@ -33,6 +33,8 @@ type ExchangeConfig struct {
 	Way         kube.Way      // "" is the best that works
 	Grace       time.Duration // how long the router outlives the laptops' silence
 
+	Local Local
+
 	Reporter Reporter
 	Log      *slog.Logger
 }
@@ -50,6 +52,8 @@ type Exchange struct {
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // the wire is up again
 	letGo    func()        // ends hold and waits for it; nil before it began
+	pod      string        // whose environment the local process gets; "": none is read
+	environ  []string
 
 	mu      sync.Mutex // guards what follows: Keep's goroutine makes routers, too
 	router  *attached
@@ -82,12 +86,14 @@ func (x *Exchange) steps() []step {
 		{"asking the cluster", x.askCluster},
 		{"checking rights", x.checkRights},
 		{"finding " + x.subject(), x.findService},
+		{"reading the original's environment", x.readLocal},
 		// Above this line all fails for free, below it things change.
 		{"making the router", x.findRouter},
 		{"waiting for the router pod", x.awaitRouter},
 		{"opening the wire", x.openWire},
 		{"claiming", x.claim},
 		{"listening for status", x.tellStatus}, // says what has been reached
+		{"starting the process", x.startLocal},
 	}
 }
 

@@ -21,6 +21,7 @@ type Reporter interface {
 	Begin(step string)
 	Progress(detail string) // what the step under way waits for
 	Done(result string)
+	Skip() // the step under way had nothing to do
 	Say(line string)
 	Warn(line string) // what works less well than it could
 }

@@ -1,0 +1,207 @@
+package session
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/culvert-dev/culvert/pkg/process"
+)
+
+// Local is what runs on this machine in the original's stead.
+type Local struct {
+	Command   []string // is run with the original's environment; none: nothing is
+	EnvFile   string   // gets that environment; "": none
+	Mounts    string   // folder that gets the original's mounted files; "": none
+	Container string   // of the original's pod; "": its main one
+
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+}
+
+// mountsVariable tells the command where the mounted files are: /etc/x of the
+// pod is $CULVERT_MOUNTS/etc/x.
+const mountsVariable = "CULVERT_MOUNTS"
+
+// wanted tells whether the original's pod is to be read.
+func (l Local) wanted() bool { return len(l.Command) > 0 || l.EnvFile != "" || l.Mounts != "" }
+
+// readLocal reads what the original's container was given. It changes nothing.
+func (x *Exchange) readLocal(ctx context.Context) (string, error) {
+	if !x.cfg.Local.wanted() || x.cfg.Expose != "" {
+		return "", nil
+	}
+	pod, err := x.cfg.Cluster.PodOf(ctx, x.service)
+	if err != nil {
+		return "", err
+	}
+	environ, notices, err := x.cfg.Cluster.Environment(ctx, pod, x.cfg.Local.Container)
+	if err != nil {
+		return "", err
+	}
+	for _, n := range notices {
+		x.warn(n)
+	}
+	x.pod, x.environ = pod, environ
+	return fmt.Sprintf("environment of pod %s read: %d variables", pod, len(environ)), nil
+}
+
+// startLocal writes the files and starts the command, whose end is the
+// exchange's end.
+func (x *Exchange) startLocal(ctx context.Context) (string, error) {
+	l := x.cfg.Local
+	if err := x.copyMounts(ctx); err != nil {
+		return "", err
+	}
+	if l.EnvFile != "" {
+		x.undo.add("remove "+l.EnvFile, func(context.Context) error { return removeEnvFile(l.EnvFile) })
+		if err := writeEnvFile(l.EnvFile, x.environ); err != nil {
+			return "", err
+		}
+	}
+	if len(l.Command) == 0 {
+		return "", nil
+	}
+	x.start(l)
+	return "started " + strings.Join(l.Command, " "), nil
+}
+
+func (x *Exchange) copyMounts(ctx context.Context) error {
+	if x.cfg.Local.Mounts == "" || x.pod == "" {
+		return nil
+	}
+	dir, err := filepath.Abs(x.cfg.Local.Mounts)
+	if err != nil {
+		return err
+	}
+	copied, notices, err := x.cfg.Cluster.CopyVolumes(ctx, x.pod, x.cfg.Local.Container, dir)
+	if err != nil {
+		return fmt.Errorf("copy the mounted files of pod %s to %s: %w", x.pod, dir, err)
+	}
+	x.undo.add("remove "+dir, func(context.Context) error { return removeFiles(dir, copied) })
+	for _, n := range notices {
+		x.warn(n)
+	}
+	x.environ = append(x.environ, mountsVariable+"="+dir)
+	x.cfg.Reporter.Say(fmt.Sprintf("%d mounted files copied to %s", len(copied), dir))
+	return nil
+}
+
+// start runs the command until it ends or the exchange does.
+func (x *Exchange) start(l Local) {
+	ctx, stop := context.WithCancelCause(context.WithoutCancel(x.gctx))
+	ended := make(chan struct{})
+	x.undo.add("end "+l.Command[0], func(context.Context) error {
+		stop(process.ErrInterrupt)
+		<-ended
+		return nil
+	})
+	x.group.Go(func() error {
+		defer close(ended)
+		err := process.Run(ctx, process.Config{
+			Args: l.Command, Env: withEnviron(os.Environ(), x.environ),
+			Stdin: l.Stdin, Stdout: l.Stdout, Stderr: l.Stderr,
+		})
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			x.cfg.Reporter.Say(l.Command[0] + " has ended")
+			x.leave()
+		}
+		return err
+	})
+}
+
+// personal are the variables that say who and where the developer is. A
+// container that sets them means itself.
+var personal = []string{"PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TERM", "TMPDIR", "LANG", "DISPLAY"}
+
+// withEnviron is the container's environment on this machine.
+func withEnviron(here, theirs []string) []string {
+	all := slices.Clone(here)
+	for _, v := range theirs {
+		if name, _, _ := strings.Cut(v, "="); !slices.Contains(personal, name) {
+			all = append(all, v) // of two the last one counts
+		}
+	}
+	return all
+}
+
+// envFileMark is the first line of a file that may be written over.
+const envFileMark = "# written by culvert, removed when the exchange ends\n"
+
+// writeEnvFile writes what dotenv readers, IDEs and shells understand.
+func writeEnvFile(path string, environ []string) error {
+	if err := ourEnvFile(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var b bytes.Buffer
+	b.WriteString(envFileMark)
+	for _, v := range environ {
+		name, value, _ := strings.Cut(v, "=")
+		fmt.Fprintf(&b, "%s=%s\n", name, quoteEnv(value))
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".culvert-env-") // for us alone
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(b.Bytes())
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// quoteEnv leaves plain values as they are, which every reader takes.
+func quoteEnv(value string) string {
+	if strings.ContainsAny(value, " \t\r\n\"'\\#$`") {
+		return strconv.Quote(value)
+	}
+	return value
+}
+
+// ourEnvFile is nil for a file that culvert wrote.
+func ourEnvFile(path string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if !bytes.HasPrefix(text, []byte(envFileMark)) {
+		return fmt.Errorf("write %s: %w, and culvert did not write it", path, fs.ErrExist)
+	}
+	return nil
+}
+
+func removeEnvFile(path string) error {
+	if err := ourEnvFile(path); err != nil {
+		return nil // never written, or somebody else's by now
+	}
+	return os.Remove(path)
+}
+
+// removeFiles removes files below dir, and the folders that are empty then.
+func removeFiles(dir string, files []string) error {
+	var errs []error
+	for _, f := range files {
+		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+			continue
+		}
+		for up := filepath.Dir(f); strings.HasPrefix(up, dir) && os.Remove(up) == nil; up = filepath.Dir(up) {
+		}
+	}
+	return errors.Join(errs...)
+}

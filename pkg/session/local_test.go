@@ -1,0 +1,86 @@
+package session
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+)
+
+func TestEnvFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "env")
+	environ := []string{"PLAIN=a:b/c=d", "EMPTY=", "SPACED=good day", "LINES=red,\ngreen", `QUOTED="x"`}
+	for range 2 { // the second time over the first
+		if err := writeEnvFile(path, environ); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := envFileMark + "PLAIN=a:b/c=d\nEMPTY=\nSPACED=\"good day\"\nLINES=\"red,\\ngreen\"\nQUOTED=\"\\\"x\\\"\"\n"
+	if text, err := os.ReadFile(path); err != nil || string(text) != want {
+		t.Errorf("%q, %v", text, err)
+	}
+	if s, err := os.Stat(path); err != nil || s.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", s.Mode(), err)
+	}
+	if err := removeEnvFile(path); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is still there: %v", err)
+	}
+	if err := os.WriteFile(path, []byte("MINE=1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := writeEnvFile(path, environ); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("somebody else's file: %v", err)
+	}
+	if err := removeEnvFile(path); err != nil {
+		t.Error(err)
+	}
+	if text, _ := os.ReadFile(path); string(text) != "MINE=1\n" {
+		t.Errorf("somebody else's file is now %q", text)
+	}
+	left, _ := filepath.Glob(filepath.Join(filepath.Dir(path), ".culvert*"))
+	if len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestRemoveFiles(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "mounts")
+	var ours []string
+	for _, name := range []string{"etc/a/one", "etc/a/two", "etc/b/three"} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ours = append(ours, path)
+	}
+	if err := removeFiles(dir, ours[:1]); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(ours[1]); err != nil {
+		t.Error(err)
+	}
+	if err := removeFiles(dir, ours); err != nil { // one is gone already
+		t.Error(err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the folder is still there: %v", err)
+	}
+	if _, err := os.Stat(filepath.Dir(dir)); err != nil {
+		t.Errorf("the folder above: %v", err)
+	}
+}
+
+func TestWithEnviron(t *testing.T) {
+	got := withEnviron([]string{"PATH=/here", "X=1"}, []string{"PATH=/there", "HOME=/root", "X=2", "Y=3"})
+	if want := []string{"PATH=/here", "X=1", "X=2", "Y=3"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
