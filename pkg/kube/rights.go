@@ -243,13 +243,11 @@ func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
 	for _, r := range wanted {
 		var lacks []string
 		for _, verb := range r.verbs {
-			if words := r.words(verb, namespace); !held[r.key(verb)] {
-				lacks = append(lacks, words)
-				if !slices.Contains(missing[r.purpose], words) { // two needs may want the same
-					missing[r.purpose] = append(missing[r.purpose], words)
-				}
+			if !held[r.key(verb)] {
+				lacks = append(lacks, r.words(verb, namespace))
 			}
 		}
+		missing[r.purpose] = append(missing[r.purpose], lacks...)
 		if len(lacks) > 0 && r.without != "" {
 			notices = append(notices, fmt.Sprintf("you may not %s: %s", lacks[0], r.without))
 		}
@@ -259,6 +257,7 @@ func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
 		rights.Missing = append(rights.Missing, missing[way]...)
 	}
 	rights.Mode = rights.chooseMode(missing, slices.ContainsFunc(wanted, func(r right) bool { return r.purpose == job }))
+	rights.Missing = unique(rights.Missing)
 	rights.Notices = append(rights.Notices, perEffect(notices)...)
 	return rights
 }
@@ -282,6 +281,17 @@ func (r *Rights) chooseMode(missing map[purpose][]string, jobs bool) Mode {
 		r.Notices = append(r.Notices, fmt.Sprintf("you may not %s: other machines do not see whether this session lives", missing[lease][0]))
 	}
 	return ByJob
+}
+
+// unique keeps each line once: two needs may want the same.
+func unique(lines []string) []string {
+	var kept []string
+	for _, line := range lines {
+		if !slices.Contains(kept, line) {
+			kept = append(kept, line)
+		}
+	}
+	return kept
 }
 
 // perEffect keeps one line for each effect: many rights can serve one end.
