@@ -74,7 +74,7 @@ func (a *app) tableOfHeld(held []session.Status, looked bool) {
 		if s.Wire.Up {
 			wire = "up"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), s.Exchange.Match, wire, s.Exchange.Requests)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), matchWords(s.Exchange.Match), wire, s.Exchange.Requests)
 	}
 }
 
@@ -109,6 +109,13 @@ func (a *app) tableOfStatus(s session.Status) {
 	}
 }
 
+func matchWords(match string) string {
+	if match == "" {
+		return "everything"
+	}
+	return match
+}
+
 func rowsOfConnect(row func(key, format string, args ...any), s session.Status) {
 	row("flows", "%d tcp, %d udp, %d ping; %s sent, %s received, %d dials failed",
 		s.Flows.TCP, s.Flows.UDP, s.Flows.Ping, byteCount(s.Flows.Sent), byteCount(s.Flows.Received), s.Flows.Failed)
@@ -120,7 +127,7 @@ func rowsOfConnect(row func(key, format string, args ...any), s session.Status) 
 }
 
 func rowsOfExchange(row func(key, format string, args ...any), kind string, e session.ExchangeStatus) {
-	which := e.Match
+	which := matchWords(e.Match)
 	if e.Mirror {
 		which = "copies of " + which
 	}

@@ -149,7 +149,9 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if err != nil {
 		return "", err
 	}
-	x.lookForListeners(ctx)
+	if len(x.cfg.Local.Command) == 0 {
+		x.lookForListeners(ctx)
+	}
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s is free", x.service.Name), nil
 	}
@@ -242,8 +244,8 @@ func (x *Exchange) told() string {
 		verb = "exposed"
 	}
 	what := "all its traffic comes"
-	if m := x.cfg.Match; len(m.Headers) > 0 || m.Path != "" {
-		what = "requests with " + m.String() + " come"
+	if m := matchText(x.cfg.Match); m != "" {
+		what = "requests with " + m + " come"
 	}
 	if x.cfg.Mirror {
 		what += ", as copies,"

@@ -73,7 +73,7 @@ func heldStatus(c *kube.Cluster, service string, info shadow.ClaimInfo) Status {
 		Kind: "exchange", Session: info.ID, Owner: info.Holder, Since: info.Since,
 		Context: c.Context, Namespace: c.Namespace, Server: c.Server, Wire: WireStatus{Up: !info.Silent},
 		Exchange: &ExchangeStatus{
-			Service: service, Target: "svc/" + service, Match: info.Match.String(), Mirror: info.Mirror,
+			Service: service, Target: "svc/" + service, Match: matchText(info.Match), Mirror: info.Mirror,
 			Requests: info.Requests, Connections: info.Connections, Open: info.Open,
 		},
 	}

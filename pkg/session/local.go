@@ -82,11 +82,19 @@ func (x *Exchange) copyMounts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	_, err = os.Lstat(dir)
+	made := errors.Is(err, fs.ErrNotExist)
 	copied, notices, err := x.cfg.Cluster.CopyVolumes(ctx, x.pod, x.cfg.Local.Container, dir)
 	if err != nil {
 		return fmt.Errorf("copy the mounted files of pod %s to %s: %w", x.pod, dir, err)
 	}
-	x.undo.add("remove "+dir, func(context.Context) error { return removeFiles(dir, copied) })
+	x.undo.add("remove what was copied to "+dir, func(context.Context) error {
+		err := removeFiles(dir, copied)
+		if made {
+			os.Remove(dir) // stays if somebody put something in it
+		}
+		return err
+	})
 	for _, n := range notices {
 		x.warn(n)
 	}
@@ -200,7 +208,7 @@ func removeFiles(dir string, files []string) error {
 			errs = append(errs, err)
 			continue
 		}
-		for up := filepath.Dir(f); strings.HasPrefix(up, dir) && os.Remove(up) == nil; up = filepath.Dir(up) {
+		for up := filepath.Dir(f); up != dir && strings.HasPrefix(up, dir) && os.Remove(up) == nil; up = filepath.Dir(up) {
 		}
 	}
 	return errors.Join(errs...)

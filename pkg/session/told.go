@@ -10,6 +10,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
+	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
 
@@ -68,13 +69,21 @@ func (x *Exchange) status() Status {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	s.Exchange = &ExchangeStatus{
-		Service: x.service.Name, Target: x.target(), Match: x.cfg.Match.String(), Mirror: x.cfg.Mirror,
+		Service: x.service.Name, Target: x.target(), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
 		Requests: x.seen.Requests, Connections: x.seen.Connections, Open: x.seen.Open,
 	}
 	for _, f := range x.forwards {
 		s.Exchange.Forwards = append(s.Exchange.Forwards, ForwardStatus{f.route(), f.Address})
 	}
 	return s
+}
+
+// matchText is "" for everything.
+func matchText(m router.Match) string {
+	if len(m.Headers) == 0 && m.Path == "" {
+		return ""
+	}
+	return m.String()
 }
 
 // podNow asks the shadow for its name: it may have been replaced.
