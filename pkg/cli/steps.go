@@ -56,20 +56,8 @@ func (s *steps) Progress(detail string) {
 	}
 }
 
-// Done ends the step under way well.
+// Done ends the step under way well; one that had nothing to do is not told.
 func (s *steps) Done(result string) { s.end("✓", result) }
-
-// Skip ends the step under way without a word.
-func (s *steps) Skip() {
-	s.mu.Lock()
-	stop, stopped := s.stop, s.stopped
-	s.stop, s.stopped, s.what = nil, nil, ""
-	s.mu.Unlock()
-	if stop != nil {
-		close(stop)
-		<-stopped
-	}
-}
 
 // Fail ends the step under way, if there is one; the error is told elsewhere.
 func (s *steps) Fail() {
@@ -83,10 +71,14 @@ func (s *steps) Fail() {
 
 func (s *steps) end(mark, text string) {
 	s.mu.Lock()
-	since := s.since
+	stop, stopped, since := s.stop, s.stopped, s.since
+	s.stop, s.stopped, s.what = nil, nil, ""
 	s.mu.Unlock()
-	s.Skip()
-	if !s.quiet {
+	if stop != nil {
+		close(stop)
+		<-stopped
+	}
+	if !s.quiet && text != "" {
 		fmt.Fprintf(s.out, "%s %s  %.1fs\n", mark, text, time.Since(since).Seconds())
 	}
 }

@@ -93,11 +93,7 @@ func (c *course) up(ctx context.Context, steps []step) error {
 		if err != nil {
 			return err
 		}
-		if result == "" {
-			c.reporter.Skip()
-		} else {
-			c.reporter.Done(result)
-		}
+		c.reporter.Done(result)
 	}
 	return nil
 }
