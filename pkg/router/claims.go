@@ -31,6 +31,7 @@ type claim struct {
 // life is what became of a claim; the table's lock guards it.
 type life struct {
 	seen        time.Time
+	told        bool // that it is silent, to who waits for changes
 	tired       bool // it did not answer a dial in time, and was not seen since
 	requests    uint64
 	connections uint64
@@ -251,11 +252,13 @@ func (t *claims) look() {
 	defer t.mu.Unlock()
 	now, again := time.Now(), false
 	for _, c := range slices.Clone(t.all) {
-		unseen := now.Sub(c.seen)
-		if t.grace > 0 && unseen > t.grace {
+		if t.grace > 0 && now.Sub(c.seen) > t.grace {
 			t.remove(c)
+			again = true
 		}
-		again = again || unseen > silence
+		if silent := c.silent(now); silent != c.told {
+			c.told, again = silent, true
+		}
 	}
 	if again {
 		t.change()

@@ -246,13 +246,16 @@ func (c *client) awaitAnswer() error {
 }
 
 func (c *client) SetReadDeadline(t time.Time) error {
-	past := !t.IsZero() && time.Until(t) <= 0
-	select {
-	case <-c.aborted:
-	default:
-	}
-	if past {
-		c.aborted <- struct{}{}
+	if past := !t.IsZero() && time.Until(t) <= 0; past {
+		select {
+		case c.aborted <- struct{}{}:
+		default:
+		}
+	} else {
+		select {
+		case <-c.aborted:
+		default:
+		}
 	}
 	return c.Conn.SetReadDeadline(t)
 }

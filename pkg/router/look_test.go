@@ -1,6 +1,7 @@
 package router
 
 import (
+	"bytes"
 	"strings"
 	"testing"
 	"time"
@@ -84,4 +85,31 @@ func FuzzLook(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestGoAway: between frames, in whatever pieces they are written, and not first.
+func TestGoAway(t *testing.T) {
+	settings, data := "\x00\x00\x00\x04\x00\x00\x00\x00\x00", "\x00\x00\x05\x00\x00\x00\x00\x00\x01hello"
+	away := "\x00\x00\x08\x07\x00\x00\x00\x00\x00\x7f\xff\xff\xff\x00\x00\x00\x00"
+	all := settings + data
+	for at := range len(all) + 1 {
+		for piece := 1; piece <= len(all); piece++ {
+			var f frames
+			var got bytes.Buffer
+			left := all
+			for wrote := 0; left != ""; {
+				if wrote >= at && !f.away && !strings.Contains(got.String(), away) {
+					f.goAway(&got)
+				}
+				n := min(piece, len(left))
+				f.write(&got, []byte(left[:n]))
+				left, wrote = left[n:], wrote+n
+			}
+			f.goAway(&got)
+			before, after, ok := strings.Cut(got.String(), away)
+			if !ok || (before != settings && before != all) || before+strings.ReplaceAll(after, away, "") != all {
+				t.Fatalf("asked after %d, in pieces of %d: %q", at, piece, got.String())
+			}
+		}
+	}
 }

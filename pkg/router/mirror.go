@@ -111,13 +111,16 @@ func (all *copies) requests(q *request, req *http.Request) (to []*spool) {
 	for _, m := range q.to.mirrors {
 		again := req.Clone(context.Background())
 		again.Trailer, again.URL.Host = nil, "localhost"+q.route.service()
+		again.Header.Del("Expect")
 		s := all.start(q.ctx, false, func(ctx context.Context, s *spool) {
 			defer q.router.claims.begin(m, &m.requests)(true)
 			if again.Body != nil {
 				again.Body = s
 			}
 			if res, err := m.copies.of(q.http2).RoundTrip(again.WithContext(ctx)); err == nil {
-				io.CopyN(io.Discard, res.Body, behind)
+				if res.StatusCode != http.StatusSwitchingProtocols {
+					io.CopyN(io.Discard, res.Body, behind)
+				}
 				res.Body.Close()
 			}
 		})

@@ -164,6 +164,7 @@ func (r *Router) flow(ctx context.Context, near net.Conn, route *Route) {
 		relay.Abort(near, err)
 		return
 	}
+	to.claim = claim
 	ctx, cancel := context.WithCancel(ctx)
 	defer context.AfterFunc(ctx, func() {
 		near.Close()

@@ -7,9 +7,11 @@ import (
 	"crypto/x509"
 	"errors"
 	"io"
+	"log"
 	"net"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -43,9 +45,10 @@ func TestRawGoesToTheWholeClaim(t *testing.T) {
 	say("bob")
 	claims80(t, r, "bob", refusing{}, Match{})
 	say("original")
-	if s := r.Claims(); s[1].Connections != 1 || s[1].Open != 0 || s[0].Connections != 0 {
-		t.Errorf("%+v", s)
-	}
+	soon(t, "one connection is counted", func() bool {
+		s := r.Claims()
+		return s[1].Connections == 1 && s[1].Open == 0 && s[0].Connections == 0
+	})
 }
 
 func TestSaysNothing(t *testing.T) {
@@ -111,6 +114,7 @@ func TestSlowToSpeak(t *testing.T) {
 func TestTLSPasses(t *testing.T) {
 	s := httptest.NewUnstartedServer(says("original"))
 	s.EnableHTTP2 = true
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	r, at := runs(t, web80(s.Listener.Addr().String()))
@@ -136,10 +140,40 @@ func TestNeverLookedInto(t *testing.T) {
 	}
 }
 
+// TestSaidToBeHTTP: nothing is opened before it is clear for whom; what is no
+// HTTP passes all the same.
+func TestSaidToBeHTTP(t *testing.T) {
+	var opened atomic.Int64
+	r, at := runs(t, Route{Network: "tcp", Port: 80, Protocol: "http", Original: listens(t, func(c *net.TCPConn) {
+		opened.Add(1)
+		io.Copy(c, c)
+	})})
+	claims80(t, r, "ann", &to{address: serves(t, says("ann"))}, Match{Path: "/"})
+	silent, binary := dials(t, at[0]), dials(t, at[0])
+	time.Sleep(2 * hush)
+	if n := opened.Load(); n != 0 {
+		t.Errorf("%d connections were opened for clients that said nothing", n)
+	}
+	io.WriteString(silent, "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+	if got, err := io.ReadAll(silent); !strings.HasSuffix(string(got), "ann") {
+		t.Errorf("read %q, %v", got, err)
+	}
+	io.WriteString(binary, "\x16\x03\x01")
+	binary.CloseWrite()
+	if got, err := io.ReadAll(binary); string(got) != "\x16\x03\x01" {
+		t.Errorf("read %q, %v", got, err)
+	}
+}
+
 func TestRawRefused(t *testing.T) {
 	_, at := runs(t, Route{Network: "tcp", Port: 80, Protocol: "tcp"})
-	if got, err := io.ReadAll(dials(t, at[0])); !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("read %q, %v; want a reset", got, err)
+	c, err := net.Dial("tcp", at[0])
+	if err == nil {
+		defer c.Close()
+		_, err = io.ReadAll(c)
+	}
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("%v, want a reset", err)
 	}
 }
 

@@ -77,7 +77,7 @@ type ClaimStatus struct {
 type Config struct {
 	Routes  []Route
 	Network channel.Network // listens, and dials the originals
-	Grace   time.Duration   // a claim that is not seen for so long is dropped
+	Grace   time.Duration   // a claim that is not seen for so long is dropped; zero: none is
 	Log     *slog.Logger
 }
 
@@ -122,6 +122,7 @@ func (r *Router) Claims() []ClaimStatus { return r.claims.list() }
 // Drain closes the router as the last Drop does, and waits until no connection is
 // open or ctx has ended; it tells how many are. New ones are served by the
 // original meanwhile. Flows of datagrams are not waited for: they have no end.
+// Where ctx has ended already the router is closed, and nothing waited for.
 func (r *Router) Drain(ctx context.Context) (open int) {
 	r.claims.close()
 	return r.streams.wait(ctx)
