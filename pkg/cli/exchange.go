@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -161,6 +162,9 @@ func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error
 	return a.runExchange(c, cfg)
 }
 
+// serviceName is a label of RFC 1035.
+var serviceName = regexp.MustCompile(`^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
 func (a *app) expose(c *cobra.Command, as string, o exchangeOptions) error {
 	cfg, err := o.config()
 	if err != nil {
@@ -176,8 +180,8 @@ func (a *app) expose(c *cobra.Command, as string, o exchangeOptions) error {
 	if found {
 		cfg.To[0].Port = port
 	}
-	if cfg.Expose = name; name == "" {
-		return usage(errors.New("--as is the name of a new Service, as web-preview or web-preview:80"))
+	if cfg.Expose = name; !serviceName.MatchString(name) {
+		return usage(fmt.Errorf("--as is the name of a new Service, as web-preview or web-preview:80, not %q", as))
 	}
 	return a.runExchange(c, cfg)
 }

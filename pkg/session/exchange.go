@@ -138,14 +138,10 @@ func (x *Exchange) checkRights(ctx context.Context) (string, error) {
 
 func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if x.cfg.Expose != "" {
-		x.service, err = exposed(x.cfg.Expose, x.cfg.To)
-	} else {
-		x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target)
+		x.service, x.forwards, err = exposed(x.cfg.Expose, x.cfg.To)
+	} else if x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target); err == nil {
+		x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
 	}
-	if err != nil {
-		return "", err
-	}
-	x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
 	if err != nil {
 		return "", err
 	}
@@ -153,7 +149,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 		x.lookForListeners(ctx)
 	}
 	if x.cfg.Expose != "" {
-		return fmt.Sprintf("svc/%s is free", x.service.Name), nil
+		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
 	return fmt.Sprintf("svc/%s has %s", x.service.Name, portList(x.service.Ports)), nil
 }

@@ -95,8 +95,9 @@ func (f Forward) names(p kube.ServicePort) bool {
 const unprivileged = 20000
 
 // exposed is a Service that does not exist yet, with a port for each Forward.
-func exposed(name string, to []Forward) (*kube.Service, error) {
+func exposed(name string, to []Forward) (*kube.Service, []forwarded, error) {
 	s := &kube.Service{Name: name}
+	var all []forwarded
 	for _, f := range to {
 		port := f.Port
 		if port == "" {
@@ -104,7 +105,7 @@ func exposed(name string, to []Forward) (*kube.Service, error) {
 		}
 		n, err := strconv.ParseUint(port, 10, 16)
 		if err != nil || n == 0 {
-			return nil, fmt.Errorf("a new Service has ports by number, not %q", port)
+			return nil, nil, fmt.Errorf("a new Service has ports by number, not %q", port)
 		}
 		p := kube.ServicePort{Network: "tcp", Port: int(n), Target: int(n)}
 		if f.Network != "" {
@@ -118,11 +119,12 @@ func exposed(name string, to []Forward) (*kube.Service, error) {
 		}
 		p.Name = fmt.Sprintf("%s-%d", p.Network, p.Port)
 		if slices.ContainsFunc(s.Ports, func(o kube.ServicePort) bool { return routeName(o) == routeName(p) }) {
-			return nil, fmt.Errorf("port %s is given twice", portWord(p))
+			return nil, nil, fmt.Errorf("port %s is given twice", portWord(p))
 		}
 		s.Ports = append(s.Ports, p)
+		all = append(all, forwarded{f, p})
 	}
-	return s, nil
+	return s, all, nil
 }
 
 func portWord(p kube.ServicePort) string {

@@ -20,7 +20,7 @@ import (
 type Reporter interface {
 	Begin(step string)
 	Progress(detail string) // what the step under way waits for
-	Done(result string) // "": there was nothing to do
+	Done(result string)     // "": there was nothing to do
 	Say(line string)
 	Warn(line string) // what works less well than it could
 }
