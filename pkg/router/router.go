@@ -5,11 +5,15 @@
 // what is not understood, and what a laptop does not answer for in time goes to the
 // original, untouched.
 //
+// Where the Service is put back, nobody is cut off: clients are asked to connect
+// anew, each in the words of its protocol, and reach the original by themselves.
+//
 // # The way of a connection
 //
 //	router.go   a listener for each route; what is asked of the router from outside
-//	claims.go   who takes it: pure decisions over a table of claims
+//	client.go   the connection, as far as both HTTP and the rest need it
 //	look.go     the first bytes: HTTP/1, HTTP/2, or nothing that we read
+//	claims.go   who takes it: pure decisions over a table of claims, and match.go
 //	raw.go      bytes of a connection nobody looks into, and datagrams
 //	http.go     requests, one by one
 //	mirror.go   copies that nobody waits for
@@ -19,8 +23,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"github.com/culvert-dev/culvert/pkg/relay"
-	"golang.org/x/sync/errgroup"
 	"log/slog"
 	"net"
 	"slices"
@@ -29,7 +31,10 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
 // ErrClosing answers a claim that comes while the Service is being put back.
@@ -51,7 +56,7 @@ type Route struct {
 	Port     int    // the Service's port: claims name a route "tcp/80"
 	Listen   string // where its connections arrive, ":8080"
 	Original string // where they went before, "10.96.3.4:80"; empty: nowhere, and what no claim takes is refused
-	Protocol string // empty: told by the first bytes; "http": as they also would, without the wait; "tcp": never looked into
+	Protocol string // empty: told by the first bytes; "http": likewise, but the client speaks first; "tcp": never looked into
 }
 
 // A Claim asks for the traffic of some routes, or for what of it matches.
