@@ -218,8 +218,32 @@ func (x *Exchange) claim(ctx context.Context) (string, error) {
 	if err := x.settle(ctx); err != nil {
 		return "", err
 	}
+	x.awaitProxies(ctx)
 	return "traffic comes here", x.holdOn()
 }
+
+// awaitProxies waits, a little, until a new Service leads to the router at least
+// from the router's own node: kube-proxy writes its rules once a second.
+func (x *Exchange) awaitProxies(ctx context.Context) {
+	if x.cfg.Expose == "" {
+		return // the original pods answer until then
+	}
+	ctx, cancel := context.WithTimeout(ctx, proxiesLimit)
+	defer cancel()
+	for _, p := range x.service.Ports {
+		address := fmt.Sprintf("%s:%d", x.service.Name, p.Port)
+		for p.Network == "tcp" && ctx.Err() == nil {
+			c, err := x.keep.DialContext(ctx, "tcp", address)
+			if err == nil {
+				c.Close()
+				break
+			}
+			_ = pause(ctx, 100*time.Millisecond)
+		}
+	}
+}
+
+const proxiesLimit = 5 * time.Second
 
 // holdOn keeps the claim until release, or until it is lost.
 func (x *Exchange) holdOn() error {
