@@ -366,7 +366,6 @@ env:
 - {name: OPT, valueFrom: {secretKeyRef: {name: keys, key: none, optional: true}}}
 - {name: NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
 - {name: UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
-- {name: LABELS, valueFrom: {fieldRef: {fieldPath: metadata.labels}}}
 - {name: LABEL, valueFrom: {fieldRef: {fieldPath: "metadata.labels['tier']"}}}
 - {name: NOTE, valueFrom: {fieldRef: {fieldPath: "metadata.annotations['note']"}}}
 - {name: NODE, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
@@ -391,7 +390,7 @@ volumeMounts:
 
 const tellerVolumes = `
 - name: config
-  configMap: {name: settings, items: [{key: app.conf, path: app.conf}, {key: blob, path: deep/blob, mode: 0600}, {key: LEVEL, path: subdigit/level}]}
+  configMap: {name: settings, items: [{key: app.conf, path: app.conf}, {key: blob, path: deep/blob, mode: 0444}, {key: LEVEL, path: subdigit/level}]}
 - {name: keys, secret: {secretName: keys, defaultMode: 0444}}
 - name: all
   projected:
@@ -460,7 +459,9 @@ func said(t *testing.T, c *Cluster) map[string]string {
 		for line := range strings.Lines(string(text)) {
 			key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
 			data, err := base64.StdEncoding.DecodeString(value)
-			must(t, err)
+			if err != nil {
+				t.Fatalf("%s%v", text, err)
+			}
 			words[key] = string(data)
 		}
 		return words
@@ -546,7 +547,7 @@ func TestLiveEnvironmentRights(t *testing.T) {
 		copied, notices, err := test.c.CopyVolumes(t.Context(), "web", "app", filepath.Join(t.TempDir(), "m"))
 		must(t, err)
 		t.Logf("%s, volumes: %d files\n%s", test.name, len(copied), joined(notices))
-		if test.name == "edit" && len(notices) > 0 {
+		if test.name == "edit" && (len(notices) != 1 || !strings.Contains(notices[0], "node")) {
 			t.Error("the role edit does not suffice for the volumes")
 		}
 		if test.name == "only pods" && len(notices) == 0 {

@@ -220,10 +220,9 @@ func partOf(contents map[string]file, sub string) map[string]file {
 func (v *podView) subPath(t *tree, m corev1.VolumeMount) string {
 	sub := m.SubPath
 	if m.SubPathExpr != "" {
-		e := v.environment()
-		sub = expand(m.SubPathExpr, e.values)
-		for _, line := range e.notices {
-			t.note("%s", line)
+		sub = expand(m.SubPathExpr, v.environment().values)
+		if strings.Contains(sub, "$(") {
+			t.note("%s at %s holds a variable that is not known", m.SubPathExpr, m.MountPath)
 		}
 	}
 	return path.Clean(sub)
