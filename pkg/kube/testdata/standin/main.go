@@ -1,6 +1,9 @@
 // Standin answers in the place of the shadow: the same flags, the same upgrade,
 // the same end. After the upgrade the first byte says what follows: 'e' what
 // comes is sent back, 's' it is swallowed, 'g' zeros come without end.
+//
+// As a router it hands HTTP requests on to the original, if there is one, and
+// marks the answers. With -answer it is such an original.
 package main
 
 import (
@@ -12,7 +15,10 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httputil"
+	"net/url"
 	"os"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -23,7 +29,15 @@ func main() {
 	grace := flag.Duration("grace", time.Minute, "")
 	lease := flag.String("lease", "", "")
 	namespace := flag.String("namespace", "", "")
+	flag.String("service", "", "")
+	flag.String("selector", "", "")
+	answers := flag.String("answer", "", "")
+	var routes []string
+	flag.Func("route", "", func(text string) error { routes = append(routes, text); return nil })
 	flag.Parse()
+	if *answers != "" {
+		log.Fatal(http.ListenAndServe(*answers, http.HandlerFunc(answer)))
+	}
 	for _, name := range []string{"host_key", "authorized_key"} {
 		text, err := os.ReadFile(*keys + "/" + name)
 		if err != nil || string(text) == "crash" {
@@ -48,6 +62,9 @@ func main() {
 		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: culvert-ssh\r\n\r\n")
 		serve(conn, buf)
 	})
+	for _, text := range routes {
+		go route(text)
+	}
 	go func() { log.Fatal(http.ListenAndServe(*listen, nil)) }()
 	for range time.Tick(time.Second) {
 		if open.Load() == 0 && time.Since(start)-time.Duration(last.Load()) > *grace {
@@ -99,4 +116,33 @@ func end(namespace, lease string) {
 	}
 	log.Print(resp.Status)
 	resp.Body.Close()
+}
+
+func answer(w http.ResponseWriter, r *http.Request) {
+	name, _ := os.Hostname()
+	fmt.Fprint(w, name)
+}
+
+func route(text string) {
+	set := map[string]string{}
+	name, rest, _ := strings.Cut(text, ",")
+	for _, part := range strings.Split(rest, ",") {
+		key, value, _ := strings.Cut(part, "=")
+		set[key] = value
+	}
+	if strings.HasPrefix(name, "udp/") {
+		_, err := net.ListenPacket("udp", set["listen"])
+		if err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
+	var next http.Handler = http.HandlerFunc(answer)
+	if original := set["original"]; original != "" {
+		next = httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: original})
+	}
+	log.Fatal(http.ListenAndServe(set["listen"], http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Routed", name)
+		next.ServeHTTP(w, r)
+	})))
 }
