@@ -28,6 +28,8 @@ func main() {
 	flag.Var((*routes)(&cfg.Routes), "route", "`port` of a Service to stand in for: tcp/80,listen=:8080,original=10.96.1.2:80,protocol=http (repeatable)")
 	service := flag.String("service", "", "`name` of that Service, to be put back before the Lease is deleted")
 	selector := flag.String("selector", "", "`labels` that it selected its pods by: app=web,tier=front")
+	workload := flag.String("workload", "", "`resource/name` of what was scaled to nothing, to be put back before the Service: deployments/web")
+	flag.StringVar(&cfg.For, "for", "", "`claim` that it was scaled for: without this it is put back as well")
 	only := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *only {
@@ -44,6 +46,9 @@ func main() {
 			os.Exit(2)
 		}
 		cfg.Service = heal.Service{Namespace: *namespace, Name: *service, Session: session(*lease), Selector: labels}
+	}
+	if resource, name, ok := strings.Cut(*workload, "/"); ok {
+		cfg.Workload = heal.Workload{Namespace: *namespace, Resource: resource, Name: name, Session: session(*lease)}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()

@@ -40,9 +40,10 @@ type Cleaned struct {
 type judged struct {
 	Cleaned
 	id
-	lease    *coordv1.Lease // as seen first
-	watch    *watched
-	services []string // whose traffic it took
+	lease     *coordv1.Lease // as seen first
+	watch     *watched
+	services  []string   // whose traffic it took
+	workloads []Workload // that it scaled to nothing
 }
 
 const (
@@ -59,8 +60,8 @@ const (
 // machine, when it has no root any more, or when its Lease did not change
 // while we looked on for as long as the Lease lasts: so it takes that long, at
 // the most, and no two clocks are compared. It returns as soon as every
-// session is decided. A Service that a dead session took gets its own pods back
-// before anything is removed.
+// session is decided. What a dead session took is given back before anything is
+// removed: a workload its pods, and a Service its own pods.
 func (c *Cluster) Clean(ctx context.Context, cfg CleanConfig) ([]Cleaned, error) {
 	if cfg.Progress == nil {
 		cfg.Progress = func(string) {}
@@ -94,6 +95,10 @@ func (c *Cluster) openCases(ctx context.Context, namespace string) ([]*judged, e
 	if err != nil {
 		return nil, err
 	}
+	emptied, err := c.takenWorkloads(ctx, namespace)
+	if err != nil {
+		return nil, err
+	}
 	roots, err := c.roots(ctx, namespace)
 	if err != nil {
 		return nil, err
@@ -113,6 +118,12 @@ func (c *Cluster) openCases(ctx context.Context, namespace string) ([]*judged, e
 		for _, name := range services {
 			j := add(key, "selector of service/"+name)
 			j.services = append(j.services, name)
+		}
+	}
+	for key, workloads := range emptied {
+		for _, w := range workloads {
+			j := add(key, "replicas of "+w.String())
+			j.workloads = append(j.workloads, w.Workload)
 		}
 	}
 	var cases []*judged
@@ -288,7 +299,7 @@ func (j *judged) renewed() { j.Living, j.Why = true, "its lease was renewed at t
 
 // giveBack restores what the session took, unless it is being renewed.
 func (c *Cluster) giveBack(ctx context.Context, j *judged) (renewed bool, err error) {
-	if len(j.services) == 0 {
+	if len(j.services)+len(j.workloads) == 0 {
 		return false, nil
 	}
 	if j.lease != nil {
@@ -299,6 +310,11 @@ func (c *Cluster) giveBack(ctx context.Context, j *judged) (renewed bool, err er
 		}
 		if err != nil && !apierrors.IsNotFound(err) {
 			return false, fmt.Errorf("get lease %s in namespace %s: %w", j.lease.Name, j.Namespace, sorted(err))
+		}
+	}
+	for _, w := range j.workloads {
+		if _, err := c.restoreWorkload(ctx, j.Namespace, w, j.Name); err != nil {
+			return false, fmt.Errorf("%w: %w", ErrLeft, err)
 		}
 	}
 	original, err := c.siblingSelector(ctx, j.Namespace, j.Name)

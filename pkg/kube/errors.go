@@ -29,6 +29,7 @@ var (
 	ErrNoPorts    = errors.New("the service has no ports that can be carried")
 	ErrSeveral    = errors.New("several services lead there")
 	ErrExchanged  = errors.New("the service is exchanged already")
+	ErrNoWorkload = errors.New("its pods are not those of one deployment or statefulset")
 )
 
 // sorted gives err the sentinel that belongs to it. The words of a credential
@@ -49,7 +50,7 @@ func sorted(err error) error {
 
 func hasSentinel(err error) bool {
 	for _, s := range []error{ErrKubeconfig, ErrContext, ErrUnreachable, ErrUnauthorized, ErrForbidden, ErrNamespace, ErrGone, ErrLeft,
-		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged} {
+		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged, ErrNoWorkload} {
 		if errors.Is(err, s) {
 			return true
 		}

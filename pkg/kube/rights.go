@@ -33,6 +33,7 @@ type Need string
 const (
 	Connect  Need = "connect"
 	Exchange Need = "exchange" // and to expose
+	Scale    Need = "scale"    // the original to nothing, while it is exchanged
 )
 
 // Rights are what the user may do, as far as the need asks for it.
@@ -149,6 +150,14 @@ func exchangeRights() []right {
 	}
 }
 
+// scaleRights are those beside exchangeRights.
+func scaleRights() []right {
+	return []right{
+		{group: "apps", resource: "deployments", verbs: []string{"get", "list", "patch"}, purpose: always},
+		{group: "apps", resource: "statefulsets", verbs: []string{"get", "list", "patch"}, purpose: always},
+	}
+}
+
 // rightsFor are those of all the needs; no need is that of connecting.
 func rightsFor(needs []Need) []right {
 	var all []right
@@ -157,6 +166,9 @@ func rightsFor(needs []Need) []right {
 	}
 	if slices.Contains(needs, Exchange) {
 		all = append(all, exchangeRights()...)
+	}
+	if slices.Contains(needs, Scale) {
+		all = append(all, scaleRights()...)
 	}
 	return all
 }
@@ -350,6 +362,9 @@ func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 	}
 	if slices.Contains(needs, Exchange) {
 		files = append(files, "rbac-exchange.yaml")
+	}
+	if slices.Contains(needs, Scale) {
+		files = append(files, "rbac-scale.yaml")
 	}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")

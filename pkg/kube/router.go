@@ -27,6 +27,9 @@ type RouterConfig struct {
 	Service *Service // whose traffic is exchanged, or nil
 	Expose  *Expose  // the Service that is made, or nil
 
+	Workload *Workload // that is scaled to nothing meanwhile, or nil
+	Claim    string    // for whom: it is scaled up as soon as this claim is dropped
+
 	ClientKey  []byte // the private key of AuthorizedKey, and
 	HostPublic []byte // the public key of HostKey: for who joins
 
@@ -100,6 +103,7 @@ func (c *Cluster) openRouter(ctx context.Context, session string, way Way, right
 	}
 	s := c.NewShadow(ShadowConfig{Session: session, Way: way}, rights)
 	s.router, s.joined, s.mode = true, true, c.routerMode(ctx, name)
+	s.workload = parseWorkload(lease.Annotations[annWorkload])
 	if s.service = lease.Annotations[annService]; s.service != "" {
 		s.original, err = c.siblingSelector(ctx, c.Namespace, session)
 	}
@@ -139,6 +143,12 @@ func (o *objects) route(cfg ShadowConfig, words map[string]string, holder Holder
 	o.role.Rules = append(o.role.Rules, rbacv1.PolicyRule{
 		APIGroups: []string{""}, Resources: []string{"services"}, ResourceNames: []string{r.Service.Name}, Verbs: []string{"get", "patch"},
 	})
+	if r.Workload != nil {
+		o.lease.Annotations[annWorkload] = r.Workload.String()
+		o.role.Rules = append(o.role.Rules, rbacv1.PolicyRule{
+			APIGroups: []string{"apps"}, Resources: []string{r.Workload.resource()}, ResourceNames: []string{r.Workload.Name}, Verbs: []string{"get", "patch"},
+		})
+	}
 	if err := decode("sibling.yaml", words, &o.sibling); err != nil {
 		return err
 	}
@@ -234,6 +244,9 @@ func (o *objects) lead(r *RouterConfig, heals bool, original string) {
 	}
 	if heals && r.Service != nil {
 		container.Args = append(container.Args, "--service="+r.Service.Name, "--selector="+labels.FormatLabels(r.Service.Selector))
+		if r.Workload != nil {
+			container.Args = append(container.Args, "--workload="+r.Workload.resource()+"/"+r.Workload.Name, "--for="+r.Claim)
+		}
 	}
 }
 

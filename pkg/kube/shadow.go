@@ -43,6 +43,9 @@ type Shadow struct {
 	joined   bool              // somebody else made it
 	service  string            // whose traffic the router takes
 	original map[string]string // that Service's own selector
+
+	workload    *Workload // what the router stands in for, if that is scaled to nothing
+	readyBefore int       // of its pods
 }
 
 // shadowID is the user and the group of the manifests, and of the image.
@@ -69,7 +72,7 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 			s.mode = ByBareDeployment
 		}
 		if r.Service != nil {
-			s.service, s.original = r.Service.Name, r.Service.Selector
+			s.service, s.original, s.workload = r.Service.Name, r.Service.Selector, r.Workload
 		}
 	}
 	s.ways.order = rights.Ways

@@ -62,6 +62,9 @@ func (s *Shadow) putBack(ctx context.Context) bool {
 	if s.router == nil || s.cfg.Service == nil {
 		return true
 	}
+	if s.cfg.Workload != nil && !s.heal(ctx, s.cfg.Workload.Restore) {
+		return false
+	}
 	if !s.heal(ctx, s.cfg.Service.Restore) {
 		return false
 	}

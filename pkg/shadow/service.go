@@ -14,6 +14,11 @@ type Service interface {
 	Restore(ctx context.Context) error // nil, too, where there is nothing of ours
 }
 
+// A Workload is what a router stands in for, and was scaled to nothing.
+type Workload interface {
+	Restore(ctx context.Context) error // nil, too, where there is nothing of ours
+}
+
 const lookEvery = 3 * time.Second
 
 // serviceState is what was last seen of the Service.
@@ -57,6 +62,7 @@ func (s *Shadow) watch(ctx context.Context) error {
 	defer t.Stop()
 	for {
 		s.look(ctx)
+		s.refill(ctx)
 		select {
 		case <-t.C:
 		case <-s.service.again:
@@ -84,4 +90,25 @@ func (s *Shadow) look(ctx context.Context) {
 	} else {
 		s.cfg.Log.Info("service", "state", state)
 	}
+}
+
+// refill puts the workload back if who had it scaled to nothing is silent for too
+// long, while others still hold the router: they did not ask for that.
+func (s *Shadow) refill(ctx context.Context) {
+	if s.cfg.Workload == nil {
+		return
+	}
+	for _, c := range s.router.Claims() {
+		if c.ID == s.cfg.For && !c.Silent {
+			s.claimed.beat()
+		}
+	}
+	if s.claimed.silence() < s.cfg.Grace {
+		return
+	}
+	if err := s.cfg.Workload.Restore(ctx); err != nil {
+		s.cfg.Log.Warn("workload not put back, trying again", "err", err, "wait", lookEvery)
+		return
+	}
+	s.claimed.beat() // not at every look
 }

@@ -76,6 +76,12 @@ type Config struct {
 	// and put back after Grace, before Heal.
 	Service Service
 
+	// Workload, if set, made room for the router on behalf of the claim For. It is
+	// put back before the Service, and already when that claim has been silent for
+	// Grace, whoever else holds the router.
+	Workload Workload
+	For      string
+
 	Network channel.Network // nil: the pod's own, a channel.Host
 	Log     *slog.Logger
 }
@@ -89,6 +95,7 @@ type Shadow struct {
 	router  *router.Router // nil without Routes
 	arrival *arrivals      // of its connections
 	service serviceState
+	claimed *pulse        // of the claim For
 	leaving atomic.Bool   // it was told to end
 	retry   time.Duration // the first one; tests have no time
 	bound   chan net.Addr // gets the listener's address
@@ -105,7 +112,7 @@ func New(cfg Config) *Shadow {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Shadow{cfg: cfg, pulse: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1)}
+	s := &Shadow{cfg: cfg, pulse: newPulse(), claimed: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1)}
 	s.network = newNetwork(cfg.Network, readResolvConf("/etc/resolv.conf"), len(cfg.Routes) > 0)
 	s.service.again = make(chan struct{}, 1)
 	if len(cfg.Routes) > 0 {

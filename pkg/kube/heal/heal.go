@@ -1,8 +1,8 @@
 // Package heal is what the shadow says to the API server: it puts the Service
-// back whose traffic it took, and removes its session. It is apart from package
-// kube, and written with net/http alone, so that the shadow's image stays a
-// fifth of what client-go would make it. What puts a Service back is decided
-// here for both sides, by Judge.
+// back whose traffic it took, and the workload that it stands in for, and
+// removes its session. It is apart from package kube, and written with net/http
+// alone, so that the shadow's image stays a fifth of what client-go would make
+// it. What puts things back is decided here for both sides, by Judge and Refill.
 package heal
 
 import (

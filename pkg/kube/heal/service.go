@@ -52,17 +52,26 @@ func (s Service) look(ctx context.Context, api server) (string, error) {
 }
 
 func (s Service) restore(ctx context.Context, api server) error {
+	if err := repeated(func() error { return s.restoreOnce(ctx, api) }); err != nil {
+		return fmt.Errorf("restore service %s: %w", s.Name, err)
+	}
+	return nil
+}
+
+// repeated tries again as long as somebody else came in between. What is not
+// there needs nothing.
+func repeated(try func() error) error {
 	var err error
 	for range patchTries {
-		err = s.restoreOnce(ctx, api)
+		err = try()
 		if !isStatus(err, http.StatusConflict) && !isStatus(err, http.StatusUnprocessableEntity) {
 			break
 		}
 	}
-	if err == nil || isStatus(err, http.StatusNotFound) {
+	if isStatus(err, http.StatusNotFound) {
 		return nil
 	}
-	return fmt.Errorf("restore service %s: %w", s.Name, err)
+	return err
 }
 
 func (s Service) restoreOnce(ctx context.Context, api server) error {

@@ -1,0 +1,378 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
+)
+
+// A Workload is what makes the pods behind a Service, where that is one thing.
+// For the time of an exchange it can be scaled to nothing: see Shadow.ScaleDown.
+type Workload struct {
+	Kind, Name string   // Kind: "deployment" or "statefulset"
+	Replicas   int      // that are asked for
+	Others     []string // further Services that lead to its pods, and to nothing meanwhile
+}
+
+func (w *Workload) String() string { return w.Kind + "/" + w.Name }
+
+// resource is the kind as the API server calls it.
+func (w *Workload) resource() string { return w.Kind + "s" }
+
+// annWorkload is on the Lease of a router: what it stands in for, "deployment/web".
+const annWorkload = "culvert.dev/workload"
+
+// readyLimit is how long pods may take to be ready before the exchange goes back
+// to what there is of them.
+const readyLimit = 60 * time.Second
+
+// liveWorkload is a workload as it is now.
+type liveWorkload struct {
+	Workload
+	namespace string
+	live      heal.LiveWorkload
+	selector  *metav1.LabelSelector
+	template  corev1.PodTemplateSpec
+	ready     int
+	seen      bool // its controller knows of its last change
+}
+
+func fromDeployment(d *appsv1.Deployment) liveWorkload {
+	n := int(replicas(d.Spec.Replicas))
+	return liveWorkload{
+		Workload{Kind: "deployment", Name: d.Name, Replicas: n}, d.Namespace, heal.LiveWorkload{ResourceVersion: d.ResourceVersion, Labels: d.Labels, Replicas: n},
+		d.Spec.Selector, d.Spec.Template, int(d.Status.ReadyReplicas), d.Status.ObservedGeneration >= d.Generation,
+	}
+}
+
+func fromStatefulSet(s *appsv1.StatefulSet) liveWorkload {
+	n := int(replicas(s.Spec.Replicas))
+	return liveWorkload{
+		Workload{Kind: "statefulset", Name: s.Name, Replicas: n}, s.Namespace, heal.LiveWorkload{ResourceVersion: s.ResourceVersion, Labels: s.Labels, Replicas: n},
+		s.Spec.Selector, s.Spec.Template, int(s.Status.ReadyReplicas), s.Status.ObservedGeneration >= s.Generation,
+	}
+}
+
+func replicas(n *int32) int32 {
+	if n == nil {
+		return 1
+	}
+	return *n
+}
+
+// FindWorkload finds what makes the pods behind a Service, if all of them are
+// made by the same Deployment or StatefulSet: ErrNoWorkload if not. ErrExchanged
+// is that somebody has scaled it to nothing already. It changes nothing.
+func (c *Cluster) FindWorkload(ctx context.Context, s *Service) (*Workload, error) {
+	w, err := c.findWorkload(ctx, s)
+	if err != nil {
+		return nil, fmt.Errorf("find the workload of service %s in namespace %s: %w", s.Name, c.Namespace, sorted(err))
+	}
+	return w, nil
+}
+
+func (c *Cluster) findWorkload(ctx context.Context, s *Service) (*Workload, error) {
+	all, err := c.workloads(ctx, c.Namespace, "")
+	if err != nil {
+		return nil, err
+	}
+	own := labels.SelectorFromSet(s.Selector)
+	all = slices.DeleteFunc(all, func(w liveWorkload) bool { return s.Exposed || !own.Matches(labels.Set(w.template.Labels)) })
+	if len(all) != 1 {
+		var names []string
+		for _, w := range all {
+			names = append(names, w.String())
+		}
+		return nil, fmt.Errorf("%w: there are %d: %s", ErrNoWorkload, len(all), strings.Join(names, ", "))
+	}
+	w := all[0]
+	if session := w.live.Labels[heal.WorkloadLabel]; session != "" {
+		return nil, heldBy(&w)
+	}
+	if w.Replicas == 0 {
+		return nil, fmt.Errorf("%w: %s has no replicas", ErrNoWorkload, &w)
+	}
+	if err := c.onlyOf(ctx, s, w); err != nil {
+		return nil, err
+	}
+	w.Others, err = c.alsoLeading(ctx, s, w)
+	return &w.Workload, err
+}
+
+func heldBy(w *liveWorkload) error {
+	return fmt.Errorf("%w: %s was scaled down by %s, session %s", ErrExchanged, w, w.live.Labels[heal.OwnerLabel], w.live.Labels[heal.WorkloadLabel])
+}
+
+// onlyOf looks for a pod behind the Service that another thing made.
+func (c *Cluster) onlyOf(ctx context.Context, s *Service, w liveWorkload) error {
+	selector, err := metav1.LabelSelectorAsSelector(w.selector)
+	if err != nil {
+		return err
+	}
+	pods, err := c.podsOf(ctx, s.Selector)
+	if err != nil {
+		return err
+	}
+	for _, p := range pods {
+		if p.DeletionTimestamp == nil && (metav1.GetControllerOf(&p) == nil || !selector.Matches(labels.Set(p.Labels))) {
+			return fmt.Errorf("%w: pod %s is not of %s", ErrNoWorkload, p.Name, &w)
+		}
+	}
+	return nil
+}
+
+// alsoLeading are other Services in front of the same pods.
+func (c *Cluster) alsoLeading(ctx context.Context, s *Service, w liveWorkload) ([]string, error) {
+	list, err := c.client.CoreV1().Services(c.Namespace).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, o := range list.Items {
+		takes := len(o.Spec.Selector) > 0 && labels.SelectorFromSet(o.Spec.Selector).Matches(labels.Set(w.template.Labels))
+		if takes && o.Name != s.Name && o.Labels[labelManaged] != managed {
+			names = append(names, o.Name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// workloads are those of a namespace, or of all (""), that bear a label, if one
+// is given.
+func (c *Cluster) workloads(ctx context.Context, namespace, label string) ([]liveWorkload, error) {
+	opts := metav1.ListOptions{LabelSelector: label}
+	deployments, err := c.client.AppsV1().Deployments(namespace).List(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	sets, err := c.client.AppsV1().StatefulSets(namespace).List(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	var all []liveWorkload
+	for i := range deployments.Items {
+		if deployments.Items[i].Labels[labelManaged] != managed {
+			all = append(all, fromDeployment(&deployments.Items[i]))
+		}
+	}
+	for i := range sets.Items {
+		all = append(all, fromStatefulSet(&sets.Items[i]))
+	}
+	return all, nil
+}
+
+func (c *Cluster) getWorkload(ctx context.Context, namespace string, w Workload) (liveWorkload, error) {
+	if w.Kind == "statefulset" {
+		s, err := c.client.AppsV1().StatefulSets(namespace).Get(ctx, w.Name, metav1.GetOptions{})
+		if err != nil {
+			return liveWorkload{}, err
+		}
+		return fromStatefulSet(s), nil
+	}
+	d, err := c.client.AppsV1().Deployments(namespace).Get(ctx, w.Name, metav1.GetOptions{})
+	if err != nil {
+		return liveWorkload{}, err
+	}
+	return fromDeployment(d), nil
+}
+
+func (c *Cluster) patchWorkload(ctx context.Context, namespace string, w Workload, ops []heal.Op) error {
+	patch, err := json.Marshal(ops)
+	if err != nil {
+		return err
+	}
+	call, cancel := callContext(ctx)
+	defer cancel()
+	opts := metav1.PatchOptions{FieldManager: managed}
+	if w.Kind == "statefulset" {
+		_, err = c.client.AppsV1().StatefulSets(namespace).Patch(call, w.Name, types.JSONPatchType, patch, opts)
+	} else {
+		_, err = c.client.AppsV1().Deployments(namespace).Patch(call, w.Name, types.JSONPatchType, patch, opts)
+	}
+	return err
+}
+
+// ScaleDown scales the workload that the router stands in for to nothing, and
+// waits until its last pod is gone, however long that takes: what must not meet
+// the original must not meet the rest of it. The Service must lead to the router
+// by then. Done again it changes nothing, also if somebody scaled the workload
+// up meanwhile.
+func (s *Shadow) ScaleDown(ctx context.Context, progress func(string)) error {
+	if s.workload == nil {
+		return nil
+	}
+	err := s.scaleDown(ctx, progress)
+	if err != nil {
+		return fmt.Errorf("scale %s in namespace %s down: %w", s.workload, s.cluster.Namespace, sorted(err))
+	}
+	return nil
+}
+
+func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
+	var live liveWorkload
+	var err error
+	for range swapTries {
+		if live, err = s.scaleDownOnce(ctx); !conflicts(err) {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	selector, err := metav1.LabelSelectorAsSelector(live.selector)
+	if err != nil {
+		return err
+	}
+	for said := ""; ; {
+		left, err := s.cluster.podsMade(ctx, selector)
+		if err != nil || len(left) == 0 {
+			return err
+		}
+		if now, err := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload); err != nil || now.Replicas > 0 {
+			return err // somebody scaled it up, or it is gone
+		}
+		if words := "waiting for the end of " + strings.Join(left, ", "); words != said {
+			progress(words)
+			said = words
+		}
+		if err := pause(ctx, 200*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// podsMade are those that a selector takes and a controller made.
+func (c *Cluster) podsMade(ctx context.Context, selector labels.Selector) ([]string, error) {
+	list, err := c.client.CoreV1().Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: selector.String()})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, p := range list.Items {
+		over := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
+		if metav1.GetControllerOf(&p) != nil && !over {
+			names = append(names, p.Name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+func (s *Shadow) scaleDownOnce(ctx context.Context) (liveWorkload, error) {
+	live, err := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload)
+	if apierrors.IsNotFound(err) {
+		return live, fmt.Errorf("%w: %w", ErrNoTarget, err)
+	}
+	if err != nil {
+		return live, err
+	}
+	switch session := live.live.Labels[heal.WorkloadLabel]; {
+	case session == s.cfg.Session:
+		return live, nil
+	case session != "":
+		return live, heldBy(&live)
+	case live.Replicas == 0:
+		return live, nil // somebody else's will, not to be undone by us
+	}
+	s.readyBefore = live.ready
+	return live, s.cluster.patchWorkload(ctx, s.cluster.Namespace, *s.workload, heal.Empty(live.live, s.cfg.Session, labelValue(s.holder.Owner())))
+}
+
+// ScaleUp gives the workload its pods again, and waits until as many are ready as
+// were before, but not for long. It may be called at any time and more than once.
+func (s *Shadow) ScaleUp(ctx context.Context, progress func(string)) error {
+	if s.workload == nil {
+		return nil
+	}
+	changed, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session)
+	if changed && err == nil {
+		s.awaitPods(ctx, progress)
+	}
+	return err
+}
+
+func (s *Shadow) awaitPods(ctx context.Context, progress func(string)) {
+	ctx, cancel := context.WithTimeout(ctx, readyLimit)
+	defer cancel()
+	for said := ""; ; {
+		live, err := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload)
+		want := live.Replicas
+		if s.readyBefore > 0 {
+			want = min(want, s.readyBefore)
+		}
+		if apierrors.IsNotFound(err) || err == nil && live.seen && live.ready >= want {
+			return
+		}
+		if words := fmt.Sprintf("waiting for the pods of %s: %d of %d are ready", s.workload, live.ready, want); err == nil && words != said {
+			progress(words)
+			said = words
+		}
+		if pause(ctx, 200*time.Millisecond) != nil {
+			return
+		}
+	}
+}
+
+// restoreWorkload puts back what a session scaled to nothing.
+func (c *Cluster) restoreWorkload(ctx context.Context, namespace string, w Workload, session string) (changed bool, err error) {
+	for range swapTries {
+		var live liveWorkload
+		live, err = c.getWorkload(ctx, namespace, w)
+		if err != nil {
+			break
+		}
+		ops := heal.Refill(live.live, session)
+		if ops == nil {
+			return false, nil
+		}
+		if err = c.patchWorkload(ctx, namespace, w, ops); !conflicts(err) {
+			break
+		}
+	}
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("scale %s in namespace %s up again: %w", &w, namespace, sorted(err))
+	}
+	return true, nil
+}
+
+// parseWorkload reads the annotation of a Lease.
+func parseWorkload(text string) *Workload {
+	kind, name, ok := strings.Cut(text, "/")
+	if !ok {
+		return nil
+	}
+	return &Workload{Kind: kind, Name: name}
+}
+
+// takenWorkloads are those that were scaled to nothing, by session. Who may not
+// list workloads has scaled none.
+func (c *Cluster) takenWorkloads(ctx context.Context, namespace string) (map[id][]liveWorkload, error) {
+	all, err := c.workloads(ctx, namespace, heal.WorkloadLabel)
+	if err != nil && !apierrors.IsForbidden(err) {
+		return nil, fmt.Errorf("look for workloads that were scaled down: %w", sorted(err))
+	}
+	taken := map[id][]liveWorkload{}
+	for _, w := range all {
+		if session := w.live.Labels[heal.WorkloadLabel]; sessionName.MatchString(session) {
+			key := id{w.namespace, session}
+			taken[key] = append(taken[key], w)
+		}
+	}
+	return taken, nil
+}
