@@ -186,7 +186,7 @@ func TestRemoveVolumes(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(dir, "v", "mode"), []byte("changed"), 0o600))
 	must(t, RemoveVolumes(dir))
 	must(t, RemoveVolumes(dir)) // nothing is left to do
-	if got := listed(t, dir); got != "600 v/mode=changed\n" {
+	if got := listed(t, dir); got != "644 v/mode=changed\n" {
 		t.Errorf("left:\n%s", got)
 	}
 	must(t, RemoveVolumes(filepath.Join(dir, "none")))
