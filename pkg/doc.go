@@ -5,7 +5,8 @@
 //
 // A channel.Network dials and listens. This machine is one; what the far end of
 // a wire serves is another. To connect is to dial, on the far Network, every
-// flow that comes out of the TUN.
+// flow that comes out of the TUN; to exchange is to listen on the far Network and
+// to dial on this machine.
 //
 // # Rooms, from the top
 //
@@ -14,6 +15,7 @@
 //	session                      what a verb does: parts put together, run, undone
 //	shadow      privileged       the far end in the pod; the root child on the laptop
 //	kube        kube/heal        all that is said to the API server, from each side
+//	router                       which laptop gets a request, or the original
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
 //	channel/sshchan              both ends of the wire
@@ -32,6 +34,14 @@
 // the SYN after) -> channel.Keep -> sshchan -> the API server -> shadow
 // (channel.Host) -> the Service's virtual IP -> and back, through relay.
 //
+// # The way back
+//
+// A client in the cluster asks svc/web: the Service's virtual IP -> the router's
+// pod: shadow -> router (looks at the request, picks a claim) -> memchan ->
+// sshchan -> the API server -> channel.Keep -> relay.Forward (dials the local
+// process, and only then takes the connection) -> the process. No claim, no
+// laptop, a refused dial: the original pods, by a Service beside the first.
+//
 // # The way of a name
 //
 // The kernel asks dns on the TUN's own address, because resolver said so ->
@@ -45,5 +55,6 @@
 // On the laptop privileged changes things and undoes them when its pipe closes,
 // whoever closed it. In the cluster everything hangs from one object; session
 // deletes it, or the shadow does when the laptop has been silent for the grace
-// time, or "culvert clean" from any machine.
+// time, or "culvert clean" from any machine. An exchanged Service bears its
+// original selector; the same three put it back (kube/heal judges how).
 package pkg

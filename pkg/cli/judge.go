@@ -20,6 +20,16 @@ type typed struct {
 	flags string // which cluster and namespace, with a blank before each
 }
 
+// need is the flag of rbac for what was typed; connect's needs none.
+func (t typed) need() string {
+	for _, verb := range []string{"exchange", "expose"} {
+		if slices.Contains(strings.Fields(t.line), verb) {
+			return " --for " + verb
+		}
+	}
+	return ""
+}
+
 // judge gives an error its exit code and a command that may help.
 func judge(err error, t typed) (code int, hint string) {
 	var wrong usageError
@@ -42,7 +52,7 @@ func judge(err error, t typed) (code int, hint string) {
 	case errors.Is(err, resolver.ErrBusy):
 		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):
-		return exitNotPermitted, "culvert rbac" + t.flags + " | kubectl apply -f -  # by somebody who may grant it"
+		return exitNotPermitted, "culvert rbac" + t.flags + t.need() + " | kubectl apply -f -  # by somebody who may grant it"
 	case errors.Is(err, os.ErrPermission):
 		return exitNotPermitted, "sudo -v && culvert " + t.line
 	case errors.Is(err, kube.ErrKubeconfig):

@@ -10,13 +10,18 @@ import (
 
 func (a *app) rbacCommand() *cobra.Command {
 	var wide bool
+	var verbs []string
 	c := &cobra.Command{
 		Use:   "rbac",
-		Short: "Print the rights that connecting needs, to be applied by who may grant them",
+		Short: "Print the rights that a verb needs, to be applied by who may grant them",
 		Example: `  culvert rbac -n shop | kubectl apply -f -
-  culvert rbac -n shop --cluster | kubectl apply -f -`,
+  culvert rbac -n shop --for connect,exchange --cluster | kubectl apply -f -`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
+			needs, err := needsOf(verbs)
+			if err != nil {
+				return err
+			}
 			namespace := a.namespace
 			if namespace == "" {
 				cluster, err := a.cluster()
@@ -26,7 +31,7 @@ func (a *app) rbacCommand() *cobra.Command {
 				defer cluster.Close()
 				namespace = cluster.Namespace
 			}
-			text, err := kube.RBAC(namespace, wide)
+			text, err := kube.RBAC(namespace, wide, needs...)
 			if err != nil {
 				return err
 			}
@@ -34,6 +39,23 @@ func (a *app) rbacCommand() *cobra.Command {
 			return err
 		},
 	}
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
+}
+
+func needsOf(verbs []string) ([]kube.Need, error) {
+	var needs []kube.Need
+	for _, v := range verbs {
+		switch v {
+		case "connect":
+			needs = append(needs, kube.Connect)
+		case "exchange", "expose":
+			needs = append(needs, kube.Exchange)
+		default:
+			return nil, usage(fmt.Errorf("--for is connect, exchange or expose, not %q", v))
+		}
+	}
+	return needs, nil
 }

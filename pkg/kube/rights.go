@@ -140,6 +140,7 @@ func exchangeRights() []right {
 		{group: "", resource: "services", verbs: []string{"delete"}, purpose: optional, without: slower},
 		{group: "apps", resource: "deployments", verbs: []string{"delete", "get", "list"}, purpose: optional, without: slower},
 		{group: "apps", resource: "statefulsets", verbs: []string{"get", "list"}, purpose: optional, without: target},
+		{group: "", resource: "configmaps", verbs: []string{"get"}, purpose: optional, without: "a command in the original's stead is not given what ConfigMaps hold"},
 		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"list"}, purpose: optional, without: "status and clean do not see other sessions"},
 		{group: "", resource: "events", verbs: []string{"list"}, purpose: optional, without: "why a pod does not start is told less clearly"},
 		{group: "", resource: "limitranges", verbs: []string{"list"}, purpose: optional, without: limits},

@@ -40,7 +40,7 @@ type RouterConfig struct {
 // with the router.
 type Expose struct {
 	Name  string
-	Ports []ServicePort
+	Ports []ServicePort // without a Target it is Port, without a Network "tcp"
 }
 
 // RouterKeys are what a wire to a router is opened with by who did not make it.
@@ -61,10 +61,14 @@ const (
 )
 
 func (r *RouterConfig) ports() []ServicePort {
-	if r.Expose != nil {
-		return r.Expose.Ports
+	if r.Expose == nil {
+		return r.Service.Ports
 	}
-	return r.Service.Ports
+	ports := slices.Clone(r.Expose.Ports)
+	for i, p := range ports {
+		ports[i].Network, ports[i].Target = cmp.Or(p.Network, "tcp"), cmp.Or(p.Target, p.Port)
+	}
+	return ports
 }
 
 // OpenRouter is the router of a session that somebody made, and what it is
@@ -137,7 +141,7 @@ func (o *objects) route(cfg ShadowConfig, words map[string]string, holder Holder
 	o.secret.Data = map[string][]byte{clientKey: r.ClientKey, hostPublic: r.HostPublic}
 	o.listenOn(r.ports())
 	if r.Expose != nil {
-		return o.expose(r.Expose, cfg.Session, words, holder)
+		return o.expose(r, cfg.Session, words, holder)
 	}
 	o.lease.Annotations = map[string]string{annService: r.Service.Name}
 	o.role.Rules = append(o.role.Rules, rbacv1.PolicyRule{
@@ -204,18 +208,18 @@ func siblingSpec(s *Service) corev1.ServiceSpec {
 }
 
 // expose renders the Service that the router is alone behind.
-func (o *objects) expose(e *Expose, session string, words map[string]string, holder Holder) error {
-	o.lease.Annotations = map[string]string{annExpose: e.Name}
+func (o *objects) expose(r *RouterConfig, session string, words map[string]string, holder Holder) error {
+	o.lease.Annotations = map[string]string{annExpose: r.Expose.Name}
 	mark, err := json.Marshal(newMark(session, nil, holder))
 	if err != nil {
 		return err
 	}
 	words = maps.Clone(words)
-	words["EXPOSE"], words["MARK"] = e.Name, string(mark)
+	words["EXPOSE"], words["MARK"] = r.Expose.Name, string(mark)
 	if err := decode("expose.yaml", words, &o.exposed); err != nil {
 		return err
 	}
-	for _, p := range e.Ports {
+	for _, p := range r.ports() {
 		one := corev1.ServicePort{
 			Name: cmp.Or(p.Name, p.Network+"-"+strconv.Itoa(p.Port)), Port: int32(p.Port),
 			TargetPort: intstr.FromInt32(int32(p.Target)), Protocol: corev1.Protocol(strings.ToUpper(p.Network)),

@@ -10,8 +10,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 
-	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	netv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -60,7 +60,7 @@ func routerConfig(t *testing.T, c *Cluster, session string) ShadowConfig {
 func exposeConfig(session string) ShadowConfig {
 	cfg := testConfig(session)
 	cfg.Router = &RouterConfig{ClientKey: []byte("client"), HostPublic: []byte("public"), Expose: &Expose{
-		Name: "preview", Ports: []ServicePort{{Network: "tcp", Port: 80, Target: 8080, AppProtocol: "http"}, {Network: "udp", Port: 53, Target: 53}},
+		Name: "preview", Ports: []ServicePort{{Port: 80, Target: 8080, AppProtocol: "http"}, {Network: "udp", Port: 53}},
 	}}
 	return cfg
 }
@@ -136,13 +136,12 @@ func TestRouterOwnPort(t *testing.T) {
 // Every call of making a router fails in turn, once without and once with its
 // effect: nothing of it is left, and the Service is as it was.
 func TestRouterFailsInTurn(t *testing.T) {
-	defer goleak.VerifyNone(t)
 	for _, mode := range []Mode{ByDeployment, ByBareDeployment} {
 		for _, exposes := range []bool{false, true} {
 			for _, effect := range []bool{false, true} {
-				n := 1
-				for routerFailing(t, mode, exposes, effect, n) {
-					n++
+				n := 0
+				for failed := true; failed; n++ {
+					synctest.Test(t, func(t *testing.T) { failed = routerFailing(t, mode, exposes, effect, n+1) })
 				}
 				if want := map[Mode]int{ByDeployment: 9, ByBareDeployment: 6}[mode]; n < want {
 					t.Errorf("%s: only %d calls", mode, n-1)

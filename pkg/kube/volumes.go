@@ -61,6 +61,24 @@ func (c *Cluster) CopyVolumes(ctx context.Context, pod, container, dir string) (
 	return copied, t.notices, nil
 }
 
+// RemoveVolumes removes from dir what CopyVolumes wrote there, as far as nobody
+// changed it, and the directories below dir that are empty then.
+func RemoveVolumes(dir string) error {
+	root, err := os.OpenRoot(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	old, err := ours(root)
+	if err != nil {
+		return err
+	}
+	return forget(root, old)
+}
+
 func volumeOf(pod *corev1.Pod, name string) *corev1.Volume {
 	for i := range pod.Spec.Volumes {
 		if pod.Spec.Volumes[i].Name == name {

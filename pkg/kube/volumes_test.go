@@ -178,6 +178,20 @@ func TestCopyVolumesAgain(t *testing.T) {
 }
 
 // Whatever is in the way, nothing leaves dir, and nothing is left in it.
+func TestRemoveVolumes(t *testing.T) {
+	c, _ := volumesPod(t, "[{name: v, mountPath: /v}]", "[{name: v, configMap: {name: settings, items: [{key: MODE, path: mode}, {key: LEVEL, path: d/level}]}}]")
+	dir := t.TempDir()
+	_, _, err := c.CopyVolumes(t.Context(), "web-1", "app", dir)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "v", "mode"), []byte("changed"), 0o600))
+	must(t, RemoveVolumes(dir))
+	must(t, RemoveVolumes(dir)) // nothing is left to do
+	if got := listed(t, dir); got != "644 v/mode=changed\n" {
+		t.Errorf("left:\n%s", got)
+	}
+	must(t, RemoveVolumes(filepath.Join(dir, "none")))
+}
+
 func TestCopyVolumesInTheWay(t *testing.T) {
 	c, _ := volumesPod(t, "[{name: v, mountPath: /a/v}]", "[{name: v, configMap: {name: settings, items: [{key: MODE, path: m}, {key: LEVEL, path: x/l}]}}]")
 	outside := t.TempDir()

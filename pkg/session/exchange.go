@@ -148,6 +148,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if len(x.cfg.Local.Command) == 0 {
 		x.lookForListeners(ctx)
 	}
+	x.lookForRequests()
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
@@ -173,6 +174,15 @@ func (x *Exchange) lookForListeners(ctx context.Context) {
 			until = "connections are refused"
 		}
 		x.warn(fmt.Sprintf("nothing listens on %s yet: until something does, %s", f.Address, until))
+	}
+}
+
+// lookForRequests warns of ports without requests that could match.
+func (x *Exchange) lookForRequests() {
+	for _, f := range x.forwards {
+		if matchText(x.cfg.Match) != "" && (f.port.Network == "udp" || f.Protocol == "tcp") {
+			x.warn(fmt.Sprintf("port %s is not looked into for requests: all of it stays with the original", portWord(f.port)))
+		}
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/process"
 )
 
@@ -86,10 +87,10 @@ func (x *Exchange) copyMounts(ctx context.Context) error {
 	made := errors.Is(err, fs.ErrNotExist)
 	copied, notices, err := x.cfg.Cluster.CopyVolumes(ctx, x.pod, x.cfg.Local.Container, dir)
 	if err != nil {
-		return fmt.Errorf("copy the mounted files of pod %s to %s: %w", x.pod, dir, err)
+		return err
 	}
 	x.undo.add("remove what was copied to "+dir, func(context.Context) error {
-		err := removeFiles(dir, copied)
+		err := kube.RemoveVolumes(dir)
 		if made {
 			os.Remove(dir) // stays if somebody put something in it
 		}
@@ -120,6 +121,10 @@ func (x *Exchange) start(l Local) {
 		})
 		if ctx.Err() != nil {
 			return nil
+		}
+		var exit *process.ExitError
+		if errors.As(err, &exit) && exit.Signal == os.Interrupt {
+			err = nil // on a terminal Ctrl-C is the command's
 		}
 		if err == nil {
 			x.cfg.Reporter.Say(l.Command[0] + " has ended")
@@ -198,18 +203,4 @@ func removeEnvFile(path string) error {
 		return nil // never written, or somebody else's by now
 	}
 	return os.Remove(path)
-}
-
-// removeFiles removes files below dir, and the folders that are empty then.
-func removeFiles(dir string, files []string) error {
-	var errs []error
-	for _, f := range files {
-		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, err)
-			continue
-		}
-		for up := filepath.Dir(f); up != dir && strings.HasPrefix(up, dir) && os.Remove(up) == nil; up = filepath.Dir(up) {
-		}
-	}
-	return errors.Join(errs...)
 }

@@ -48,33 +48,6 @@ func TestEnvFile(t *testing.T) {
 	}
 }
 
-func TestRemoveFiles(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "mounts")
-	var ours []string
-	for _, name := range []string{"etc/a/one", "etc/a/two", "etc/b/three"} {
-		path := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		ours = append(ours, path)
-	}
-	if err := removeFiles(dir, ours[:1]); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(ours[1]); err != nil {
-		t.Error(err)
-	}
-	if err := removeFiles(dir, ours); err != nil { // one is gone already
-		t.Error(err)
-	}
-	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-		t.Errorf("%v is still there, %v", left, err)
-	}
-}
-
 func TestWithEnviron(t *testing.T) {
 	got := withEnviron([]string{"PATH=/here", "X=1"}, []string{"PATH=/there", "HOME=/root", "X=2", "Y=3"})
 	if want := []string{"PATH=/here", "X=1", "X=2", "Y=3"}; !slices.Equal(got, want) {
