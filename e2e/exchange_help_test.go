@@ -94,6 +94,7 @@ type exchangeStatus struct {
 	}
 	Exchange struct {
 		Service, Target, Match      string
+		Method                      string
 		Mirror                      bool
 		Requests, Connections, Open uint64
 	}
@@ -389,6 +390,9 @@ func dumpObjects() (string, error) {
 
 func lineOf(object, meta map[string]any) (string, error) {
 	forget(object, "resourceVersion", "generation", "observedGeneration", "managedFields", "lastTransitionTime", "lastUpdateTime", "lastProbeTime")
+	if status, ok := object["status"].(map[string]any); ok {
+		sortAny(status["conditions"])
+	}
 	name := meta["name"]
 	if object["kind"] == "EndpointSlice" {
 		// It may have been replaced by another one; its one annotation is a time.

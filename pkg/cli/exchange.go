@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +22,10 @@ Service is as before, and no request is lost on the way.
 No pod is restarted or changed. While this machine is silent, or nothing listens
 at the address, the original answers; after the grace time the cluster puts the
 Service back by itself. With --header and --path only matching requests come
-here, and several people can share a Service. Needs no root.`
+here, and several people can share a Service. Needs no root.
+
+With --method scale the original does not run meanwhile, so that nobody answers in
+this machine's stead; at the end it runs again before the traffic goes there.`
 
 func (a *app) exchangeCommand() *cobra.Command {
 	var o exchangeOptions
@@ -49,6 +53,8 @@ func (a *app) exchangeCommand() *cobra.Command {
 	f.StringArrayVar(&o.to, "to", nil, "where the traffic goes: [SERVICE_PORT=][HOST:]PORT[:http|:tcp|/udp] (repeatable)")
 	f.StringArrayVarP(&o.headers, "header", "H", nil, "only requests with this header: 'NAME: VALUE', 'NAME: PREFIX*' or 'NAME: /REGEX/' (repeatable)")
 	f.StringVar(&o.path, "path", "", "only requests whose path begins so")
+	f.StringVar(&o.method, "method", string(session.BySelector), "selector: the original runs on; scale: it is scaled to nothing meanwhile, for what must not see it run")
+	_ = c.RegisterFlagCompletionFunc("method", cobra.FixedCompletions(methods, cobra.ShellCompDirectiveNoFileComp))
 	f.BoolVar(&o.mirror, "mirror", false, "send copies here and let the original answer")
 	f.BoolVar(&o.take, "take", false, "take over what somebody else holds")
 	f.StringVar(&o.local.EnvFile, "env-file", "", "write the original's environment to this file while it lasts")
@@ -97,6 +103,7 @@ func beforeDash(c *cobra.Command, args []string) (before, command []string) {
 type exchangeOptions struct {
 	local        session.Local
 	to, headers  []string
+	method       string
 	path         string
 	mirror, take bool
 	image        string
@@ -159,7 +166,26 @@ func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error
 	if cfg.Target, err = kube.ParseTarget(target); err != nil {
 		return usage(err)
 	}
+	if cfg.Method, err = o.methodFor(cfg.Target); err != nil {
+		return usage(err)
+	}
 	return a.runExchange(c, cfg)
+}
+
+var methods = []string{string(session.BySelector), string(session.ByScale)}
+
+// methodFor tells which methods can serve what was typed.
+func (o exchangeOptions) methodFor(t kube.Target) (session.Method, error) {
+	m := session.Method(o.method)
+	switch {
+	case !slices.Contains(methods, o.method):
+		return m, fmt.Errorf("--method is %s, not %q", strings.Join(methods, " or "), o.method)
+	case m == session.ByScale && o.mirror:
+		return m, errors.New("--mirror needs an original that answers, and --method scale leaves none")
+	case m == session.ByScale && t.Kind == "pod":
+		return m, fmt.Errorf("--method scale takes all pods of a deployment or statefulset, not %s alone", t)
+	}
+	return m, nil
 }
 
 // serviceName is a label of RFC 1035.

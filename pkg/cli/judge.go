@@ -23,7 +23,9 @@ type typed struct {
 // need is the flag of rbac for what was typed; connect's needs none.
 func (t typed) need() string {
 	for _, verb := range []string{"exchange", "expose"} {
-		if slices.Contains(strings.Fields(t.line), verb) {
+		if slices.Contains(strings.Fields(t.line), verb) && strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method scale") {
+			return " --for " + verb + ",scale"
+		} else if slices.Contains(strings.Fields(t.line), verb) {
 			return " --for " + verb
 		}
 	}
@@ -49,6 +51,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitFailed, "culvert " + t.line + " --take  # from " + held.Holder
 	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):
 		return exitFailed, "kubectl get services" + t.flags
+	case errors.Is(err, kube.ErrExchanged):
+		return exitFailed, "culvert status --cluster" + t.flags
 	case errors.Is(err, resolver.ErrBusy):
 		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):

@@ -39,8 +39,8 @@ func (a *app) rbacCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose (repeatable)")
-	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose"}, cobra.ShellCompDirectiveNoFileComp))
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose; and scale, for exchange --method scale (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose", "scale"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
 }
@@ -53,8 +53,10 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 			needs = append(needs, kube.Connect)
 		case "exchange", "expose":
 			needs = append(needs, kube.Exchange)
+		case "scale":
+			needs = append(needs, kube.Scale)
 		default:
-			return nil, usage(fmt.Errorf("--for is connect, exchange or expose, not %q", v))
+			return nil, usage(fmt.Errorf("--for is connect, exchange, expose or scale, not %q", v))
 		}
 	}
 	return needs, nil

@@ -49,6 +49,7 @@ type objects struct {
 	// of a router
 	sibling *corev1.Service
 	exposed *corev1.Service
+	others  []standIn
 	letIn   []*netv1.NetworkPolicy
 }
 
@@ -75,7 +76,11 @@ func render(cfg ShadowConfig, namespace string, holder Holder, fit func(*corev1.
 			return nil, err
 		}
 	}
-	for _, template := range []*corev1.PodTemplateSpec{&o.deployment.Spec.Template, &o.job.Spec.Template} {
+	templates := []*corev1.PodTemplateSpec{&o.deployment.Spec.Template, &o.job.Spec.Template}
+	for _, in := range o.others {
+		templates = append(templates, &in.deployment.Spec.Template)
+	}
+	for _, template := range templates {
 		for _, name := range cfg.PullSecrets {
 			template.Spec.ImagePullSecrets = append(template.Spec.ImagePullSecrets, corev1.LocalObjectReference{Name: name})
 		}
@@ -153,6 +158,9 @@ func (o *objects) ownedBy(ref metav1.OwnerReference) {
 	}
 	if o.exposed != nil {
 		all = append(all, o.exposed)
+	}
+	for _, in := range o.others {
+		all = append(all, in.deployment, in.sibling)
 	}
 	for _, policy := range o.letIn {
 		all = append(all, policy)

@@ -39,10 +39,10 @@ func (s *Shadow) WaitReady(ctx context.Context, progress func(string)) error {
 	if progress == nil {
 		progress = func(string) {}
 	}
-	err := s.waitReady(ctx, progress)
+	err := s.allReady(ctx, progress)
 	for s.concede(err, progress) {
 		if err = s.again(ctx); err == nil {
-			err = s.waitReady(ctx, progress)
+			err = s.allReady(ctx, progress)
 		}
 	}
 	if err != nil {
@@ -81,9 +81,19 @@ func (s *Shadow) again(ctx context.Context) error {
 	return s.Create(ctx, nil)
 }
 
+// allReady waits for the shadow's pod, and for stand-ins of others before.
+func (s *Shadow) allReady(ctx context.Context, progress func(string)) error {
+	for _, pod := range s.standing() {
+		if err := s.waitReady(ctx, pod, progress); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // waitReady looks, and looks again when the watch rings or a second has gone:
 // events and conditions of what makes the pod are not watched.
-func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
+func (s *Shadow) waitReady(ctx context.Context, pod string, progress func(string)) error {
 	var bell doorbell
 	defer bell.stop()
 	ticker := time.NewTicker(lookEvery)
@@ -91,7 +101,7 @@ func (s *Shadow) waitReady(ctx context.Context, progress func(string)) error {
 	var said string
 	var unfit, silent since
 	for {
-		state, err := s.look(ctx, &bell)
+		state, err := s.look(ctx, pod, &bell)
 		if err != nil {
 			return err
 		}
@@ -158,16 +168,16 @@ func (b *doorbell) stop() {
 }
 
 // look sees how far the pod is.
-func (s *Shadow) look(ctx context.Context, bell *doorbell) (podState, error) {
+func (s *Shadow) look(ctx context.Context, pod string, bell *doorbell) (podState, error) {
 	pods := s.cluster.client.CoreV1().Pods(s.cluster.Namespace)
-	list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: labelSession + "=" + s.cfg.Session})
+	list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: s.podSelector(pod)})
 	if err != nil {
 		return podState{}, err
 	}
 	if bell.watch == nil {
 		// Without a watch the ticker alone is slower, and good enough.
 		bell.watch, _ = pods.Watch(ctx, metav1.ListOptions{
-			LabelSelector: labelSession + "=" + s.cfg.Session, ResourceVersion: list.ResourceVersion,
+			LabelSelector: s.podSelector(pod), ResourceVersion: list.ResourceVersion,
 		})
 	}
 	events := s.events(ctx, newestPod(list.Items), bell)

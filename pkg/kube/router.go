@@ -107,6 +107,7 @@ func (c *Cluster) openRouter(ctx context.Context, session string, way Way, right
 	}
 	s := c.NewShadow(ShadowConfig{Session: session, Way: way}, rights)
 	s.router, s.joined, s.mode = true, true, c.routerMode(ctx, name)
+	s.pod = lease.Annotations[annPod]
 	s.workload = parseWorkload(lease.Annotations[annWorkload])
 	if s.service = lease.Annotations[annService]; s.service != "" {
 		s.original, err = c.siblingSelector(ctx, c.Namespace, session)
@@ -139,7 +140,7 @@ func (o *objects) route(cfg ShadowConfig, words map[string]string, holder Holder
 		}
 	}
 	o.secret.Data = map[string][]byte{clientKey: r.ClientKey, hostPublic: r.HostPublic}
-	o.listenOn(r.ports())
+	listenOn(&o.deployment.Spec.Template.Spec, r.ports())
 	if r.Expose != nil {
 		return o.expose(r, cfg.Session, words, holder)
 	}
@@ -157,13 +158,12 @@ func (o *objects) route(cfg ShadowConfig, words map[string]string, holder Holder
 		return err
 	}
 	o.sibling.Spec = siblingSpec(r.Service)
-	return nil
+	return o.standFor(r.Service, words)
 }
 
-// listenOn gives the router's pod the ports, with their names, that the Service
+// listenOn gives a router's pod the ports, with their names, that the Service
 // leads to.
-func (o *objects) listenOn(ports []ServicePort) {
-	pod := &o.deployment.Spec.Template.Spec
+func listenOn(pod *corev1.PodSpec, ports []ServicePort) {
 	grace, container := int64(routerGrace), &pod.Containers[0]
 	pod.TerminationGracePeriodSeconds = &grace
 	container.Ports[0].Name = channelName
@@ -200,7 +200,7 @@ func siblingSpec(s *Service) corev1.ServiceSpec {
 		IPFamilies: slices.Clone(from.IPFamilies), IPFamilyPolicy: from.IPFamilyPolicy,
 		PublishNotReadyAddresses: from.PublishNotReadyAddresses,
 	}
-	for _, p := range from.Ports {
+	for _, p := range slices.Concat(from.Ports, s.further) {
 		p.NodePort = 0
 		spec.Ports = append(spec.Ports, p)
 	}
@@ -232,9 +232,8 @@ func (o *objects) expose(r *RouterConfig, session string, words map[string]strin
 	return nil
 }
 
-// lead gives the router its routes, now that the original pods have an address.
-func (o *objects) lead(r *RouterConfig, heals bool, original string) {
-	container := &o.deployment.Spec.Template.Spec.Containers[0]
+// lead gives a router its routes, now that the original pods have an address.
+func lead(container *corev1.Container, r *RouterConfig, heals bool, original string) {
 	for _, p := range r.ports() {
 		name := p.Network + "/" + strconv.Itoa(p.Port)
 		route := fmt.Sprintf("--route=%s,listen=:%d", name, p.Target)
@@ -254,9 +253,9 @@ func (o *objects) lead(r *RouterConfig, heals bool, original string) {
 	}
 }
 
-// withoutRights is for who may not grant any.
-func (o *objects) withoutRights() {
-	pod, no := &o.deployment.Spec.Template.Spec, false
+// withoutRights is for who may not grant any, and for who needs none.
+func withoutRights(pod *corev1.PodSpec) {
+	no := false
 	pod.ServiceAccountName, pod.AutomountServiceAccountToken = "", &no
 	pod.Containers[0].Args = slices.DeleteFunc(pod.Containers[0].Args, func(arg string) bool {
 		return strings.HasPrefix(arg, "--lease=") || strings.HasPrefix(arg, "--namespace=")
@@ -275,16 +274,31 @@ func (s *Shadow) makeServices(ctx context.Context, o *objects) error {
 		}
 	}
 	if o.sibling != nil {
-		made, err := makeOne(ctx, "service", services.Create, o.sibling)
+		var err error
+		if original, err = s.makeSibling(ctx, o.sibling); err != nil {
+			return err
+		}
+	}
+	for _, in := range o.others {
+		address, err := s.makeSibling(ctx, in.sibling)
 		if err != nil {
 			return err
 		}
-		if original = made.Spec.ClusterIP; original == "" {
-			return fmt.Errorf("create service %s: it got no address", made.Name)
-		}
+		lead(&in.deployment.Spec.Template.Spec.Containers[0], s.cfg.Router, false, address)
 	}
-	o.lead(s.cfg.Router, s.mode == ByDeployment, original)
+	lead(&o.deployment.Spec.Template.Spec.Containers[0], s.cfg.Router, s.mode == ByDeployment, original)
 	return nil
+}
+
+func (s *Shadow) makeSibling(ctx context.Context, sibling *corev1.Service) (address string, err error) {
+	made, err := makeOne(ctx, "service", s.cluster.client.CoreV1().Services(s.cluster.Namespace).Create, sibling)
+	if err != nil {
+		return "", err
+	}
+	if made.Spec.ClusterIP == "" {
+		return "", fmt.Errorf("create service %s: it got no address", made.Name)
+	}
+	return made.Spec.ClusterIP, nil
 }
 
 // policies renders what the namespace's network policies ask for: who may reach
@@ -310,7 +324,7 @@ func (s *Shadow) policies(ctx context.Context, o *objects, existing []netv1.Netw
 			return false, err
 		}
 		in.Spec.PodSelector = both(g.Spec.PodSelector, r.Service.Selector)
-		in.Spec.Ingress[0].Ports = targetPorts(r.Service.raw.Spec.Ports)
+		in.Spec.Ingress[0].Ports = targetPorts(slices.Concat(r.Service.raw.Spec.Ports, r.Service.further))
 		o.letIn = append(o.letIn, in)
 	}
 	o.networkPolicy.Spec.Ingress = append(o.networkPolicy.Spec.Ingress, rules...)

@@ -39,11 +39,13 @@ func routerRights(mode Mode) *Rights {
 // routerCluster has the Service web with two pods, and gives addresses out.
 func routerCluster(more ...runtime.Object) (*Cluster, *fake.Clientset) {
 	client := fake.NewClientset(append(more, testService("web"), testPod("web-1", "web", 8080), testPod("web-2", "web", 8080))...)
-	client.PrependReactor("create", "services", func(a clienttesting.Action) (bool, runtime.Object, error) {
-		a.(clienttesting.CreateAction).GetObject().(*corev1.Service).Spec.ClusterIP = "10.96.9.9"
-		return false, nil, nil
-	})
+	client.PrependReactor("create", "services", withAddress)
 	return testCluster(client), client
+}
+
+func withAddress(a clienttesting.Action) (bool, runtime.Object, error) {
+	a.(clienttesting.CreateAction).GetObject().(*corev1.Service).Spec.ClusterIP = "10.96.9.9"
+	return false, nil, nil
 }
 
 func routerConfig(t *testing.T, c *Cluster, session string) ShadowConfig {
@@ -82,15 +84,15 @@ func TestRouterGolden(t *testing.T) {
 		o := testObjects(t, cfg)
 		if o.exposed != nil { // its time is now
 			o.exposed.Annotations[annExpose] = ""
-			o.lead(cfg.Router, true, "")
+			lead(&o.deployment.Spec.Template.Spec.Containers[0], cfg.Router, true, "")
 		} else {
-			o.lead(cfg.Router, true, "fd00::9")
+			lead(&o.deployment.Spec.Template.Spec.Containers[0], cfg.Router, true, "fd00::9")
 		}
 		o.lease.UID = "uid-of-the-root"
 		o.ownedBy(refTo("coordination.k8s.io/v1", "Lease", o.lease))
 		golden(t, name, o.lease, o.secret, o.role, o.deployment, o.sibling, o.exposed)
 		args := len(o.deployment.Spec.Template.Spec.Containers[0].Args)
-		if o.withoutRights(); len(o.deployment.Spec.Template.Spec.Containers[0].Args) != args-2 {
+		if withoutRights(&o.deployment.Spec.Template.Spec); len(o.deployment.Spec.Template.Spec.Containers[0].Args) != args-2 {
 			t.Errorf("args without rights: %q", o.deployment.Spec.Template.Spec.Containers[0].Args)
 		}
 	}

@@ -42,6 +42,7 @@ type Shadow struct {
 	router   bool
 	joined   bool              // somebody else made it
 	service  string            // whose traffic the router takes
+	pod      string            // the only pod of it, "" for all
 	original map[string]string // that Service's own selector
 
 	workload    *Workload // what the router stands in for, if that is scaled to nothing
@@ -72,7 +73,7 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 			s.mode = ByBareDeployment
 		}
 		if r.Service != nil {
-			s.service, s.original, s.workload = r.Service.Name, r.Service.Selector, r.Workload
+			s.service, s.original, s.workload, s.pod = r.Service.Name, r.Service.Selector, r.Workload, r.Service.Pod
 		}
 	}
 	s.ways.order = rights.Ways
@@ -84,6 +85,10 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 
 // Mode is how the shadow is run.
 func (s *Shadow) Mode() Mode { return s.mode }
+
+// Original is the Service that leads a router to the pods which were behind its
+// own one.
+func (s *Shadow) Original() string { return s.name() }
 
 func (s *Shadow) name() string { return rootName(s.cfg.Session) }
 
@@ -132,7 +137,7 @@ func (s *Shadow) create(ctx context.Context, say func(string)) error {
 		return err
 	}
 	if s.mode == ByBareDeployment {
-		o.withoutRights()
+		withoutRights(&o.deployment.Spec.Template.Spec)
 	}
 	now := metav1.NowMicro()
 	o.lease.Spec.AcquireTime, o.lease.Spec.RenewTime = &now, &now
@@ -195,6 +200,14 @@ func (s *Shadow) createByDeployment(ctx context.Context, o *objects, open bool) 
 			return grants(func() error { return makeIt(ctx, "rolebinding", cs.RbacV1().RoleBindings(ns).Create, o.roleBinding) })
 		},
 		func() error { return makeIt(ctx, "deployment", cs.AppsV1().Deployments(ns).Create, o.deployment) },
+		func() error {
+			for _, in := range o.others {
+				if err := makeIt(ctx, "deployment", cs.AppsV1().Deployments(ns).Create, in.deployment); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
 	)
 }
 

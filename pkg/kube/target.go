@@ -56,7 +56,13 @@ type Service struct {
 	Exchange *ExchangeMark     // nil: its traffic goes where it always did
 	Exposed  bool              // it was made for somebody's machine, and has no pods of its own
 
-	raw *corev1.Service
+	// Pod is the only one whose traffic is meant, "" for all: then the Service is
+	// headless and gives it a name.
+	Pod string
+
+	raw     *corev1.Service
+	further []corev1.ServicePort // of Pod, beside the Service's
+	stands  []stand              // Pod first
 }
 
 // A ServicePort is a port of a Service and the container's port it leads to.
@@ -112,7 +118,7 @@ func (c *Cluster) findService(ctx context.Context, t Target) (*Service, error) {
 			return nil, err
 		}
 	}
-	s.Ports = portsOf(s.raw.Spec.Ports, behind)
+	s.Ports = portsOf(slices.Concat(s.raw.Spec.Ports, s.further), behind)
 	return s, nil
 }
 
@@ -163,11 +169,7 @@ func (c *Cluster) serviceOf(ctx context.Context, t Target) (*Service, error) {
 		}
 		return c.selecting(ctx, t, o.Spec.Template.Labels)
 	case "pod":
-		o, err := core.Pods(c.Namespace).Get(ctx, t.Name, get)
-		if err != nil {
-			return nil, err
-		}
-		return c.selecting(ctx, t, o.Labels)
+		return c.serviceOfPod(ctx, t)
 	}
 	return nil, fmt.Errorf("%w: kind %q", ErrNoTarget, t.Kind)
 }
@@ -230,7 +232,7 @@ func (c *Cluster) siblingSelector(ctx context.Context, namespace, session string
 	if err != nil {
 		return nil, err
 	}
-	return sibling.Spec.Selector, nil
+	return ownSelector(sibling), nil
 }
 
 // Exchanges are the Services of the namespace whose traffic goes to somebody's
@@ -277,6 +279,9 @@ func (c *Cluster) behind(ctx context.Context, selector map[string]string) ([]cor
 
 // PodOf is a pod behind a Service, one that is ready if there is one.
 func (c *Cluster) PodOf(ctx context.Context, s *Service) (string, error) {
+	if s.Pod != "" {
+		return s.Pod, nil
+	}
 	pods, err := c.podsOf(ctx, s.Selector)
 	if err != nil {
 		return "", fmt.Errorf("find a pod of service %s in namespace %s: %w", s.Name, c.Namespace, sorted(err))

@@ -142,7 +142,7 @@ func (s *Shadow) readyPod(ctx context.Context) (string, error) {
 	ask, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	list, err := s.cluster.client.CoreV1().Pods(s.cluster.Namespace).
-		List(ask, metav1.ListOptions{LabelSelector: labelSession + "=" + s.cfg.Session})
+		List(ask, metav1.ListOptions{LabelSelector: s.podSelector(s.pod)})
 	if err != nil {
 		return "", fmt.Errorf("find the shadow's pod in namespace %s: %w", s.cluster.Namespace, sorted(err))
 	}

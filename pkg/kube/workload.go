@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -262,8 +263,8 @@ func (c *Cluster) podsMade(ctx context.Context, selector labels.Selector) ([]str
 	}
 	var names []string
 	for _, p := range list.Items {
-		over := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
-		if metav1.GetControllerOf(&p) != nil && !over {
+		over := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed // and kept to be looked at
+		if metav1.GetControllerOf(&p) != nil && !(over && p.DeletionTimestamp == nil) {
 			names = append(names, p.Name)
 		}
 	}
@@ -297,11 +298,16 @@ func (s *Shadow) ScaleUp(ctx context.Context, progress func(string)) error {
 	if s.workload == nil {
 		return nil
 	}
-	changed, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session)
-	if changed && err == nil {
-		s.awaitPods(ctx, progress)
+	for {
+		changed, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session)
+		if changed {
+			s.awaitPods(ctx, progress)
+		}
+		hopeless := errors.Is(err, ErrForbidden) || errors.Is(err, ErrUnauthorized)
+		if err == nil || hopeless || pause(ctx, restoreEvery) != nil {
+			return err
+		}
 	}
-	return err
 }
 
 func (s *Shadow) awaitPods(ctx context.Context, progress func(string)) {

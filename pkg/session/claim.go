@@ -48,7 +48,7 @@ func (x *Exchange) attach(ctx context.Context) (*attached, error) {
 func routerID(claim string) string { return "x" + claim }
 
 func (x *Exchange) routerConfig(service *kube.Service, k keys) *kube.RouterConfig {
-	c := &kube.RouterConfig{Service: service, ClientKey: k.laptopKey, HostPublic: k.shadowPublic, Protocols: map[string]string{}}
+	c := &kube.RouterConfig{Service: service, Workload: x.workload, Claim: x.id, ClientKey: k.laptopKey, HostPublic: k.shadowPublic, Protocols: map[string]string{}}
 	if x.cfg.Expose != "" {
 		c.Service, c.Expose = nil, &kube.Expose{Name: service.Name, Ports: service.Ports}
 	}
@@ -87,6 +87,10 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	if err != nil {
 		return nil, err
 	}
+	if pod := s.StandsFor(); pod != x.service.Pod {
+		return nil, fmt.Errorf("svc/%s is exchanged by %s for %s, and cannot be for %s too: %w",
+			x.service.Name, mark.By, podWord(pod), podWord(x.service.Pod), kube.ErrExchanged)
+	}
 	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
@@ -94,6 +98,13 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	r := &attached{shadow: s, keys: id, turned: true, by: mark.By}
 	x.use(r)
 	return r, nil
+}
+
+func podWord(pod string) string {
+	if pod == "" {
+		return "all its pods"
+	}
+	return "pod/" + pod
 }
 
 // use makes r the present router and keeps its lease fresh.
@@ -269,7 +280,8 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case <-beat.C:
 		}
 		err := x.beat(ctx)
-		if errors.Is(err, shadow.ErrNoClaim) {
+		lost := errors.Is(err, shadow.ErrNoClaim)
+		if lost {
 			again = true
 			err = x.settle(ctx)
 		}
@@ -282,6 +294,9 @@ func (x *Exchange) hold(ctx context.Context) error {
 			x.cfg.Log.Debug("claim not held", "err", err)
 		case again:
 			x.cfg.Reporter.Say(x.told())
+			if lost {
+				x.emptyAgain()
+			}
 		}
 	}
 }
@@ -289,7 +304,8 @@ func (x *Exchange) hold(ctx context.Context) error {
 // over tells of an error after which nothing is to be waited for.
 func over(err error) bool {
 	var held *router.HeldError
-	return errors.As(err, &held) || errors.Is(err, errOver) || errors.Is(err, kube.ErrNoTarget) || errors.Is(err, kube.ErrForbidden)
+	return errors.As(err, &held) || errors.Is(err, errOver) || errors.Is(err, kube.ErrNoTarget) ||
+		errors.Is(err, kube.ErrExchanged) || errors.Is(err, kube.ErrForbidden)
 }
 
 // beat asks the router for the claim, which is how it knows that we live.

@@ -24,6 +24,7 @@ type ExchangeConfig struct {
 	Expose string      // or the name of a new Service for it
 	To     []Forward   // where it goes; of a new Service each names its port
 
+	Method Method       // "" is BySelector
 	Match  router.Match // which requests; the zero value is everything
 	Mirror bool         // copies only
 	Take   bool         // from whoever holds the same Match
@@ -48,6 +49,7 @@ type Exchange struct {
 	rights   *kube.Rights
 	service  *kube.Service
 	forwards []forwarded
+	workload *kube.Workload // that is scaled down, or nil
 	keep     *channel.Keep
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // the wire is up again
@@ -55,10 +57,11 @@ type Exchange struct {
 	pod      string        // whose environment the local process gets; "": none is read
 	environ  []string
 
-	mu      sync.Mutex // guards what follows: Keep's goroutine makes routers, too
-	router  *attached
-	leaving bool // no other router is looked for
-	seen    shadow.ClaimInfo
+	mu       sync.Mutex // guards what follows: Keep's goroutine makes routers, too
+	router   *attached
+	leaving  bool   // no other router is looked for
+	letScale func() // ends emptyAgain and waits for it; nil before it began
+	seen     shadow.ClaimInfo
 }
 
 // attached is the router that this machine is attached to, and what of it is
@@ -92,6 +95,8 @@ func (x *Exchange) steps() []step {
 		{"waiting for the router pod", x.awaitRouter},
 		{"opening the wire", x.openWire},
 		{"claiming", x.claim},
+		{"copying the mounted files", x.copyMounts},
+		{"scaling the original down", x.scaleDown},
 		{"listening for status", x.tellStatus}, // says what has been reached
 		{"starting the process", x.startLocal},
 	}
@@ -122,7 +127,11 @@ func (x *Exchange) askCluster(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) checkRights(ctx context.Context) (string, error) {
-	rights, err := x.cfg.Cluster.Preflight(ctx, kube.Exchange)
+	needs := []kube.Need{kube.Exchange}
+	if x.cfg.Method == ByScale {
+		needs = append(needs, kube.Scale)
+	}
+	rights, err := x.cfg.Cluster.Preflight(ctx, needs...)
 	if err != nil {
 		return "", err
 	}
@@ -141,6 +150,9 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 		x.service, x.forwards, err = exposed(x.cfg.Expose, x.cfg.To)
 	} else if x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target); err == nil {
 		x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
+	}
+	if err == nil {
+		err = x.findWorkload(ctx)
 	}
 	if err != nil {
 		return "", err
@@ -170,7 +182,7 @@ func (x *Exchange) lookForListeners(ctx context.Context) {
 			continue
 		}
 		until := "the original answers"
-		if x.cfg.Expose != "" {
+		if x.cfg.Expose != "" || x.workload != nil {
 			until = "connections are refused"
 		}
 		x.warn(fmt.Sprintf("nothing listens on %s yet: until something does, %s", f.Address, until))
@@ -287,7 +299,14 @@ func (x *Exchange) told() string {
 		}
 		to += f.Address
 	}
-	return fmt.Sprintf("svc/%s is %s: %s to %s; Ctrl-C puts it back", x.service.Name, verb, what, to)
+	if x.workload != nil {
+		to += fmt.Sprintf(", and %s does not run", x.workload)
+	}
+	name := "svc/" + x.service.Name
+	if x.service.Pod != "" {
+		name = fmt.Sprintf("pod/%s of %s", x.service.Pod, name)
+	}
+	return fmt.Sprintf("%s is %s: %s to %s; Ctrl-C puts it back", name, verb, what, to)
 }
 
 func (x *Exchange) attachment() *attached {
@@ -301,7 +320,11 @@ func (x *Exchange) wireChanged(s channel.KeepState) {
 	switch {
 	case x.gctx.Err() != nil:
 	case !s.Up:
-		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, the original answers; opening it again: %v", s.Err))
+		who := "the original answers"
+		if x.workload != nil {
+			who = "nobody answers"
+		}
+		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, %s; opening it again: %v", who, s.Err))
 	case s.Reopened > 0:
 		select {
 		case x.reopened <- struct{}{}:

@@ -57,11 +57,8 @@ func (x *Exchange) readLocal(ctx context.Context) (string, error) {
 
 // startLocal writes the files and starts the command, whose end is the
 // exchange's end.
-func (x *Exchange) startLocal(ctx context.Context) (string, error) {
+func (x *Exchange) startLocal(context.Context) (string, error) {
 	l := x.cfg.Local
-	if err := x.copyMounts(ctx); err != nil {
-		return "", err
-	}
 	if l.EnvFile != "" {
 		x.undo.add("remove "+l.EnvFile, func(context.Context) error { return removeEnvFile(l.EnvFile) })
 		if err := writeEnvFile(l.EnvFile, x.environ); err != nil {
@@ -75,19 +72,20 @@ func (x *Exchange) startLocal(ctx context.Context) (string, error) {
 	return "started " + strings.Join(l.Command, " "), nil
 }
 
-func (x *Exchange) copyMounts(ctx context.Context) error {
+// copyMounts reads the original's pod, while it is there.
+func (x *Exchange) copyMounts(ctx context.Context) (string, error) {
 	if x.cfg.Local.Mounts == "" || x.pod == "" {
-		return nil
+		return "", nil
 	}
 	dir, err := filepath.Abs(x.cfg.Local.Mounts)
 	if err != nil {
-		return err
+		return "", err
 	}
 	_, err = os.Lstat(dir)
 	made := errors.Is(err, fs.ErrNotExist)
 	copied, notices, err := x.cfg.Cluster.CopyVolumes(ctx, x.pod, x.cfg.Local.Container, dir)
 	if err != nil {
-		return err
+		return "", err
 	}
 	x.undo.add("remove what was copied to "+dir, func(context.Context) error {
 		err := kube.RemoveVolumes(dir)
@@ -100,8 +98,7 @@ func (x *Exchange) copyMounts(ctx context.Context) error {
 		x.warn(n)
 	}
 	x.environ = append(x.environ, mountsVariable+"="+dir)
-	x.cfg.Reporter.Say(fmt.Sprintf("%d mounted files copied to %s", len(copied), dir))
-	return nil
+	return fmt.Sprintf("%d mounted files copied to %s", len(copied), dir), nil
 }
 
 // start runs the command until it ends or the exchange does.

@@ -38,13 +38,19 @@ type undo struct {
 }
 
 type undoStep struct {
-	what string
-	do   func(ctx context.Context) error
+	what  string
+	do    func(ctx context.Context) error
+	limit time.Duration
 }
 
 // add remembers a step; it is called as soon as the change may have been made.
 func (u *undo) add(what string, do func(ctx context.Context) error) {
-	u.steps = append(u.steps, undoStep{what, do})
+	u.addFor(undoLimit, what, do)
+}
+
+// addFor is add for what may take another time.
+func (u *undo) addFor(limit time.Duration, what string, do func(ctx context.Context) error) {
+	u.steps = append(u.steps, undoStep{what, do, limit})
 }
 
 // run undoes all, last first, whatever fails on the way. It does not stop when
@@ -63,7 +69,7 @@ func (u *undo) run(ctx context.Context) error {
 }
 
 func (s undoStep) run(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, undoLimit)
+	ctx, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
 	return s.do(ctx)
 }

@@ -48,7 +48,8 @@ type Status struct {
 type ExchangeStatus struct {
 	Service  string          `json:"service"`
 	Target   string          `json:"target"` // as it was asked for
-	Match    string          `json:"match"`  // "": everything
+	Method   Method          `json:"method"`
+	Match    string          `json:"match"` // "": everything
 	Mirror   bool            `json:"mirror"`
 	Forwards []ForwardStatus `json:"forwards"`
 

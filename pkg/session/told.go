@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -64,12 +65,15 @@ func (x *Exchange) status() Status {
 	}
 	s := x.basics(kind, x.cfg.Cluster)
 	r := x.attachment()
+	if pod != "" && x.service.Pod != "" {
+		pod = r.shadow.Pod() // its own word is the name it has taken
+	}
 	s.Shadow = ShadowStatus{Kind: string(r.shadow.Mode()), Pod: pod}
 	s.Wire = wireStatus(x.keep.State(), r.shadow.Way())
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	s.Exchange = &ExchangeStatus{
-		Service: x.service.Name, Target: x.target(), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
+		Service: x.service.Name, Target: x.target(), Method: cmp.Or(x.cfg.Method, BySelector), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
 		Requests: x.seen.Requests, Connections: x.seen.Connections, Open: x.seen.Open,
 	}
 	for _, f := range x.forwards {
