@@ -55,6 +55,13 @@ func startAlone(t testing.TB, name, labels string) {
 		eventually(t, 60*time.Second, "its pods end", func() error { return nothing(podsOfApp(t, name)) })
 	})
 	kubectl(t, "rollout", "status", "-n", namespace, "deploy/"+name, "--timeout=60s")
+	url := "http://" + serviceIP(t, name) + "/report"
+	eventually(t, 10*time.Second, "every node knows "+name, func() error {
+		if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "50", "-close", url); o.Failures > 0 {
+			return fmt.Errorf("%+v", o)
+		}
+		return nil
+	})
 }
 
 func podsOfApp(t testing.TB, app string) string {

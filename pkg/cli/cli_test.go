@@ -57,6 +57,7 @@ func TestBadFlags(t *testing.T) {
 	for _, args := range []string{
 		"frobnicate", "connect --frobnicate", "connect --include 10.0.0.0/4", "connect --include 127.0.0.0/8", "connect --image=", "clean -o xml", "connect extra", "connect --include ten", "connect --include 0.0.0.0/0",
 		"connect --exclude 10.0.0.0/33", "connect --grace 5s", "connect --grace soon", "connect --way teleport",
+		"exchange web --to 80 --method magic", "exchange web --to 80 --method scale --mirror", "exchange pod/db-0 --to 80 --method scale", "expose 80 --as web --method scale",
 		"status extra", "status -o xml", "version -o xml", "rbac extra", "clean extra",
 	} {
 		var out, talk bytes.Buffer
@@ -87,6 +88,11 @@ func TestHints(t *testing.T) {
 	}
 	if _, hint := judge(kube.ErrForbidden, typed{flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
 		t.Errorf("hint %q does not name the namespace", hint)
+	}
+	for line, flag := range map[string]string{"exchange svc/web --to 80": " --for exchange ", "exchange svc/web --to 80 --method=scale": " --for exchange,scale "} {
+		if _, hint := judge(kube.ErrForbidden, typed{line: line}); !strings.Contains(hint, flag) {
+			t.Errorf("culvert %s: hint %q", line, hint)
+		}
 	}
 }
 
