@@ -82,8 +82,11 @@ func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
 			return open
 		}
 		left := quiet - s.arrival.pulse.silence()
-		if left <= 0 || !pause(ctx, left) {
+		if left <= 0 {
 			return 0
+		}
+		if !pause(ctx, left) {
+			return s.router.Drain(ctx) // what came meanwhile
 		}
 	}
 }

@@ -173,6 +173,47 @@ func TestClaim(t *testing.T) {
 	s.end()
 }
 
+// TestDrainWaitsForLateNodes: who has drained removes the router, so nothing may
+// still be sent here by nodes that have not heard of the Service's end.
+func TestDrainWaitsForLateNodes(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	wire := s.open(time.Second)
+	s.put(wire, whole("ann"), false)
+	if last, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
+		t.Fatalf("last %v, %v", last, err)
+	}
+	late, drained := make(chan time.Time, 1), make(chan struct{})
+	go func() {
+		var at time.Time
+		for range 4 {
+			time.Sleep(quiet / 2)
+			select {
+			case <-drained:
+			default:
+				at = time.Now()
+				s.want("original")
+			}
+		}
+		late <- at
+	}()
+	open, err := Drain(t.Context(), wire, time.Minute)
+	ended := time.Now()
+	close(drained)
+	if open != 0 || err != nil {
+		t.Errorf("drain: %d open, %v", open, err)
+	}
+	if after := ended.Sub(<-late); after < quiet || after > 2*quiet {
+		t.Errorf("drained %v after the last connection, want %v", after, quiet)
+	}
+	began := time.Now()
+	if _, err := Drain(t.Context(), wire, 100*time.Millisecond); err != nil || time.Since(began) > quiet {
+		t.Errorf("drain within its limit: %v after %v", err, time.Since(began))
+	}
+	s.stop()
+	s.end()
+}
+
 func TestClaimsOfSeveral(t *testing.T) {
 	t.Parallel()
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
