@@ -80,7 +80,8 @@ func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err erro
 // Drain ends the router's work: everything goes to the original, and when
 // nothing is open any more, nor has come for a while, or after limit, Drain
 // returns what still is. Nodes lag: one may send here for a second or two after
-// the Service was put back.
+// the Service was put back. While anybody claims anything, nothing ends, and the
+// error is a *router.HeldError.
 func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit+controlLimit)
 	defer cancel()
@@ -217,6 +218,10 @@ func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
 	limit, err := time.ParseDuration(r.URL.Query().Get("limit"))
 	if err != nil || limit < 0 || limit > longestDrain {
 		refuse(w, fmt.Errorf("no limit, or none from 0 to %v", longestDrain))
+		return
+	}
+	if held := s.router.Claims(); len(held) > 0 {
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
 		return
 	}
 	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {

@@ -214,6 +214,25 @@ func TestDrainWaitsForLateNodes(t *testing.T) {
 	s.end()
 }
 
+// TestNoDrainUnderAClaim: what is drained is nobody's.
+func TestNoDrainUnderAClaim(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	ann, bob := s.open(time.Second), s.open(time.Second)
+	s.lead(ann, "ann", "tcp", answering(t, "ann", nil))
+	s.put(ann, whole("ann"), false)
+	var held *router.HeldError
+	if _, err := Drain(t.Context(), bob, time.Minute); !errors.As(err, &held) || held.Holder != "ann@laptop" {
+		t.Errorf("drain: %v, want that ann holds it", err)
+	}
+	s.want("ann")
+	if _, err := GetClaim(t.Context(), ann, "ann"); err != nil {
+		t.Errorf("get: %v", err)
+	}
+	s.stop()
+	s.end()
+}
+
 func TestClaimsOfSeveral(t *testing.T) {
 	t.Parallel()
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
