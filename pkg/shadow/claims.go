@@ -172,6 +172,7 @@ func (s *Shadow) putClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	s.pulse.beat()
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -192,6 +193,7 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
+	s.pulse.beat()
 	respondJSON(w, ClaimInfo{status, s.service.told()})
 }
 

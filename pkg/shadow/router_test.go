@@ -501,6 +501,37 @@ func TestGraceOver(t *testing.T) {
 	}
 }
 
+// TestLookingIsNotHolding: wires on which nobody claims anything, as those of who
+// asks for the state of things, do not keep an abandoned router alive.
+func TestLookingIsNotHolding(t *testing.T) {
+	t.Parallel()
+	const grace = 300 * time.Millisecond
+	e := &exchanged{state: heal.Ours}
+	heals := func(context.Context) error { return nil }
+	s := startRouter(t, Config{Grace: grace, Service: e, Heal: heals}, answering(t, "original", nil))
+	ann, other := s.open(grace/10), s.open(grace/10)
+	s.put(ann, whole("ann"), false)
+	for end := time.Now().Add(3 * grace); time.Now().Before(end); time.Sleep(grace / 10) {
+		if _, err := GetClaim(t.Context(), ann, "ann"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if done := e.was(); len(done) > 0 {
+		t.Errorf("done while it was held: %v", done)
+	}
+	eventually(t, func() error {
+		if _, err := Claims(t.Context(), other); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = GetClaim(t.Context(), other, "bob")
+		if len(e.was()) == 0 {
+			return errors.New("the service is not put back")
+		}
+		return nil
+	})
+	s.end()
+}
+
 // slowly gets what takes as long as it is not released.
 func (s *stand) slowly() string {
 	resp, err := http.Get("http://" + s.address + "/slow")
