@@ -532,6 +532,31 @@ func TestLookingIsNotHolding(t *testing.T) {
 	s.end()
 }
 
+// TestGraceOverOfExposed: a Service that was made for the router goes with the
+// Lease, but not under an open connection.
+func TestGraceOverOfExposed(t *testing.T) {
+	t.Parallel()
+	release, healed := make(chan struct{}), make(chan struct{})
+	heals := func(context.Context) error { close(healed); return nil }
+	s := startRouter(t, Config{Grace: 500 * time.Millisecond, Heal: heals}, "")
+	wire := s.open(time.Second)
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", release))
+	s.put(wire, whole("ann"), false)
+	slow := make(chan string, 1)
+	go func() { slow <- s.slowly() }()
+	select {
+	case <-healed:
+		t.Error("the Lease is gone under an open connection")
+	case <-time.After(2 * time.Second):
+	}
+	close(release)
+	if got := <-slow; got != "laptop" {
+		t.Errorf("the open connection: %q", got)
+	}
+	s.end()
+	<-healed
+}
+
 // slowly gets what takes as long as it is not released.
 func (s *stand) slowly() string {
 	resp, err := http.Get("http://" + s.address + "/slow")
