@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 const (
@@ -207,7 +208,7 @@ func (w *web) dial(ctx context.Context, c *claim) (net.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(w.ctx, cancel)()
-	far, err := w.open(ctx, c)
+	far, err := w.open(memchan.From(ctx, w.client.RemoteAddr()), c)
 	if err != nil {
 		return nil, err
 	}
