@@ -20,9 +20,10 @@ import (
 )
 
 const (
-	maxHeader  = 16 << 20 // of a request or an answer: the two ends have limits of their own
-	maxStreams = 1 << 16  // at a time, of one HTTP/2 connection: likewise
+	maxHeader  = 1 << 20 // of a request or an answer: the two ends have limits of their own, and lower ones
+	maxStreams = 1 << 16 // at a time, of one HTTP/2 connection: likewise
 	bufferSize = 32 << 10
+	headBuffer = 2 << 10 // of each direction, for as long as there is a connection: bodies pass it by
 	flushTime  = time.Second
 	hearing    = time.Second // for a word to reach a client, and for what it said before to reach us
 )
@@ -258,6 +259,8 @@ func newTransport(http2 bool, dial func(context.Context) (net.Conn, error)) *htt
 		DisableCompression:     true,
 		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: maxHeader,
+		ReadBufferSize:         headBuffer,
+		WriteBufferSize:        headBuffer,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			c, err := dial(ctx)
 			if err != nil {

@@ -546,3 +546,29 @@ func counts(t testing.TB, open *atomic.Int64, h http.Handler) string {
 	t.Cleanup(func() { s.Close() })
 	return l.Addr().String()
 }
+
+// TestHeadersHaveAnEnd: who sends no end of them does not use up the router.
+func TestHeadersHaveAnEnd(t *testing.T) {
+	original := serves(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		w.Header().Set("Much", strings.Repeat("x", len(req.Header.Get("Much"))))
+	}))
+	_, at := runs(t, web80(original))
+	asked := func(size int) int {
+		t.Helper()
+		req, err := http.NewRequest("GET", "http://"+at[0], nil)
+		must(t, err)
+		req.Header.Set("Much", strings.Repeat("x", size))
+		client := asks(t, false)
+		client.Transport.(*http.Transport).MaxResponseHeaderBytes = 4 * maxHeader
+		res, err := client.Do(req)
+		must(t, err)
+		res.Body.Close()
+		return res.StatusCode
+	}
+	if got := asked(maxHeader / 2); got != http.StatusOK {
+		t.Errorf("much is answered %d", got)
+	}
+	if got := asked(1<<20 + 64<<10); got != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("too much is answered %d", got)
+	}
+}
