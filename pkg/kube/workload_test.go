@@ -204,8 +204,9 @@ func TestScaleMeetsOthers(t *testing.T) {
 	if err := s.ScaleDown(t.Context(), say); err != nil {
 		t.Fatal(err)
 	}
-	second := *s
-	second.cfg.Session = "x2"
+	other := s.cfg
+	other.Session = "x2"
+	second := s.cluster.NewShadow(other, routerRights(ByDeployment))
 	if err := second.ScaleDown(t.Context(), say); !errors.Is(err, ErrExchanged) || !strings.Contains(err.Error(), labelValue(Self().Owner())) {
 		t.Errorf("the second: %v", err)
 	}

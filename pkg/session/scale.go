@@ -77,18 +77,17 @@ func (x *Exchange) emptyAgain() {
 		return
 	}
 	before := x.letScale
-	ctx, stop := context.WithCancel(x.gctx)
+	ctx, stop := context.WithCancel(x.life)
 	ended := make(chan struct{})
 	x.letScale = func() { stop(); <-ended }
-	x.group.Go(func() error {
+	x.group.Go(func() {
 		defer close(ended)
 		if before != nil {
 			before()
 		}
 		if err := x.empty(ctx, x.cfg.Reporter.Say); ctx.Err() == nil && err != nil {
-			return err
+			x.fail(err)
 		}
-		return nil
 	})
 }
 
@@ -112,7 +111,7 @@ func (x *Exchange) scaleUp(ctx context.Context) error {
 func (x *Exchange) awaitOriginal(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, proxiesLimit)
 	defer cancel()
-	for ctx.Err() == nil && x.gctx.Err() == nil {
+	for ctx.Err() == nil && x.keep.State().Up {
 		for _, p := range x.service.Ports {
 			if p.Network != "tcp" {
 				continue

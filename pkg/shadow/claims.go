@@ -24,7 +24,7 @@ import (
 //	GET /claims                how are all?
 //	DELETE /claims/{id}        no longer mine: {"last":bool}
 //	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
-//	                           is open: {"open":int}
+//	                           is open, nor has come for a while: {"open":int}
 
 // ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
 // over.
@@ -78,7 +78,10 @@ func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err erro
 }
 
 // Drain ends the router's work: everything goes to the original, and when
-// nothing is open any more, or after limit, Drain returns what still is.
+// nothing is open any more, nor has come for a while, or after limit, Drain
+// returns what still is. Nodes lag: one may send here for a second or two after
+// the Service was put back. While anybody claims anything, nothing ends, and the
+// error is a *router.HeldError.
 func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit+controlLimit)
 	defer cancel()
@@ -169,6 +172,7 @@ func (s *Shadow) putClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	s.pulse.beat()
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -189,6 +193,7 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
+	s.pulse.beat()
 	respondJSON(w, ClaimInfo{status, s.service.told()})
 }
 
@@ -217,11 +222,15 @@ func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
 		refuse(w, fmt.Errorf("no limit, or none from 0 to %v", longestDrain))
 		return
 	}
+	if held := s.router.Claims(); len(held) > 0 {
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
+		return
+	}
 	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {
 		refuse(w, err)
 		return
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), limit)
 	defer cancel()
-	respondJSON(w, map[string]int{"open": s.router.Drain(ctx)})
+	respondJSON(w, map[string]int{"open": s.drained(ctx, quiet)})
 }
