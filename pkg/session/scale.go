@@ -37,11 +37,11 @@ func (x *Exchange) findWorkload(ctx context.Context) error {
 		return err
 	}
 	x.workload = w
-	until := fmt.Sprintf("for %v", x.cfg.Grace)
+	until := fmt.Sprintf("the grace time of %v is over", x.cfg.Grace)
 	if x.rights.Mode == kube.ByBareDeployment {
-		until = "and somebody has run culvert clean"
+		until = "somebody runs culvert clean"
 	}
-	x.warn(fmt.Sprintf("%s is scaled to nothing: should this machine be silent, nobody answers for %s until it was so %s", w, name, until))
+	x.warn(fmt.Sprintf("%s will not run: should this machine fall silent, nobody answers for %s until %s", w, name, until))
 	if len(w.Others) > 0 {
 		x.warn(fmt.Sprintf("the pods of %s are behind svc/%s too, where nobody answers meanwhile", w, strings.Join(w.Others, ", svc/")))
 	}
