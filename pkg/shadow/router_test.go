@@ -505,13 +505,13 @@ func TestGraceOver(t *testing.T) {
 // asks for the state of things, do not keep an abandoned router alive.
 func TestLookingIsNotHolding(t *testing.T) {
 	t.Parallel()
-	const grace = 300 * time.Millisecond
+	const grace = 2 * time.Second
 	e := &exchanged{state: heal.Ours}
 	heals := func(context.Context) error { return nil }
 	s := startRouter(t, Config{Grace: grace, Service: e, Heal: heals}, answering(t, "original", nil))
-	ann, other := s.open(grace/10), s.open(grace/10)
+	ann, other := s.open(grace/4), s.open(grace/4)
 	s.put(ann, whole("ann"), false)
-	for end := time.Now().Add(3 * grace); time.Now().Before(end); time.Sleep(grace / 10) {
+	for end := time.Now().Add(3 * grace / 2); time.Now().Before(end); time.Sleep(grace / 10) {
 		if _, err := GetClaim(t.Context(), ann, "ann"); err != nil {
 			t.Fatal(err)
 		}
@@ -538,7 +538,7 @@ func TestGraceOverOfExposed(t *testing.T) {
 	t.Parallel()
 	release, healed := make(chan struct{}), make(chan struct{})
 	heals := func(context.Context) error { close(healed); return nil }
-	s := startRouter(t, Config{Grace: 500 * time.Millisecond, Heal: heals}, "")
+	s := startRouter(t, Config{Grace: 1500 * time.Millisecond, Heal: heals}, "")
 	wire := s.open(time.Second)
 	s.lead(wire, "ann", "tcp", answering(t, "laptop", release))
 	s.put(wire, whole("ann"), false)
@@ -547,7 +547,7 @@ func TestGraceOverOfExposed(t *testing.T) {
 	select {
 	case <-healed:
 		t.Error("the Lease is gone under an open connection")
-	case <-time.After(2 * time.Second):
+	case <-time.After(3 * time.Second):
 	}
 	close(release)
 	if got := <-slow; got != "laptop" {
