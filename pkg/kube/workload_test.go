@@ -2,9 +2,11 @@ package kube
 
 import (
 	"errors"
+	"fmt"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 	"sigs.k8s.io/yaml"
 
 	"github.com/culvert-dev/culvert/pkg/kube/heal"
@@ -298,4 +301,88 @@ func TestRBACOfScale(t *testing.T) {
 		}
 	}
 	same(t, "Role", asked, ruleLines(role.Rules))
+}
+
+// Every call of an exchange by scale, and of one by stand-ins, fails in turn:
+// nothing of it is left, and Service and workload are as they were.
+func TestMethodsFailInTurn(t *testing.T) {
+	for _, mode := range []Mode{ByDeployment, ByBareDeployment} {
+		for method, want := range map[string]int{"scale": 6, "stand-ins": 9} {
+			n := 1
+			for methodFailing(t, mode, method, n) {
+				n++
+			}
+			if n < want {
+				t.Errorf("%s, %s: only %d calls", mode, method, n-1)
+			}
+		}
+	}
+}
+
+func methodFailing(t *testing.T, mode Mode, method string, n int) (failed bool) {
+	t.Helper()
+	c, client := standCluster(testService("web"), testDeployment("web", "web", 2))
+	target, find := "web", Target{"service", "web"}
+	if method == "stand-ins" {
+		target, find = "db", Target{"pod", "db-1"}
+	}
+	cfg := testConfig("x1")
+	cfg.Router = &RouterConfig{ClientKey: []byte("client"), HostPublic: []byte("public")}
+	var err error
+	if cfg.Router.Service, err = c.FindService(t.Context(), find); err != nil {
+		t.Fatal(err)
+	}
+	if method == "scale" {
+		if cfg.Router.Workload, err = c.FindWorkload(t.Context(), cfg.Router.Service); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dump := func() string {
+		s, err := client.CoreV1().Services("dev").Get(t.Context(), target, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := client.AppsV1().Deployments("dev").Get(t.Context(), "web", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(s.Spec, s.Annotations, *d.Spec.Replicas, len(d.Labels))
+	}
+	before := dump()
+	var mu sync.Mutex
+	count := 0
+	client.PrependReactor("*", "*", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !changes(a) {
+			return false, nil, nil
+		}
+		if count++; count != n {
+			return false, nil, nil
+		}
+		failed = true
+		return true, nil, errors.New("wire cut")
+	})
+	s := c.NewShadow(cfg, routerRights(mode))
+	err = s.Create(t.Context(), nil)
+	if err == nil {
+		err = s.Swap(t.Context())
+	}
+	if err == nil {
+		err = s.ScaleDown(t.Context(), func(string) {})
+	}
+	what := fmt.Sprintf("%s, %s, call %d fails", mode, method, n)
+	if failed != (err != nil) {
+		t.Errorf("%s: %v", what, err)
+	}
+	if err := s.Delete(t.Context()); err != nil {
+		t.Errorf("%s: %v", what, err)
+	}
+	if left, err := c.find(t.Context(), "dev", ""); err != nil || len(left) > 0 {
+		t.Errorf("%s: left %v, %v", what, left, err)
+	}
+	if after := dump(); after != before {
+		t.Errorf("%s: it was %s and is %s", what, before, after)
+	}
+	return failed
 }
