@@ -35,6 +35,7 @@ const (
 // is, what a server binds to a connection stays bound, and a keep-alive that
 // ends does not end somebody else's.
 type web struct {
+	run    context.Context // the router's
 	ctx    context.Context // ends with the connection
 	end    context.CancelFunc
 	router *Router
@@ -52,9 +53,10 @@ type web struct {
 }
 
 func newWeb(ctx context.Context, r *Router, route *Route, c *client, http2 bool) *web {
+	run := ctx
 	ctx, end := context.WithCancel(ctx)
 	w := &web{
-		ctx: ctx, end: end, router: r, route: route, client: c, http2: http2,
+		run: run, ctx: ctx, end: end, router: r, route: route, client: c, http2: http2,
 		host: route.Original, ways: map[*claim]*way{},
 		errors: slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
 	}
@@ -279,6 +281,7 @@ type request struct {
 	copies []*spool
 	last   *claim // who was asked last
 	reused bool   // over a connection that had served before
+	whole  bool   // the answer was
 	count  func(took bool)
 	left   func() // the way to who was asked
 }
@@ -299,6 +302,7 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 		req.Trailer = http.Header{} // for trailers that were not announced
 	}
 	q.proxy.ServeHTTP(&answer{rw, w}, req)
+	q.whole = true
 }
 
 // keep undoes what a proxy does to a request: this one is not to be seen.
@@ -391,7 +395,11 @@ func (q *request) done() {
 		q.wasSent(nil)
 	}
 	for _, s := range q.copies {
-		s.cut()
+		if q.whole && q.http2 {
+			s.end() // a gRPC server answers a message, and not the end after it
+		} else {
+			s.cut()
+		}
 	}
 }
 
