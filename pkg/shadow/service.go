@@ -14,7 +14,7 @@ type Service interface {
 	Restore(ctx context.Context) error // nil, too, where there is nothing of ours
 }
 
-const lookEvery = 3 * time.Second
+const lookEvery = time.Second
 
 // serviceState is what was last seen of the Service.
 type serviceState struct {
