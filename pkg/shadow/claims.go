@@ -25,6 +25,7 @@ import (
 //	DELETE /claims/{id}        no longer mine: {"last":bool}
 //	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
 //	                           is open: {"open":int}
+//	POST /end?limit=30s        put back what you took, then the same, then exit
 
 // ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
 // over.
@@ -80,11 +81,22 @@ func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err erro
 // Drain ends the router's work: everything goes to the original, and when
 // nothing is open any more, or after limit, Drain returns what still is.
 func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
+	return drain(ctx, far, "/drain", limit)
+}
+
+func drain(ctx context.Context, far channel.Network, path string, limit time.Duration) (open int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit+controlLimit)
 	defer cancel()
 	var answer struct{ Open int }
-	err = call(ctx, far, http.MethodPost, "/drain?limit="+limit.String(), nil, &answer)
+	err = call(ctx, far, http.MethodPost, path+"?limit="+limit.String(), nil, &answer)
 	return answer.Open, heard(err)
+}
+
+// End is for a router that puts back what it took by itself, when nobody claims
+// anything of it any more, which else is a *router.HeldError. It does so, drains as
+// by Drain, and exits.
+func End(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
+	return drain(ctx, far, "/end", limit)
 }
 
 func claimPath(id string) string { return "/claims/" + url.PathEscape(id) }
@@ -141,6 +153,7 @@ func (s *Shadow) claimControls(mux *http.ServeMux) {
 		"GET /claims":         s.allClaims,
 		"DELETE /claims/{id}": s.dropClaim,
 		"POST /drain":         s.drain,
+		"POST /end":           s.end,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if s.leaving.Load() {
@@ -210,6 +223,26 @@ func (s *Shadow) dropClaim(w http.ResponseWriter, r *http.Request) {
 }
 
 const longestDrain = 5 * time.Minute
+
+func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
+	if s.cfg.Service == nil || s.cfg.Heal == nil {
+		refuse(w, errors.New("what this router took is not its own to put back"))
+		return
+	}
+	if held := s.router.Claims(); len(held) > 0 {
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
+		return
+	}
+	if err := s.cfg.Service.Restore(r.Context()); err != nil {
+		refuse(w, err)
+		return
+	}
+	s.drain(w, r)
+	select {
+	case s.ended <- struct{}{}:
+	default: // it was said before
+	}
+}
 
 func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
 	limit, err := time.ParseDuration(r.URL.Query().Get("limit"))
