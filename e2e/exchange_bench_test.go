@@ -17,6 +17,7 @@ func BenchmarkExchange(b *testing.B) {
 	b.Cleanup(func() { kubectl(b, "delete", "svc", "-n", namespace, "app-bench") })
 	direct := measured(b, "original", serviceIP(b, "app-bench"))
 	header := exchange(b, "svc/app-bench", "--to", "8080", "--header", "x-dev: mine")
+	comes(b, laptopName, "-H", "x-dev: mine", serviceIP(b, "app-bench"))
 	through := measured(b, "original", serviceIP(b, "app-bench"))
 	exchanged := measured(b, laptopName, serviceIP(b, "app-bench"), "-H", "x-dev: mine")
 	header.stop()

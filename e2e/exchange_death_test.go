@@ -115,7 +115,7 @@ func TestExchangeInterruptAtEveryStep(t *testing.T) {
 	var steps []string
 	for _, name := range talkOf(first.talk.String(), "… ") {
 		if !strings.Contains(name, ":") && !strings.HasPrefix(name, "putting") {
-			steps = append(steps, strings.ReplaceAll(name, "svc/app", "svc/SERVICE"))
+			steps = append(steps, strings.ReplaceAll(name, "/app", "/SERVICE"))
 		}
 	}
 	if len(steps) < 6 {
@@ -134,10 +134,14 @@ func TestExchangeInterruptAtEveryStep(t *testing.T) {
 	var all sync.WaitGroup
 	for _, v := range victims {
 		all.Go(func() {
-			for v.culvert.alive() && !strings.Contains(v.culvert.talk.String(), "… "+v.way+"\n") {
+			begun := func() bool { return strings.Contains(v.culvert.talk.String(), "… "+v.way+"\n") }
+			for end := time.Now().Add(patience); !begun() && v.culvert.alive() && time.Now().Before(end); {
 				time.Sleep(5 * time.Millisecond)
 			}
-			v.err = v.interrupt()
+			if !begun() {
+				v.fail("did not begin")
+			}
+			v.err = errors.Join(v.err, v.interrupt())
 		})
 	}
 	all.Wait()

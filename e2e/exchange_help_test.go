@@ -191,6 +191,20 @@ func want(t testing.TB, found map[string]verdict, by string, protocols ...[]stri
 	}
 }
 
+// comes waits until the nodes have heard to whom a Service leads now: what asks
+// it, with these flags, is answered by whom.
+func comes(t testing.TB, by string, flagsAndHost ...string) {
+	t.Helper()
+	eventually(t, 5*time.Second, "traffic comes to "+by, func() error {
+		for range 3 { // there may be more nodes or pods than one
+			if v := who(t, append(flagsAndHost, "http/1.1")...)["http/1.1"]; v.By != by {
+				return fmt.Errorf("%+v", v)
+			}
+		}
+		return nil
+	})
+}
+
 // loadOutcome is what "kit load" prints.
 type loadOutcome struct {
 	Requests, Failures int

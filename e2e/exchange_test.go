@@ -21,6 +21,7 @@ func TestExchange(t *testing.T) {
 	want(t, who(t, "app.shop"), "original", byRequest, byConnection)
 
 	s := exchange(t, append([]string{"svc/app"}, appPorts(0)...)...)
+	comes(t, laptopName, "app.shop")
 	t.Run("every protocol", func(t *testing.T) {
 		for _, host := range []string{"app", "app.shop.svc.cluster.local", serviceIP(t, "app")} {
 			want(t, who(t, host), laptopName, byRequest, byConnection)
@@ -118,6 +119,7 @@ func TestExchangeTargets(t *testing.T) {
 		t.Run(c.target, func(t *testing.T) {
 			s := exchange(t, c.target, "--to", c.to)
 			if c.url == "" {
+				time.Sleep(2 * time.Second) // until the nodes have heard
 				if got := inPod(t, "kit", "dial", "tcp", "redis.shop:6379", "hello"); got != laptopName+" hello" {
 					t.Errorf("answered %q", got)
 				}
@@ -142,6 +144,7 @@ func TestExchangeWithConnect(t *testing.T) {
 	check := asBefore(t)
 	c := connect(t)
 	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
+	comes(t, laptopName, "-H", "x-dev: mine", "app.shop")
 	for by, header := range map[string]string{"original": "x-dev: yours", laptopName: "x-dev: mine"} {
 		got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", "http://app.shop/")
 		if got != by {
@@ -162,6 +165,7 @@ func TestExchangeHeaders(t *testing.T) {
 	laptopApp(t, "bob", 20000)
 	check := asBefore(t)
 	ann := exchange(t, append([]string{"svc/app", "--header", "x-dev: ann"}, appPorts(10000)...)...)
+	comes(t, "ann", "-H", "x-dev: ann", "app.shop")
 	bob := exchange(t, append([]string{"svc/app", "--header", "x-dev: bo*", "--path", "/api"}, appPorts(20000)...)...)
 
 	t.Run("who gets what", func(t *testing.T) {
@@ -205,7 +209,9 @@ func TestExchangeHeaders(t *testing.T) {
 		cat.stop()
 	})
 	t.Run("a regular expression", func(t *testing.T) {
+		comes(t, "original", "app.shop") // the old one has put the Service back, perhaps
 		cat := exchange(t, "svc/app", "--header", "cookie: /(^|; )dev=ann($|;)/", "--to", "http=18080", "--to", "grpc=19090")
+		comes(t, "ann", "-H", "Cookie: a=b; dev=ann", "app.shop")
 		want(t, who(t, "-H", "Cookie: a=b; dev=ann", "app.shop"), "ann", byRequest)
 		want(t, who(t, "-H", "Cookie: a=b; dev=anna", "app.shop"), "original", byRequest)
 		cat.stop()
@@ -233,6 +239,13 @@ func TestExchangeMirror(t *testing.T) {
 	app := laptopApp(t, laptopName, 0)
 	check := asBefore(t)
 	s := exchange(t, append([]string{"svc/app", "--mirror"}, appPorts(0)...)...)
+	eventually(t, 5*time.Second, "copies come", func() error {
+		who(t, "app.shop", "http/1.1")
+		if seen := seenBy(t, 0); seen["/report"] == 0 {
+			return fmt.Errorf("%v", seen)
+		}
+		return nil
+	})
 	want(t, who(t, "app.shop"), "original", byRequest, byConnection)
 	o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "200", "-post", "http://app.shop/hash")
 	if o.By["original"] != 200 {
@@ -290,6 +303,7 @@ func TestExchangeRedeploy(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	before := service(t, "app")
 	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
+	comes(t, laptopName, "-H", "x-dev: mine", "app.shop")
 	loads := [][]string{{"-c", "2", "-close"}, {"-c", "2", "-H", "x-dev: mine"}}
 	all := under(t, loads, "http://"+serviceIP(t, "app")+"/report", func() {
 		kubectl(t, "rollout", "restart", "-n", namespace, "deploy/app")
@@ -480,6 +494,7 @@ func TestExchangeEditRole(t *testing.T) {
 	ip := serviceIP(t, "app")
 	s := startAs(t, culvertAs(devUID, nil, append([]string{"exchange", "-n", namespace, "svc/app", shortGrace}, appPorts(0)...)...))
 	s.says(exchangedLine)
+	comes(t, laptopName, ip)
 	want(t, who(t, ip), laptopName, byRequest, byConnection)
 	st := theExchange(t, "app")
 	if said := talkOf(s.talk.String(), "! "); len(said) == 0 || len(st.Missing) == 0 {

@@ -53,7 +53,7 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):
 		return exitNotPermitted, "culvert rbac" + t.flags + t.need() + " | kubectl apply -f -  # by somebody who may grant it"
-	case errors.Is(err, os.ErrPermission):
+	case errors.Is(err, os.ErrPermission) && t.need() == "": // an exchange needs no root
 		return exitNotPermitted, "sudo -v && culvert " + t.line
 	case errors.Is(err, kube.ErrKubeconfig):
 		return exitFailed, "kubectl config view  # or name a file with --kubeconfig"

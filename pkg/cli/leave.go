@@ -71,7 +71,7 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 	}
 	left, err := session.Leave(c.Context(), which)
 	for _, s := range left {
-		if err == nil && !a.quiet {
+		if !a.quiet {
 			fmt.Fprintf(a.err, "✓ left svc/%s in namespace %s\n", s.Exchange.Service, s.Namespace)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -74,7 +75,7 @@ func (a *app) tableOfHeld(held []session.Status, looked bool) {
 		if s.Wire.Up {
 			wire = "up"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", s.Exchange.Service, s.Owner, time.Since(s.Since).Round(time.Second), matchWords(s.Exchange.Match), wire, s.Exchange.Requests)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", plain(s.Exchange.Service), plain(s.Owner), time.Since(s.Since).Round(time.Second), plain(matchWords(s.Exchange.Match)), wire, s.Exchange.Requests)
 	}
 }
 
@@ -93,7 +94,9 @@ func (a *app) tableOfStatuses(all []session.Status) {
 func (a *app) tableOfStatus(s session.Status) {
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 	defer w.Flush()
-	row := func(key, format string, args ...any) { fmt.Fprintf(w, key+"\t"+format+"\n", args...) }
+	row := func(key, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", key, plain(fmt.Sprintf(format, args...)))
+	}
 	row("session", "%s of %s, process %d, for %v", s.Session, s.Owner, s.PID, time.Since(s.Since).Round(time.Second))
 	row("cluster", "%s, namespace %s, %s", s.Context, s.Namespace, s.Server)
 	if s.Exchange != nil {
@@ -107,6 +110,16 @@ func (a *app) tableOfStatus(s session.Status) {
 	for _, m := range s.Missing {
 		row("missing", "%s", m)
 	}
+}
+
+// plain leaves out what a terminal would act on: others wrote some of it.
+func plain(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\t' && unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, text)
 }
 
 func matchWords(match string) string {

@@ -283,7 +283,7 @@ func TestLiveCleanRouter(t *testing.T) {
 		must(t, s.Swap(t.Context()))
 		s.holder.Start++ // a process that is no more
 		must(t, s.renew(t.Context()))
-		renewed := time.AfterFunc(10*time.Second, func() { _ = s.renew(t.Context()) })
+		renewed := time.AfterFunc(2*time.Second, func() { _ = s.renew(t.Context()) })
 		defer renewed.Stop()
 		begin := time.Now()
 		got, err := ed.Clean(t.Context(), CleanConfig{})

@@ -22,6 +22,8 @@ const (
 	answerLimit = 3 * time.Second // of one question to the router
 	closingWait = time.Second     // between looks at a router that is about to go
 	drainLimit  = 30 * time.Second
+	dropLimit   = 12 * time.Second // of giving a claim up, while the wire is opened again
+	settleLoops = 20               // routers that turn out to be about to go, one after the other
 )
 
 // attach finds the router that the Service leads to, or makes one, which the
@@ -74,7 +76,7 @@ func (x *Exchange) join(ctx context.Context) (*kube.Service, *attached, error) {
 			return s, r, err
 		}
 		if time.Now().After(deadline) {
-			return s, nil, fmt.Errorf("svc/%s leads to the router %s of %s: %w", s.Name, s.Exchange.Session, s.Exchange.By, kube.ErrLeft)
+			return s, nil, fmt.Errorf("svc/%s leads to the router %s of %s, which is gone: %w", s.Name, s.Exchange.Session, s.Exchange.By, kube.ErrLeft)
 		}
 		if err := pause(ctx, closingWait); err != nil {
 			return s, nil, err
@@ -91,16 +93,16 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{shadow: s, keys: id, turned: true, by: mark.By}
+	r := &attached{shadow: s, keys: id, turned: time.Now(), by: mark.By}
 	x.use(r)
 	return r, nil
 }
 
 // use makes r the present router and keeps its lease fresh.
 func (x *Exchange) use(r *attached) {
-	ctx, stop := context.WithCancel(x.gctx)
+	ctx, stop := context.WithCancel(x.life)
 	r.stop = stop
-	x.group.Go(func() error { r.shadow.Renew(ctx); return nil })
+	x.group.Go(func() { _ = r.shadow.Renew(ctx) }) // ends with ctx only
 	x.mu.Lock()
 	before := x.router
 	x.router = r
@@ -113,12 +115,7 @@ func (x *Exchange) use(r *attached) {
 // dialWire opens a wire to the present router, and finds or makes another when
 // that has gone: it ends itself when no laptop was heard for the grace time.
 func (x *Exchange) dialWire(ctx context.Context) (channel.Channel, error) {
-	r := x.attachment()
-	conn, _, err := r.shadow.Dial(ctx)
-	if errors.Is(err, kube.ErrGone) && !x.isLeaving() {
-		x.cfg.Reporter.Say("the router is gone, looking for another")
-		r, conn, err = x.dialAnother(ctx)
-	}
+	r, conn, err := x.dialRouter(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -126,11 +123,44 @@ func (x *Exchange) dialWire(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err // not wire: a nil one in the interface is none
 	}
-	x.mu.Lock()
-	r.wire = wire
-	x.mu.Unlock()
+	r.set(func(r *attached) { r.wire = wire })
 	return wire, nil
 }
+
+func (x *Exchange) dialRouter(ctx context.Context) (*attached, net.Conn, error) {
+	if err := x.alone(ctx); err != nil {
+		return nil, nil, err
+	}
+	defer x.done()
+	r := x.attachment()
+	conn, _, err := r.shadow.Dial(ctx)
+	if !errors.Is(err, kube.ErrGone) || x.isLeaving() {
+		return r, conn, err
+	}
+	x.cfg.Reporter.Say("the router is gone, looking for another")
+	next, err := x.replace(ctx, r)
+	if over(err) {
+		x.fail(err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, _, err = next.shadow.Dial(ctx)
+	return next, conn, err
+}
+
+// alone waits until nobody else finds or makes a router: Keep does when it opens
+// a wire, and settle.
+func (x *Exchange) alone(ctx context.Context) error {
+	select {
+	case x.finding <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (x *Exchange) done() { <-x.finding }
 
 func (x *Exchange) isLeaving() bool {
 	x.mu.Lock()
@@ -138,21 +168,23 @@ func (x *Exchange) isLeaving() bool {
 	return x.leaving
 }
 
-func (x *Exchange) dialAnother(ctx context.Context) (*attached, net.Conn, error) {
-	if r := x.attachment(); r.made {
-		if err := r.shadow.Delete(ctx); err != nil {
-			return nil, nil, err
-		}
+// replace puts another router in r's place, which has gone or is about to. The
+// Service may still lead to r, if nobody could put it back.
+func (x *Exchange) replace(ctx context.Context, r *attached) (*attached, error) {
+	var err error
+	if r.made {
+		err = r.shadow.Delete(ctx)
+	} else {
+		err = r.shadow.Restore(ctx)
 	}
-	r, err := x.attach(ctx)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if err := r.shadow.WaitReady(ctx, nil); err != nil {
-		return nil, nil, err
+	next, err := x.attach(ctx)
+	if err != nil {
+		return nil, err
 	}
-	conn, _, err := r.shadow.Dial(ctx)
-	return r, conn, err
+	return next, next.shadow.WaitReady(ctx, nil)
 }
 
 // forward serves what the router sends here, over every wire to come.
@@ -193,18 +225,22 @@ func (c *counted) Close() error {
 
 // settle makes the claim known to the present router and turns the Service to
 // it. A router that is about to go, or was made in vain, is replaced.
-func (x *Exchange) settle(ctx context.Context) error {
-	for {
+func (x *Exchange) settle(ctx context.Context, take bool) error {
+	for loops := 0; ; loops++ {
 		r := x.attachment()
-		err := x.put(ctx)
-		if err == nil && !r.turned && x.cfg.Expose == "" {
+		err := x.put(ctx, take)
+		if err == nil && !r.isTurned() {
 			err = r.shadow.Swap(ctx)
 		}
 		switch {
 		case err == nil:
-			r.turned = true
+			r.set(func(r *attached) {
+				if r.turned.IsZero() {
+					r.turned = time.Now()
+				}
+			})
 			return nil
-		case errors.Is(err, kube.ErrExchanged), errors.Is(err, router.ErrClosing):
+		case loops < settleLoops && (errors.Is(err, kube.ErrExchanged) || errors.Is(err, router.ErrClosing)):
 			if err := x.another(ctx, r); err != nil {
 				return err
 			}
@@ -214,10 +250,10 @@ func (x *Exchange) settle(ctx context.Context) error {
 	}
 }
 
-func (x *Exchange) put(ctx context.Context) error {
+func (x *Exchange) put(ctx context.Context, take bool) error {
 	ctx, cancel := context.WithTimeout(ctx, firstWire)
 	defer cancel()
-	return shadow.PutClaim(ctx, x.keep, x.theClaim(), x.cfg.Take)
+	return shadow.PutClaim(ctx, x.keep, x.theClaim(), take)
 }
 
 func (x *Exchange) theClaim() router.Claim {
@@ -228,26 +264,25 @@ func (x *Exchange) theClaim() router.Claim {
 	return c
 }
 
-// another leaves the router r for the one that the Service leads to.
+// another leaves the router r for the one that the Service leads to, unless
+// Keep has been quicker.
 func (x *Exchange) another(ctx context.Context, r *attached) error {
 	if err := pause(ctx, closingWait); err != nil {
 		return err
 	}
-	if r.made {
-		if err := r.shadow.Delete(ctx); err != nil {
-			return err
-		}
+	if err := x.alone(ctx); err != nil {
+		return err
 	}
-	next, err := x.attach(ctx)
+	err := error(nil)
+	if x.attachment() == r {
+		_, err = x.replace(ctx, r)
+	}
+	x.done()
 	if err != nil {
 		return err
 	}
-	if err := next.shadow.WaitReady(ctx, nil); err != nil {
-		return err
-	}
-	x.mu.Lock()
-	wire := r.wire
-	x.mu.Unlock()
+	var wire channel.Channel
+	r.set(func(r *attached) { wire = r.wire })
 	if wire != nil {
 		wire.Close() // Keep opens the next one, to the next router
 		wire.Wait()
@@ -269,21 +304,32 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case <-beat.C:
 		}
 		err := x.beat(ctx)
-		if errors.Is(err, shadow.ErrNoClaim) {
+		if errors.Is(err, shadow.ErrNoClaim) || err == nil && !x.attachment().isTurned() {
 			again = true
-			err = x.settle(ctx)
+			err = x.settle(ctx, false)
 		}
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case over(err):
-			return err
+			return x.why(err)
+		case err != nil && again:
+			x.warn(fmt.Sprintf("svc/%s is not exchanged now, trying again: %v", x.service.Name, err))
 		case err != nil:
 			x.cfg.Log.Debug("claim not held", "err", err)
 		case again:
 			x.cfg.Reporter.Say(x.told())
 		}
 	}
+}
+
+// why says of a claim that others hold by now that it was taken.
+func (x *Exchange) why(err error) error {
+	var held *router.HeldError
+	if errors.As(err, &held) {
+		return fmt.Errorf("svc/%s was taken over by %s: %w", x.service.Name, held.Holder, errOver)
+	}
+	return err
 }
 
 // over tells of an error after which nothing is to be waited for.
@@ -296,30 +342,44 @@ func over(err error) bool {
 func (x *Exchange) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
+	r := x.attachment()
 	info, err := shadow.GetClaim(ctx, x.keep, x.id)
 	if err != nil {
 		return err
 	}
 	x.mu.Lock()
 	x.seen = info
-	r := x.router
-	r.led = r.led || info.Service == heal.Ours
 	x.mu.Unlock()
-	switch info.Service {
-	case heal.PutBack:
-		if !r.led { // it looked before the Service was turned to it
-			return nil
+	state := info.Service
+	if state == "" { // the router may not look
+		if state, err = r.shadow.Look(ctx); err != nil {
+			return err
 		}
+	}
+	return x.serviceIs(r, state)
+}
+
+// ledWithin is how long a router may go on saying what it saw before the
+// Service was led to it.
+const ledWithin = 4 * beatEvery
+
+func (x *Exchange) serviceIs(r *attached, state string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case state == heal.Ours:
+		r.led = true
+	case r.turned.IsZero(), !r.led && time.Since(r.turned) < ledWithin:
+	case state == heal.PutBack:
 		return fmt.Errorf("svc/%s was put back by somebody else, and is left to them: %w", x.service.Name, errOver)
-	case heal.Gone:
+	case state == heal.Gone:
 		return fmt.Errorf("svc/%s was deleted: %w", x.service.Name, errOver)
 	}
 	return nil
 }
 
 // release gives the claim up. If it was the router's last, the Service is put
-// back and the router waits for what is under way. A router that cannot be asked
-// is removed by who made it: laptops that still held it make another.
+// back and the router waits for what is under way.
 func (x *Exchange) release(ctx context.Context) error {
 	x.mu.Lock()
 	x.leaving = true
@@ -329,37 +389,51 @@ func (x *Exchange) release(ctx context.Context) error {
 	}
 	r := x.attachment()
 	last, err := x.drop(ctx)
-	switch {
-	case err == nil && !last:
-		r.ours = false
+	if err == nil && !last {
+		r.set(func(r *attached) { r.ours = false })
 		x.finish(ctx)
 		return nil
-	case err != nil && !r.made:
+	}
+	if err != nil && !r.made && r.shadow.Mode() == kube.ByDeployment {
 		x.cfg.Reporter.Say("the router cannot be asked; it gives the claim up by itself")
 		return nil
 	}
-	r.ours = true
-	if x.cfg.Expose == "" {
-		if err := r.shadow.Restore(ctx); err != nil {
-			return err
-		}
-	}
-	if err == nil {
+	r.set(func(r *attached) { r.ours = true })
+	if r.shadow.Restore(ctx) == nil && err == nil { // what fails is tried again when the router is removed
 		x.drain(ctx)
 	}
 	return nil
 }
 
-// drop tells whether nobody holds the router any more.
+// drop tells whether nobody holds the router any more. A router that does not
+// know the claim, as a new pod does not, is told of it first: only so it can
+// say whether others are there.
 func (x *Exchange) drop(ctx context.Context) (last bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	ctx, cancel := context.WithTimeout(ctx, dropLimit)
 	defer cancel()
-	last, err = shadow.DropClaim(ctx, x.keep, x.id)
-	if errors.Is(err, shadow.ErrNoClaim) { // never made, or taken over
-		r := x.attachment()
-		return r.made && !r.turned, nil
+	var held *router.HeldError
+	for {
+		one, stop := context.WithTimeout(ctx, answerLimit)
+		last, err = shadow.DropClaim(one, x.keep, x.id)
+		if errors.Is(err, shadow.ErrNoClaim) {
+			err = shadow.PutClaim(one, x.keep, x.theClaim(), false)
+			if err == nil {
+				err = shadow.ErrNoClaim // once more
+			}
+		}
+		stop()
+		switch {
+		case err == nil:
+			return last, nil
+		case errors.As(err, &held):
+			return false, nil
+		case errors.Is(err, router.ErrClosing):
+			return true, nil
+		}
+		if pause(ctx, 100*time.Millisecond) != nil {
+			return false, err
+		}
 	}
-	return last, err
 }
 
 // drain waits until the router has nothing open. What then still is, is cut
@@ -382,10 +456,16 @@ func (x *Exchange) finish(ctx context.Context) {
 
 // removeRouter removes the router if it is ours to remove.
 func (x *Exchange) removeRouter(ctx context.Context) error {
-	if r := x.attachment(); r != nil && r.ours {
-		return r.shadow.Delete(ctx)
+	r := x.attachment()
+	if r == nil {
+		return nil
 	}
-	return nil
+	ours := false
+	r.set(func(r *attached) { ours = r.ours })
+	if !ours {
+		return nil
+	}
+	return r.shadow.Delete(ctx)
 }
 
 func pause(ctx context.Context, d time.Duration) error {

@@ -11,8 +11,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
 // A course is what the verbs share: steps up, what runs beside them, a stay, and
@@ -23,10 +21,16 @@ type course struct {
 	reporter Reporter
 	log      *slog.Logger
 
-	undo   undo
-	group  *errgroup.Group // everything that runs beside the steps
-	gctx   context.Context // ends when one of these fails, or on the way down
-	cancel context.CancelFunc
+	undo undo
+
+	// What runs beside the steps has two contexts: gctx ends when one of these
+	// fails, and with it the stay; life ends when all is undone, because undoing
+	// needs them, the wire above all.
+	group sync.WaitGroup
+	life  context.Context
+	end   context.CancelFunc
+	gctx  context.Context
+	fail  context.CancelCauseFunc
 
 	asked   chan struct{} // closed by leave
 	leaving sync.Once
@@ -56,16 +60,15 @@ func newCourse(reporter Reporter, log *slog.Logger) course {
 func (c *course) run(ctx context.Context, steps []step) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	gctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	c.cancel = cancel
-	c.group, c.gctx = errgroup.WithContext(gctx)
-	go func() {
+	c.life, c.end = context.WithCancel(context.WithoutCancel(ctx))
+	c.gctx, c.fail = context.WithCancelCause(c.life)
+	c.group.Go(func() {
 		select {
 		case <-c.asked:
 			stop()
-		case <-gctx.Done():
+		case <-c.life.Done():
 		}
-	}()
+	})
 	err := c.up(ctx, steps)
 	if err == nil {
 		err = c.stay(ctx)
@@ -116,8 +119,8 @@ func (c *course) down(ctx context.Context) error {
 	}
 	c.result = c.undo.run(ctx)
 	close(c.over)
-	c.cancel()
-	_ = c.group.Wait() // the first error has been told, the others follow from the undo
+	c.end()
+	c.group.Wait()
 	if changed && c.result == nil {
 		c.reporter.Done("this machine and the cluster are as before")
 	}
@@ -127,15 +130,15 @@ func (c *course) down(ctx context.Context) error {
 // background runs what lives as long as the session. That it ends with ctx is
 // no error; that it ends otherwise ends the session.
 func (c *course) background(what string, run func(ctx context.Context) error) {
-	c.group.Go(func() error {
-		err := run(c.gctx)
-		if c.gctx.Err() != nil {
-			return nil
+	c.group.Go(func() {
+		err := run(c.life)
+		if c.life.Err() != nil {
+			return
 		}
 		if err == nil {
 			err = net.ErrClosed
 		}
-		return fmt.Errorf("%s: %w", what, err)
+		c.fail(fmt.Errorf("%s: %w", what, err))
 	})
 }
 

@@ -51,11 +51,17 @@ type Exchange struct {
 	keep     *channel.Keep
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // the wire is up again
+	finding  chan struct{} // has room for one: who finds or makes a router
 	letGo    func()        // ends hold and waits for it; nil before it began
 	pod      string        // whose environment the local process gets; "": none is read
 	environ  []string
 
-	mu      sync.Mutex // guards what follows: Keep's goroutine makes routers, too
+	mounts     string // the folder with mounted files; "": none was written
+	madeMounts bool   // it was not there before
+
+	stopLocal func() // ends the command and waits for it; nil before it began
+
+	mu      sync.Mutex // guards what follows
 	router  *attached
 	leaving bool // no other router is looked for
 	seen    shadow.ClaimInfo
@@ -66,18 +72,35 @@ type Exchange struct {
 type attached struct {
 	shadow *kube.Shadow
 	keys   sshchan.Identity
-	wire   channel.Channel    // the last one; nil before the first
 	stop   context.CancelFunc // ends its lease's renewal
 	by     string             // who made it, where not this machine
 	made   bool               // here
-	turned bool               // the Service leads to it
-	led    bool               // the router has seen that it does
-	ours   bool               // to remove: made here, or nobody else is left
+
+	mu     sync.Mutex
+	wire   channel.Channel // the last one; nil before the first
+	turned time.Time       // when the Service was led to it; zero: it is not
+	led    bool            // it has been seen that it is
+	ours   bool            // to remove: made here, or nobody else is left
+}
+
+func (r *attached) set(change func(*attached)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change(r)
+}
+
+func (r *attached) isTurned() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.turned.IsZero()
 }
 
 // NewExchange starts nothing.
 func NewExchange(cfg ExchangeConfig) *Exchange {
-	return &Exchange{course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg, reopened: make(chan struct{}, 1)}
+	return &Exchange{
+		course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg,
+		reopened: make(chan struct{}, 1), finding: make(chan struct{}, 1),
+	}
 }
 
 // steps are the way up.
@@ -221,11 +244,12 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 
 // claim listens at the router and makes the traffic come.
 func (x *Exchange) claim(ctx context.Context) (string, error) {
+	x.undo.add("end the command", x.endLocal) // it serves until all else is undone
 	x.undo.add("put "+x.subject()+" back", x.release)
 	if err := x.forward(ctx); err != nil {
 		return "", err
 	}
-	if err := x.settle(ctx); err != nil {
+	if err := x.settle(ctx, x.cfg.Take); err != nil {
 		return "", err
 	}
 	x.awaitProxies(ctx)
@@ -257,12 +281,14 @@ const proxiesLimit = 5 * time.Second
 
 // holdOn keeps the claim until release, or until it is lost.
 func (x *Exchange) holdOn() error {
-	ctx, stop := context.WithCancel(x.gctx)
+	ctx, stop := context.WithCancel(x.life)
 	ended := make(chan struct{})
 	x.letGo = func() { stop(); <-ended }
-	x.group.Go(func() error {
+	x.group.Go(func() {
 		defer close(ended)
-		return x.hold(ctx)
+		if err := x.hold(ctx); err != nil {
+			x.fail(err)
+		}
 	})
 	return nil
 }

@@ -62,8 +62,7 @@ func (x *Exchange) startLocal(ctx context.Context) (string, error) {
 	if err := x.copyMounts(ctx); err != nil {
 		return "", err
 	}
-	if l.EnvFile != "" {
-		x.undo.add("remove "+l.EnvFile, func(context.Context) error { return removeEnvFile(l.EnvFile) })
+	if l.EnvFile != "" && x.pod != "" {
 		if err := writeEnvFile(l.EnvFile, x.environ); err != nil {
 			return "", err
 		}
@@ -73,6 +72,24 @@ func (x *Exchange) startLocal(ctx context.Context) (string, error) {
 	}
 	x.start(l)
 	return "started " + strings.Join(l.Command, " "), nil
+}
+
+// endLocal ends the command and removes the files.
+func (x *Exchange) endLocal(context.Context) error {
+	if x.stopLocal != nil {
+		x.stopLocal()
+	}
+	var errs []error
+	if path := x.cfg.Local.EnvFile; path != "" {
+		errs = append(errs, removeEnvFile(path))
+	}
+	if x.mounts != "" {
+		errs = append(errs, kube.RemoveVolumes(x.mounts))
+		if x.madeMounts {
+			os.Remove(x.mounts) // stays if somebody put something in it
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (x *Exchange) copyMounts(ctx context.Context) error {
@@ -89,13 +106,7 @@ func (x *Exchange) copyMounts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	x.undo.add("remove what was copied to "+dir, func(context.Context) error {
-		err := kube.RemoveVolumes(dir)
-		if made {
-			os.Remove(dir) // stays if somebody put something in it
-		}
-		return err
-	})
+	x.mounts, x.madeMounts = dir, made
 	for _, n := range notices {
 		x.warn(n)
 	}
@@ -106,31 +117,28 @@ func (x *Exchange) copyMounts(ctx context.Context) error {
 
 // start runs the command until it ends or the exchange does.
 func (x *Exchange) start(l Local) {
-	ctx, stop := context.WithCancelCause(context.WithoutCancel(x.gctx))
+	ctx, stop := context.WithCancelCause(context.WithoutCancel(x.life))
 	ended := make(chan struct{})
-	x.undo.add("end "+l.Command[0], func(context.Context) error {
-		stop(process.ErrInterrupt)
-		<-ended
-		return nil
-	})
-	x.group.Go(func() error {
+	x.stopLocal = func() { stop(process.ErrInterrupt); <-ended }
+	x.group.Go(func() {
 		defer close(ended)
 		err := process.Run(ctx, process.Config{
 			Args: l.Command, Env: withEnviron(os.Environ(), x.environ),
 			Stdin: l.Stdin, Stdout: l.Stdout, Stderr: l.Stderr,
 		})
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		var exit *process.ExitError
 		if errors.As(err, &exit) && exit.Signal == os.Interrupt {
 			err = nil // on a terminal Ctrl-C is the command's
 		}
-		if err == nil {
-			x.cfg.Reporter.Say(l.Command[0] + " has ended")
-			x.leave()
+		if err != nil {
+			x.fail(err)
+			return
 		}
-		return err
+		x.cfg.Reporter.Say(l.Command[0] + " has ended")
+		x.leave()
 	})
 }
 

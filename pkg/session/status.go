@@ -42,6 +42,8 @@ type Status struct {
 
 	// Missing has one line for each thing that works less well than it could.
 	Missing []string `json:"missing"`
+
+	answered string // where it was asked; not what it says of itself
 }
 
 // ExchangeStatus tells whose traffic comes here, and how much did.
@@ -211,6 +213,7 @@ func askStatus(ctx context.Context, name string) (s Status, err error) {
 	if err := json.NewDecoder(c).Decode(&s); err != nil {
 		return s, fmt.Errorf("read status of %s: %w", strings.TrimLeft(name, "@"), err)
 	}
+	s.answered = name
 	return s, nil
 }
 
@@ -222,7 +225,7 @@ func ask(ctx context.Context, name, question string) (net.Conn, error) {
 		return nil, err
 	}
 	context.AfterFunc(ctx, func() { c.Close() })
-	if os.Geteuid() != 0 && !trusted(c) { // root sees everybody's
+	if (os.Geteuid() != 0 || question != askForStatus) && !trusted(c) { // root sees everybody's
 		c.Close()
 		return nil, fmt.Errorf("%s belongs to somebody else", strings.TrimLeft(name, "@"))
 	}
@@ -234,7 +237,8 @@ func ask(ctx context.Context, name, question string) (net.Conn, error) {
 }
 
 // Leave asks those sessions of this machine to end that which names, and waits
-// until each has put everything back. It returns those that were asked.
+// until each has put everything back. It returns those that have; the error is of
+// the others.
 func Leave(ctx context.Context, which func(Status) bool) ([]Status, error) {
 	all, err := Statuses(ctx)
 	if err != nil {
@@ -247,13 +251,19 @@ func Leave(ctx context.Context, which func(Status) bool) ([]Status, error) {
 		group.Go(func() { errs[i] = leave(ctx, s) })
 	}
 	group.Wait()
-	return all, errors.Join(errs...)
+	var left []Status
+	for i, s := range all {
+		if errs[i] == nil {
+			left = append(left, s)
+		}
+	}
+	return left, errors.Join(errs...)
 }
 
 func leave(ctx context.Context, s Status) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c, err := ask(ctx, statusAddress(s.Session), askToLeave)
+	c, err := ask(ctx, s.answered, askToLeave)
 	if err != nil {
 		return fmt.Errorf("ask session %s to leave: %w", s.Session, err)
 	}

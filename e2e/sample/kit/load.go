@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -107,11 +109,17 @@ func (l *load) ask(t *http.Transport) (by string, n int64, err error) {
 		return "", 0, err
 	}
 	defer res.Body.Close()
-	n, err = io.Copy(io.Discard, res.Body)
-	if err == nil && res.StatusCode != http.StatusOK {
-		err = fmt.Errorf("answered %s", res.Status)
+	if res.StatusCode != http.StatusOK {
+		return "", 0, refusal(res)
 	}
+	n, err = io.Copy(io.Discard, res.Body)
 	return res.Header.Get(byHeader), n, err
+}
+
+// refusal is an answer that is none, and what it says.
+func refusal(res *http.Response) error {
+	text, err := io.ReadAll(io.LimitReader(res.Body, 200))
+	return errors.Join(fmt.Errorf("answered %s: %s", res.Status, bytes.TrimSpace(text)), err)
 }
 
 func (l *load) count(by string, n int64, err error, took time.Duration) {
@@ -120,6 +128,7 @@ func (l *load) count(by string, n int64, err error, took time.Duration) {
 	if err != nil {
 		l.outcome.Failures++
 		l.outcome.Errors[err.Error()]++
+		fmt.Fprintf(os.Stderr, "%s after %v: %v\n", time.Now().Format(time.StampMilli), took.Round(time.Millisecond), err)
 		return
 	}
 	l.outcome.Requests++
@@ -179,11 +188,12 @@ func askOnce(url string, limit time.Duration) sample {
 	res, err := client.Get(url)
 	if err == nil {
 		s.By = res.Header.Get(byHeader)
-		_, err = io.Copy(io.Discard, res.Body)
-		res.Body.Close()
-		if err == nil && res.StatusCode != http.StatusOK {
-			err = fmt.Errorf("answered %s", res.Status)
+		if res.StatusCode == http.StatusOK {
+			_, err = io.Copy(io.Discard, res.Body)
+		} else {
+			err = refusal(res)
 		}
+		res.Body.Close()
 	}
 	if err != nil {
 		s.Err = err.Error()
