@@ -15,6 +15,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 )
 
 // ByEphemeral: the shadow is an ephemeral container of the pod whose traffic it
@@ -253,7 +255,10 @@ func (e *Ephemeral) WaitReady(ctx context.Context, progress func(string)) error 
 func (e *Ephemeral) waitReady(ctx context.Context, progress func(string)) error {
 	var since time.Time // it runs
 	for {
-		s, _, err := e.look(ctx)
+		s, added, err := e.look(ctx)
+		if err == nil && !added {
+			err = fmt.Errorf("%w: it was not added", ErrGone)
+		}
 		if err != nil {
 			return err
 		}
@@ -321,6 +326,9 @@ func (e *Ephemeral) Renew(ctx context.Context) error {
 
 // Swap has nothing to do: what comes is taken from the container's beginning.
 func (e *Ephemeral) Swap(context.Context) error { return nil }
+
+// Look has nothing to see but what the shadow tells itself.
+func (e *Ephemeral) Look(context.Context) (string, error) { return heal.Ours, nil }
 
 // Restore has nothing to do: the shadow puts back what it took, by itself.
 func (e *Ephemeral) Restore(context.Context) error { return nil }

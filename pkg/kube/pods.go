@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // A Pod is one whose own traffic is, or could be, taken: what is sent to its
@@ -19,6 +20,9 @@ import (
 type Pod struct {
 	Name  string
 	Ports []ServicePort // that its containers declare; any other may be taken as well
+
+	Probed  []int // ports whose probes by the kubelet cannot be told from other traffic
+	Returns bool  // should it be deleted, another comes by its name
 
 	raw *corev1.Pod
 }
@@ -37,7 +41,34 @@ func (c *Cluster) FindPod(ctx context.Context, t Target) (*Pod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find the pod of %s in namespace %s: %w", t, c.Namespace, sorted(err))
 	}
-	return &Pod{Name: raw.Name, Ports: declaredPorts(raw), raw: raw}, nil
+	owner := metav1.GetControllerOf(raw)
+	return &Pod{
+		Name: raw.Name, Ports: declaredPorts(raw), Probed: probedUnseen(raw), Returns: owner != nil && owner.Kind == "StatefulSet", raw: raw,
+	}, nil
+}
+
+// probedUnseen are ports that the kubelet asks over TLS: a router does not look
+// into that. Of HTTP and gRPC it sees who asks, and a probe that only connects is
+// answered by whoever there is.
+func probedUnseen(p *corev1.Pod) (ports []int) {
+	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+		for _, probe := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe, c.StartupProbe} {
+			if probe == nil || probe.HTTPGet == nil || probe.HTTPGet.Scheme != corev1.URISchemeHTTPS {
+				continue
+			}
+			at := probe.HTTPGet.Port
+			number := int(at.IntVal)
+			for _, have := range c.Ports {
+				if at.Type == intstr.String && have.Name == at.StrVal {
+					number = int(have.ContainerPort)
+				}
+			}
+			if !slices.Contains(ports, number) {
+				ports = append(ports, number)
+			}
+		}
+	}
+	return ports
 }
 
 func (c *Cluster) findPod(ctx context.Context, t Target) (*corev1.Pod, error) {
