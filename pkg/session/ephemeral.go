@@ -59,6 +59,18 @@ func (x *Exchange) findPod(ctx context.Context) error {
 	if x.forwards, err = assign(name, ports, x.cfg.To); err != nil {
 		return err
 	}
+	e, _, _, err := x.cfg.Cluster.OpenEphemeral(p, x.claimedPorts(), x.cfg.Way, x.rights)
+	if err != nil {
+		return err
+	}
+	if e == nil {
+		x.warnOfContainer(p, name)
+	}
+	return nil
+}
+
+// warnOfContainer says what a container in the pod means, before there is one.
+func (x *Exchange) warnOfContainer(p *kube.Pod, name string) {
 	x.warn(name + " gets an ephemeral container: that needs the right to patch pods/ephemeralcontainers, and NET_ADMIN, which Pod Security baseline and restricted refuse")
 	x.warn("when it has ended its entry stays in the pod, until there is another pod; whoever may read the pod may read its keys")
 	for _, port := range p.Probed {
@@ -66,7 +78,6 @@ func (x *Exchange) findPod(ctx context.Context) error {
 			x.warn(fmt.Sprintf("the kubelet's probes of port %d come here, too, and a wrong answer restarts the original", port))
 		}
 	}
-	return nil
 }
 
 // portsFor are a pod's ports, and what of it is named by number: a pod need not
@@ -159,7 +170,11 @@ func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
 	}, x.rights)
 	r := &attached{place: e, pod: p.Name, keys: k.laptop, made: true, ours: true}
 	x.use(r)
-	return r, e.Create(ctx, x.warn)
+	if err := e.Create(ctx, x.warn); err != nil {
+		return r, err
+	}
+	x.but = ", but for the entry of an ended container in the pod"
+	return r, nil
 }
 
 // endUnasked tells a shadow to end that was not told so by the wire of the
