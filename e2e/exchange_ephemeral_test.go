@@ -204,7 +204,7 @@ func TestEphemeral(t *testing.T) {
 		if strings.Count(out, "pod/"+pod.name) < 2 {
 			t.Errorf("status --cluster:\n%s", out)
 		}
-		refused(t, culvert(nil, "exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "--to", "http=8180", "-H", "x-dev: two"), 1, "x-dev", "held by")
+		refused(t, culvert(nil, "exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "--to", "http=8180", "-H", "x-dev: two"), 1, "X-Dev", "held by")
 		second.stop()
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest)
 	})
@@ -266,19 +266,22 @@ func TestEphemeralDeaths(t *testing.T) {
 			t.Errorf("the original answers after %v, want %v", o.open, failOpen)
 		}
 	}
-	t.Run("kill -9 culvert", func(t *testing.T) {
-		s := pod.whole(t, "--grace", deathGrace.String())
-		poll := startPoll(t, pod.url("/report"))
-		pid := fmt.Sprint(thePodExchange(t, pod).PID)
-		at := time.Now()
-		if out, err := on("laptop", "kill", "-9", pid).CombinedOutput(); err != nil {
-			t.Fatalf("kill: %v: %s", err, out)
-		}
-		s.wait(patience)
-		death(t, poll, at, "original", 2*failOpen)
-		pod.untouched(t, deathGrace+restore)
-		t.Logf("nothing is left after %v", time.Since(at).Round(time.Second))
-	})
+	for name, signal := range map[string]string{"kill -9 culvert": "KILL", "culvert hangs": "STOP"} {
+		t.Run(name, func(t *testing.T) {
+			s := pod.whole(t, "--grace", deathGrace.String())
+			poll := startPoll(t, pod.url("/report"))
+			pid := fmt.Sprint(thePodExchange(t, pod).PID)
+			at := time.Now()
+			if out, err := on("laptop", "kill", "-"+signal, pid).CombinedOutput(); err != nil {
+				t.Fatalf("kill: %v: %s", err, out)
+			}
+			death(t, poll, at, "original", 2*failOpen)
+			pod.untouched(t, deathGrace+restore)
+			t.Logf("nothing is left after %v", time.Since(at).Round(time.Second))
+			_ = on("laptop", "kill", "-KILL", pid).Run()
+			s.wait(patience)
+		})
+	}
 	t.Run("kill -9 the shadow", func(t *testing.T) {
 		s := pod.whole(t)
 		poll := startPoll(t, pod.url("/report"))
