@@ -15,6 +15,7 @@ func BenchmarkExchange(b *testing.B) {
 	laptopApp(b, laptopName, 0)
 	apply(b, another("app-bench"))
 	b.Cleanup(func() { kubectl(b, "delete", "svc", "-n", namespace, "app-bench") })
+	comes(b, "original", serviceIP(b, "app-bench"))
 	direct := measured(b, "original", serviceIP(b, "app-bench"))
 	header := exchange(b, "svc/app-bench", "--to", "8080", "--header", "x-dev: mine")
 	comes(b, laptopName, "-H", "x-dev: mine", serviceIP(b, "app-bench"))

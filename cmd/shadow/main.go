@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 	"syscall"
 
@@ -19,6 +20,9 @@ import (
 var version = "dev"
 
 func main() {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryLimit(os.DirFS("/sys/fs/cgroup")))
+	}
 	cfg := shadow.Config{Version: version, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	flag.StringVar(&cfg.Listen, "listen", ":7465", "listen for wires on `address`")
 	flag.StringVar(&cfg.KeysDir, "keys", "/etc/culvert", "`folder` with host_key and authorized_key; env: $CULVERT_HOST_KEY and $CULVERT_AUTHORIZED_KEY")

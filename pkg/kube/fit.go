@@ -19,6 +19,10 @@ const (
 	leastMemory = "48Mi"
 )
 
+// Of what a quota has left, the rest is for others: a router that could use much
+// takes a quarter at most, unless plenty is more than that.
+const plentyMemory = "256Mi"
+
 // fitting reads what the namespace asks of a pod. What may not be read is left
 // out: the API server has the last word anyway.
 func (c *Cluster) fitting(ctx context.Context, rights *Rights) ([]corev1.LimitRange, []corev1.ResourceQuota) {
@@ -49,6 +53,10 @@ func fit(want corev1.ResourceRequirements, ranges []corev1.LimitRange, quotas []
 	for name := range limits {
 		if left, ok := left(quotas, corev1.ResourceName("limits."+string(name))); ok {
 			lower(limits, name, larger(left, floor[name]))
+			if name == corev1.ResourceMemory {
+				quarter := *resource.NewQuantity(left.Value()/4, resource.BinarySI)
+				lower(limits, name, larger(quarter, resource.MustParse(plentyMemory)))
+			}
 		}
 	}
 	for _, item := range items(ranges) {

@@ -16,6 +16,7 @@ import (
 	netv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -53,6 +54,7 @@ const (
 	annService    = "culvert.dev/service" // on the Lease: whose traffic the router takes
 	channelName   = "culvert-channel"     // of our own port, not to be like one of theirs
 	routerGrace   = 30                    // seconds that open connections have when the pod is ended
+	routerMemory  = "1Gi"                 // what it may use: a client that keeps its connection costs some 50 KiB
 	lowPort       = 1024
 	lowPortSysctl = "net.ipv4.ip_unprivileged_port_start"
 )
@@ -156,6 +158,7 @@ func (o *objects) listenOn(ports []ServicePort) {
 	pod := &o.deployment.Spec.Template.Spec
 	grace, container := int64(routerGrace), &pod.Containers[0]
 	pod.TerminationGracePeriodSeconds = &grace
+	container.Resources.Limits[corev1.ResourceMemory] = resource.MustParse(routerMemory)
 	container.Ports[0].Name = channelName
 	container.ReadinessProbe.HTTPGet.Port = intstr.FromInt32(port)
 	pod.SecurityContext.Sysctls = nil // nobody pings through a router

@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	netv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -92,6 +93,38 @@ func TestRouterGolden(t *testing.T) {
 		args := len(o.deployment.Spec.Template.Spec.Containers[0].Args)
 		if o.withoutRights(); len(o.deployment.Spec.Template.Spec.Containers[0].Args) != args-2 {
 			t.Errorf("args without rights: %q", o.deployment.Spec.Template.Spec.Containers[0].Args)
+		}
+	}
+}
+
+// A router may use more memory than the shadow of one laptop, where nobody else
+// lacks it then, and asks for no more.
+func TestRouterMemory(t *testing.T) {
+	o := testObjects(t, exposeConfig("a1b2c3"))
+	want := o.deployment.Spec.Template.Spec.Containers[0].Resources
+	left := func(limit string) []corev1.ResourceQuota {
+		return []corev1.ResourceQuota{quota(map[corev1.ResourceName]string{"limits.memory": limit}, nil)}
+	}
+	for _, test := range []struct {
+		name   string
+		ranges []corev1.LimitRange
+		quotas []corev1.ResourceQuota
+		limit  string
+	}{
+		{name: "nothing asked", limit: "1Gi"},
+		{name: "much left", quotas: left("16Gi"), limit: "1Gi"},
+		{name: "a quarter of it", quotas: left("2Gi"), limit: "512Mi"},
+		{name: "some left", quotas: left("600Mi"), limit: "256Mi"},
+		{name: "little left", quotas: left("100Mi"), limit: "100Mi"},
+		{name: "none left", quotas: left("0"), limit: "48Mi"},
+		{name: "max", ranges: []corev1.LimitRange{limitRange(corev1.LimitRangeItem{Max: quantities("1", "300Mi")})}, limit: "300Mi"},
+	} {
+		got := fit(want, test.ranges, test.quotas)
+		if have := got.Limits.Memory(); have.Cmp(resource.MustParse(test.limit)) != 0 {
+			t.Errorf("%s: limit %s, want %s", test.name, have, test.limit)
+		}
+		if have := got.Requests.Memory(); have.Cmp(resource.MustParse("32Mi")) != 0 {
+			t.Errorf("%s: request %s", test.name, have)
 		}
 	}
 }

@@ -24,7 +24,9 @@ type claim struct {
 	Claim
 	matches test
 	to      relay.Dialer
-	copies  *copiers // of a mirror
+	copies  *copiers        // of a mirror
+	gone    context.Context // ends when it is dropped, or made anew
+	leave   context.CancelFunc
 	*life
 }
 
@@ -190,6 +192,7 @@ func (t *claims) check(c Claim, to relay.Dialer) (*claim, error) {
 		c.Since = time.Now()
 	}
 	made := &claim{Claim: c, matches: matches, to: to, life: &life{}}
+	made.gone, made.leave = context.WithCancel(context.Background())
 	if c.Mirror && to != nil {
 		made.copies = newCopiers(laptop{t, made})
 	}
@@ -275,12 +278,6 @@ func (t *claims) tire(c *claim) {
 	}
 }
 
-func (t *claims) current(c *claim) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.lives(c)
-}
-
 // begin counts what a claim is given, in one of the counters of its life; end
 // tells whether it took it.
 func (t *claims) begin(c *claim, count *uint64) (end func(took bool)) {
@@ -320,6 +317,7 @@ func (t *claims) lives(c *claim) bool { return slices.Contains(t.all, c) }
 
 func (t *claims) remove(c *claim) {
 	t.all = slices.DeleteFunc(t.all, func(o *claim) bool { return o == c })
+	c.leave()
 	if c.copies != nil {
 		c.copies.close()
 	}

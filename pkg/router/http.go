@@ -16,12 +16,14 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 const (
-	maxHeader  = 16 << 20 // of a request or an answer: the two ends have limits of their own
-	maxStreams = 1 << 16  // at a time, of one HTTP/2 connection: likewise
+	maxHeader  = 1 << 20 // of a request or an answer: the two ends have limits of their own, and lower ones
+	maxStreams = 1 << 16 // at a time, of one HTTP/2 connection: likewise
 	bufferSize = 32 << 10
+	headBuffer = 2 << 10 // of each direction, for as long as there is a connection: bodies pass it by
 	flushTime  = time.Second
 	hearing    = time.Second // for a word to reach a client, and for what it said before to reach us
 )
@@ -44,16 +46,16 @@ type web struct {
 	busy   sync.WaitGroup
 
 	mu    sync.Mutex
-	ways  map[*claim]*http.Transport // nil is the original
-	ended bool                       // the client has ended its half
-	sent  net.Conn                   // where the request that is being answered was sent
+	ways  map[*claim]*way // nil is the original
+	ended bool            // the client has ended its half
+	sent  net.Conn        // where the request that is being answered was sent
 }
 
 func newWeb(ctx context.Context, r *Router, route *Route, c *client, http2 bool) *web {
 	ctx, end := context.WithCancel(ctx)
 	w := &web{
 		ctx: ctx, end: end, router: r, route: route, client: c, http2: http2,
-		host: route.Original, ways: map[*claim]*http.Transport{},
+		host: route.Original, ways: map[*claim]*way{},
 		errors: slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
 	}
 	if w.host == "" {
@@ -86,6 +88,9 @@ func (w *web) serve() {
 	<-w.client.closed
 	l.stop()
 	w.busy.Wait()
+	for _, to := range w.ways {
+		to.stop()
+	}
 }
 
 // rests keeps account of when the client waits for nothing.
@@ -124,16 +129,28 @@ func protocols(http2 bool) *http.Protocols {
 	return &p
 }
 
-// way finds how to get to a side. The ways to those that are gone end here.
-func (w *web) way(c *claim) *http.Transport {
+// A way is how to get to a side. What is idle on the way to a claim ends with the
+// claim: a laptop that leaves waits for its connections.
+type way struct {
+	*http.Transport
+	busy int         // requests that are on it
+	stop func() bool // undoes that
+}
+
+// enter finds the way to a side.
+func (w *web) enter(c *claim) *way {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if have := w.ways[c]; have != nil {
-		return have
+	to := w.ways[c]
+	if to == nil {
+		t := newTransport(w.http2, func(ctx context.Context) (net.Conn, error) { return w.dial(ctx, c) })
+		to = &way{Transport: t, stop: func() bool { return false }}
+		if c != nil {
+			to.stop = context.AfterFunc(c.gone, t.CloseIdleConnections)
+		}
+		w.ways[c] = to
 	}
-	w.leave()
-	to := newTransport(w.http2, func(ctx context.Context) (net.Conn, error) { return w.dial(ctx, c) })
-	w.ways[c] = to
+	to.busy++
 	return to
 }
 
@@ -171,13 +188,19 @@ func (w *web) endSent() {
 	})
 }
 
-// leave ends the ways to claims that are gone, when they are done with.
-func (w *web) leave() {
-	for c, to := range w.ways {
-		if c != nil && !w.router.claims.current(c) {
-			to.CloseIdleConnections()
-			delete(w.ways, c)
-		}
+// leave ends a request's use of its way, and the way itself where its claim was
+// gone before that.
+func (w *web) leave(c *claim) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	to := w.ways[c]
+	to.busy--
+	if c == nil || c.gone.Err() == nil {
+		return
+	}
+	to.CloseIdleConnections()
+	if to.busy == 0 {
+		delete(w.ways, c)
 	}
 }
 
@@ -186,7 +209,7 @@ func (w *web) dial(ctx context.Context, c *claim) (net.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(w.ctx, cancel)()
-	far, err := w.open(ctx, c)
+	far, err := w.open(memchan.From(ctx, w.client.RemoteAddr()), c)
 	if err != nil {
 		return nil, err
 	}
@@ -236,6 +259,8 @@ func newTransport(http2 bool, dial func(context.Context) (net.Conn, error)) *htt
 		DisableCompression:     true,
 		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: maxHeader,
+		ReadBufferSize:         headBuffer,
+		WriteBufferSize:        headBuffer,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			c, err := dial(ctx)
 			if err != nil {
@@ -255,6 +280,7 @@ type request struct {
 	last   *claim // who was asked last
 	reused bool   // over a connection that had served before
 	count  func(took bool)
+	left   func() // the way to who was asked
 }
 
 func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
@@ -323,7 +349,9 @@ func (q *request) ask(c *claim, req *http.Request) (*http.Response, error) {
 		q.count = q.router.claims.begin(c, &c.requests)
 	}
 	q.watch(httptrace.ContextClientTrace(req.Context()))
-	res, err := q.way(c).RoundTrip(req)
+	to := q.enter(c)
+	q.left = func() { q.leave(c) }
+	res, err := to.RoundTrip(req)
 	if err != nil {
 		q.over(!refused(err))
 	}
@@ -352,8 +380,12 @@ func again(req *http.Request, err error) bool {
 	return refused(err) || req.Body == nil && (req.Method == "GET" || req.Method == "HEAD" || req.Method == "OPTIONS")
 }
 
-// over ends the account with the claim that was asked.
+// over ends the account with who was asked.
 func (q *request) over(took bool) {
+	if q.left != nil {
+		q.left()
+		q.left = nil
+	}
 	if q.count != nil {
 		q.count(took)
 		q.count = nil

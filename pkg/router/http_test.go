@@ -9,9 +9,11 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -474,5 +476,99 @@ func TestWordsOfTheRouter(t *testing.T) {
 	must(t, err)
 	if res.StatusCode != 400 {
 		t.Errorf("answered with %s", res.Status)
+	}
+}
+
+// TestDroppedLaptopIsLetGo: what is idle on the way to it ends at once, also where
+// the client's own connection stays; what it is answering, when that is done.
+func TestDroppedLaptopIsLetGo(t *testing.T) {
+	eachHTTP(t, func(t *testing.T, http2 bool) {
+		release := make(chan struct{})
+		var open atomic.Int64
+		laptop := counts(t, &open, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if req.Header.Get("Slow") != "" {
+				w.(http.Flusher).Flush()
+				<-release
+			}
+			io.WriteString(w, "laptop")
+		}))
+		r, at := runs(t, web80(serves(t, says("original"))))
+		claims80(t, r, "stays", &to{address: laptop}, Match{Path: "/nothing"})
+		claims80(t, r, "idle", &to{address: laptop}, Match{})
+		client := asks(t, http2)
+		if got := get(t, client, at[0]); got != "laptop" || open.Load() != 1 {
+			t.Fatalf("answered %q, %d are open", got, open.Load())
+		}
+		began := time.Now()
+		r.Drop("idle")
+		soon(t, "the idle connection ends", func() bool { return open.Load() == 0 })
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it ended after %v", took)
+		}
+
+		claims80(t, r, "busy", &to{address: laptop}, Match{})
+		slow, err := http.NewRequest("GET", "http://"+at[0], nil)
+		must(t, err)
+		slow.Header.Set("Slow", "1")
+		res, err := client.Do(slow)
+		must(t, err)
+		r.Drop("busy")
+		if got := get(t, client, at[0]); got != "original" || open.Load() != 1 {
+			t.Errorf("answered %q, %d are open", got, open.Load())
+		}
+		close(release)
+		b, err := io.ReadAll(res.Body)
+		res.Body.Close()
+		if string(b) != "laptop" || err != nil {
+			t.Errorf("what was begun: %q, %v", b, err)
+		}
+		soon(t, "the busy connection ends", func() bool { return open.Load() == 0 })
+		if n, _ := r.streams.here(); n == 0 {
+			t.Error("the client's connection ended, too")
+		}
+	})
+}
+
+// counts serves as serves does, and keeps account of its connections.
+func counts(t testing.TB, open *atomic.Int64, h http.Handler) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	s := &http.Server{Handler: h, Protocols: both(), ConnState: func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			open.Add(1)
+		case http.StateClosed:
+			open.Add(-1)
+		}
+	}}
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	return l.Addr().String()
+}
+
+// TestHeadersHaveAnEnd: who sends no end of them does not use up the router.
+func TestHeadersHaveAnEnd(t *testing.T) {
+	original := serves(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		w.Header().Set("Much", strings.Repeat("x", len(req.Header.Get("Much"))))
+	}))
+	_, at := runs(t, web80(original))
+	asked := func(size int) int {
+		t.Helper()
+		req, err := http.NewRequest("GET", "http://"+at[0], nil)
+		must(t, err)
+		req.Header.Set("Much", strings.Repeat("x", size))
+		client := asks(t, false)
+		client.Transport.(*http.Transport).MaxResponseHeaderBytes = 4 * maxHeader
+		res, err := client.Do(req)
+		must(t, err)
+		res.Body.Close()
+		return res.StatusCode
+	}
+	if got := asked(maxHeader / 2); got != http.StatusOK {
+		t.Errorf("much is answered %d", got)
+	}
+	if got := asked(1<<20 + 64<<10); got != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("too much is answered %d", got)
 	}
 }

@@ -114,6 +114,11 @@ func (all *copies) requests(q *request, req *http.Request) (to []*spool) {
 		again.Header.Del("Expect")
 		s := all.start(q.ctx, false, func(ctx context.Context, s *spool) {
 			defer q.router.claims.begin(m, &m.requests)(true)
+			defer func() {
+				if m.gone.Err() != nil {
+					m.copies.close()
+				}
+			}()
 			if again.Body != nil {
 				again.Body = s
 			}

@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
@@ -20,12 +21,13 @@ func (r *Router) stream(ctx context.Context, conn net.Conn, route *Route) {
 		relay.Abort(conn, net.ErrClosed)
 		c.Close()
 	})()
-	spoken, far, err := r.listenTo(ctx, c, route)
+	from := memchan.From(ctx, conn.RemoteAddr())
+	spoken, far, err := r.listenTo(from, c, route)
 	switch {
 	case err != nil:
 		relay.Abort(conn, err)
 	case spoken == raw:
-		r.raw(ctx, c, route, far)
+		r.raw(from, c, route, far)
 	default:
 		newWeb(ctx, r, route, c, spoken == http2).serve()
 	}
@@ -157,6 +159,7 @@ func openingWords(c *client, far *beginning) error {
 // flow serves the datagrams of one client address, until another is chosen to
 // take them: the next datagram is a new flow then.
 func (r *Router) flow(ctx context.Context, near net.Conn, route *Route) {
+	ctx = memchan.From(ctx, near.RemoteAddr())
 	changed := r.claims.changes()
 	to := r.claims.choose(route.name(), nil)
 	far, claim, err := r.reach(ctx, route, to)

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 // names is a TCP server that answers each line with its name.
@@ -271,5 +273,33 @@ func TestRawMuch(t *testing.T) {
 		if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, data) {
 			t.Errorf("mirrored %v: read %d bytes, %v", mirrored, len(got), err)
 		}
+	}
+}
+
+// TestClientsAddress: a laptop is told who is connected, whatever is spoken.
+func TestClientsAddress(t *testing.T) {
+	n := &memchan.Network{}
+	r, at := runs(t, web80(""), Route{Network: "tcp", Port: 25}, Route{Network: "udp", Port: 53})
+	must(t, r.Put(Claim{ID: "ann", Routes: []string{"tcp/80", "tcp/25", "udp/53"}}, n, false))
+	for i, test := range []struct{ network, port, says string }{
+		{"tcp", ":80", "GET / HTTP/1.1\r\nHost: a\r\n\r\n"},
+		{"tcp", ":80", preface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00" + "\x00\x00\x03\x01\x05\x00\x00\x00\x01\x82\x86\x84"},
+		{"tcp", ":25", "hello\n"},
+		{"tcp", ":25", ""},
+		{"udp", ":53", "hello"},
+	} {
+		l, err := n.Listen(t.Context(), test.network, test.port)
+		must(t, err)
+		c, err := net.Dial(test.network, at[map[string]int{":80": 0, ":25": 1, ":53": 2}[test.port]])
+		must(t, err)
+		io.WriteString(c, test.says)
+		near, err := l.Accept()
+		must(t, err)
+		if got, want := near.RemoteAddr().String(), c.LocalAddr().String(); got != want {
+			t.Errorf("%d: the laptop is told of %s, want %s", i, got, want)
+		}
+		near.Close()
+		c.Close()
+		l.Close()
 	}
 }

@@ -113,7 +113,8 @@ func New(c Config) *Router {
 
 // Put makes a claim, or makes the one of that ID anew: its laptop is reached
 // through to from now on, what it has taken goes on and is counted on.
-// to.DialContext(ctx, "tcp", ":80") dials the laptop for port 80 of the Service;
+// to.DialContext(ctx, "tcp", ":80") dials the laptop for port 80 of the Service,
+// with a ctx of memchan.From that tells the client's address;
 // where to is nil the original answers. The error is a *HeldError where another
 // claim has the same Match on one of the routes, unless take drops that one.
 func (r *Router) Put(c Claim, to relay.Dialer, take bool) error { return r.claims.put(c, to, take) }

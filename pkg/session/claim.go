@@ -448,7 +448,9 @@ func (x *Exchange) drain(ctx context.Context, r *attached) {
 		ask = shadow.End
 	}
 	open, err := ask(ctx, x.keep, drainLimit)
-	r.set(func(r *attached) { r.ended, r.ours = err == nil, !heldByOthers(err) })
+	if r.pod != "" {
+		r.set(func(r *attached) { r.ended, r.ours = err == nil, !heldByOthers(err) })
+	}
 	if err == nil && open > 0 {
 		x.cfg.Reporter.Say(fmt.Sprintf("%d connections were still open after %v, and are cut", open, drainLimit))
 	}

@@ -24,8 +24,9 @@ import (
 //	GET /claims                how are all?
 //	DELETE /claims/{id}        no longer mine: {"last":bool}
 //	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
-//	                           is open: {"open":int}
-//	POST /end?limit=30s        put back what you took, then the same, then exit
+//	                           is open, nor has come for a while: {"open":int}
+//	POST /end?limit=30s        put back what you took, return when nothing is
+//	                           open, and exit: {"open":int}
 
 // ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
 // over.
@@ -79,7 +80,10 @@ func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err erro
 }
 
 // Drain ends the router's work: everything goes to the original, and when
-// nothing is open any more, or after limit, Drain returns what still is.
+// nothing is open any more, nor has come for a while, or after limit, Drain
+// returns what still is. Nodes lag: one may send here for a second or two after
+// the Service was put back. While anybody claims anything, nothing ends, and the
+// error is a *router.HeldError.
 func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
 	return drain(ctx, far, "/drain", limit)
 }
@@ -93,8 +97,8 @@ func drain(ctx context.Context, far channel.Network, path string, limit time.Dur
 }
 
 // End is for a router that puts back what it took by itself, when nobody claims
-// anything of it any more, which else is a *router.HeldError. It does so, drains as
-// by Drain, and exits.
+// anything of it any more, which else is a *router.HeldError. It does so, waits until
+// nothing is open any more, or for limit, and exits.
 func End(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
 	return drain(ctx, far, "/end", limit)
 }
@@ -182,6 +186,7 @@ func (s *Shadow) putClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, err)
 		return
 	}
+	s.pulse.beat()
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -202,6 +207,7 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
+	s.pulse.beat()
 	respondJSON(w, ClaimInfo{status, s.service.told()})
 }
 
@@ -222,32 +228,42 @@ func (s *Shadow) dropClaim(w http.ResponseWriter, r *http.Request) {
 	respondJSON(w, map[string]bool{"last": last})
 }
 
-const longestDrain = 5 * time.Minute
-
 func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
 	if s.cfg.Service == nil || s.cfg.Heal == nil {
 		refuse(w, errors.New("what this router took is not its own to put back"))
 		return
 	}
-	if held := s.router.Claims(); len(held) > 0 {
-		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
-		return
-	}
-	if err := s.cfg.Service.Restore(r.Context()); err != nil {
-		refuse(w, err)
-		return
-	}
-	s.drain(w, r)
-	select {
-	case s.ended <- struct{}{}:
-	default: // it was said before
-	}
+	s.cease(w, r, func(ctx context.Context) (int, error) {
+		if err := s.cfg.Service.Restore(r.Context()); err != nil {
+			return 0, err
+		}
+		open := s.router.Drain(ctx)
+		if r.Context().Err() != nil { // who asked has gone: the rest is for the end of the grace time
+			return open, r.Context().Err()
+		}
+		select {
+		case s.ended <- struct{}{}:
+		default: // it was said before
+		}
+		return open, nil
+	})
 }
 
+const longestDrain = 5 * time.Minute
+
 func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
+	s.cease(w, r, func(ctx context.Context) (int, error) { return s.drained(ctx, quiet), nil })
+}
+
+// cease answers how many connections are open when nobody is to get another one.
+func (s *Shadow) cease(w http.ResponseWriter, r *http.Request, drain func(context.Context) (int, error)) {
 	limit, err := time.ParseDuration(r.URL.Query().Get("limit"))
 	if err != nil || limit < 0 || limit > longestDrain {
 		refuse(w, fmt.Errorf("no limit, or none from 0 to %v", longestDrain))
+		return
+	}
+	if held := s.router.Claims(); len(held) > 0 {
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
 		return
 	}
 	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {
@@ -256,5 +272,10 @@ func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), limit)
 	defer cancel()
-	respondJSON(w, map[string]int{"open": s.router.Drain(ctx)})
+	open, err := drain(ctx)
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	respondJSON(w, map[string]int{"open": open})
 }

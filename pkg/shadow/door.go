@@ -103,7 +103,9 @@ func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, id ss
 	}
 	var known sync.Once
 	alive := func() {
-		s.pulse.beat()
+		if s.router == nil { // a router's holders show themselves by their claims
+			s.pulse.beat()
+		}
 		known.Do(func() {
 			_ = conn.SetDeadline(time.Time{})
 			s.door.known(conn)

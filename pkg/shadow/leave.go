@@ -57,20 +57,32 @@ func (s *Shadow) route(ctx context.Context) error {
 }
 
 // putBack puts the Service back, and waits until nothing comes here any more. It
-// gives up as heal does.
+// gives up as heal does. A Service that was made for the router goes with it: there
+// is only what is open to wait for.
 func (s *Shadow) putBack(ctx context.Context) bool {
-	if s.router == nil || s.cfg.Service == nil {
+	if s.router == nil {
 		return true
+	}
+	if s.cfg.Service == nil {
+		limit, cancel := context.WithTimeout(ctx, drainLimit)
+		defer cancel()
+		s.cut(s.router.Drain(limit))
+		return ctx.Err() == nil
 	}
 	if !s.heal(ctx, s.cfg.Service.Restore) {
 		return false
 	}
 	limit, cancel := context.WithTimeout(ctx, settle+drainLimit)
 	defer cancel()
-	if open := s.drained(limit, settle); open > 0 {
+	s.cut(s.drained(limit, settle))
+	return ctx.Err() == nil
+}
+
+// cut tells of what was not waited for any longer.
+func (s *Shadow) cut(open int) {
+	if open > 0 {
 		s.cfg.Log.Warn("connections are still open and will be cut", "open", open)
 	}
-	return ctx.Err() == nil
 }
 
 // drained waits until nothing is open and nothing has come for a while, or ctx
@@ -82,8 +94,11 @@ func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
 			return open
 		}
 		left := quiet - s.arrival.pulse.silence()
-		if left <= 0 || !pause(ctx, left) {
+		if left <= 0 {
 			return 0
+		}
+		if !pause(ctx, left) {
+			return s.router.Drain(ctx) // what came meanwhile
 		}
 	}
 }
@@ -122,9 +137,7 @@ func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	defer released.Wait()
 	defer cancel()
 	released.Go(func() { s.release(limit, hangUp) })
-	if open := s.drained(limit, quiet); open > 0 {
-		s.cfg.Log.Warn("connections are still open and will be cut", "open", open)
-	}
+	s.cut(s.drained(limit, quiet))
 	return errLeft
 }
 

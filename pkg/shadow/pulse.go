@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// A pulse is how long ago the laptop last showed that it lives.
+// A pulse is how long ago the laptop last showed that it lives: by its wire, or
+// by a claim where the shadow is a router. Who only looks at one has a wire, too.
 type pulse struct {
 	began time.Time
 	last  atomic.Int64 // nanoseconds since began, by the monotonic clock

@@ -173,6 +173,66 @@ func TestClaim(t *testing.T) {
 	s.end()
 }
 
+// TestDrainWaitsForLateNodes: who has drained removes the router, so nothing may
+// still be sent here by nodes that have not heard of the Service's end.
+func TestDrainWaitsForLateNodes(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	wire := s.open(time.Second)
+	s.put(wire, whole("ann"), false)
+	if last, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
+		t.Fatalf("last %v, %v", last, err)
+	}
+	late, drained := make(chan time.Time, 1), make(chan struct{})
+	go func() {
+		var at time.Time
+		for range 4 {
+			time.Sleep(quiet / 2)
+			select {
+			case <-drained:
+			default:
+				at = time.Now()
+				s.want("original")
+			}
+		}
+		late <- at
+	}()
+	open, err := Drain(t.Context(), wire, time.Minute)
+	ended := time.Now()
+	close(drained)
+	if open != 0 || err != nil {
+		t.Errorf("drain: %d open, %v", open, err)
+	}
+	if after := ended.Sub(<-late); after < quiet || after > 2*quiet {
+		t.Errorf("drained %v after the last connection, want %v", after, quiet)
+	}
+	began := time.Now()
+	if _, err := Drain(t.Context(), wire, 100*time.Millisecond); err != nil || time.Since(began) > quiet {
+		t.Errorf("drain within its limit: %v after %v", err, time.Since(began))
+	}
+	s.stop()
+	s.end()
+}
+
+// TestNoDrainUnderAClaim: what is drained is nobody's.
+func TestNoDrainUnderAClaim(t *testing.T) {
+	t.Parallel()
+	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
+	ann, bob := s.open(time.Second), s.open(time.Second)
+	s.lead(ann, "ann", "tcp", answering(t, "ann", nil))
+	s.put(ann, whole("ann"), false)
+	var held *router.HeldError
+	if _, err := Drain(t.Context(), bob, time.Minute); !errors.As(err, &held) || held.Holder != "ann@laptop" {
+		t.Errorf("drain: %v, want that ann holds it", err)
+	}
+	s.want("ann")
+	if _, err := GetClaim(t.Context(), ann, "ann"); err != nil {
+		t.Errorf("get: %v", err)
+	}
+	s.stop()
+	s.end()
+}
+
 func TestClaimsOfSeveral(t *testing.T) {
 	t.Parallel()
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
@@ -439,6 +499,62 @@ func TestGraceOver(t *testing.T) {
 	if took := time.Since(began); took < settle {
 		t.Errorf("ended after %v", took)
 	}
+}
+
+// TestLookingIsNotHolding: wires on which nobody claims anything, as those of who
+// asks for the state of things, do not keep an abandoned router alive.
+func TestLookingIsNotHolding(t *testing.T) {
+	t.Parallel()
+	const grace = 2 * time.Second
+	e := &exchanged{state: heal.Ours}
+	heals := func(context.Context) error { return nil }
+	s := startRouter(t, Config{Grace: grace, Service: e, Heal: heals}, answering(t, "original", nil))
+	ann, other := s.open(grace/4), s.open(grace/4)
+	s.put(ann, whole("ann"), false)
+	for end := time.Now().Add(3 * grace / 2); time.Now().Before(end); time.Sleep(grace / 10) {
+		if _, err := GetClaim(t.Context(), ann, "ann"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if done := e.was(); len(done) > 0 {
+		t.Errorf("done while it was held: %v", done)
+	}
+	eventually(t, func() error {
+		if _, err := Claims(t.Context(), other); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = GetClaim(t.Context(), other, "bob")
+		if len(e.was()) == 0 {
+			return errors.New("the service is not put back")
+		}
+		return nil
+	})
+	s.end()
+}
+
+// TestGraceOverOfExposed: a Service that was made for the router goes with the
+// Lease, but not under an open connection.
+func TestGraceOverOfExposed(t *testing.T) {
+	t.Parallel()
+	release, healed := make(chan struct{}), make(chan struct{})
+	heals := func(context.Context) error { close(healed); return nil }
+	s := startRouter(t, Config{Grace: 1500 * time.Millisecond, Heal: heals}, "")
+	wire := s.open(time.Second)
+	s.lead(wire, "ann", "tcp", answering(t, "laptop", release))
+	s.put(wire, whole("ann"), false)
+	slow := make(chan string, 1)
+	go func() { slow <- s.slowly() }()
+	select {
+	case <-healed:
+		t.Error("the Lease is gone under an open connection")
+	case <-time.After(3 * time.Second):
+	}
+	close(release)
+	if got := <-slow; got != "laptop" {
+		t.Errorf("the open connection: %q", got)
+	}
+	s.end()
+	<-healed
 }
 
 // slowly gets what takes as long as it is not released.
