@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,11 +23,11 @@ import (
 
 const (
 	namespace = "shop"
-	image     = "localhost/culvert-shadow:dev"
 	patience  = 90 * time.Second // for what takes 10 s on a quiet machine
 )
 
 var (
+	image      = cmp.Or(os.Getenv("CULVERT_IMAGE"), "localhost/culvert-shadow:dev")
 	root       = must(filepath.Abs(".."))
 	clusterBin = filepath.Join(root, "bin/cluster")
 	culvertBin = filepath.Join(root, "bin/culvert")

@@ -25,18 +25,28 @@ func main() {
 	}
 	cfg := shadow.Config{Version: version, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	flag.StringVar(&cfg.Listen, "listen", ":7465", "listen for wires on `address`")
-	flag.StringVar(&cfg.KeysDir, "keys", "/etc/culvert", "`folder` with host_key and authorized_key")
+	flag.StringVar(&cfg.KeysDir, "keys", "/etc/culvert", "`folder` with host_key and authorized_key; env: $CULVERT_HOST_KEY and $CULVERT_AUTHORIZED_KEY")
 	flag.DurationVar(&cfg.Grace, "grace", shadow.DefaultGrace, "how long the laptop may be silent")
 	lease := flag.String("lease", "", "`name` of the Lease to delete at the end; none: just exit")
 	namespace := flag.String("namespace", "", "`namespace` of that Lease")
 	flag.Var((*routes)(&cfg.Routes), "route", "`port` of a Service to stand in for: tcp/80,listen=:8080,original=10.96.1.2:80,protocol=http (repeatable)")
 	service := flag.String("service", "", "`name` of that Service, to be put back before the Lease is deleted")
 	selector := flag.String("selector", "", "`labels` that it selected its pods by: app=web,tier=front")
+	before := flag.Bool("redirect", false, "take what comes for the routes from the program of this very pod; needs CAP_NET_ADMIN")
 	only := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *only {
 		fmt.Println(version)
 		return
+	}
+	if cfg.KeysDir == fromEnvironment {
+		cfg.Keys = environmentKeys()
+	}
+	if *before {
+		if err := standBefore(&cfg); err != nil {
+			cfg.Log.Error("redirect not made", "err", err)
+			os.Exit(1)
+		}
 	}
 	if *lease != "" {
 		cfg.Heal = func(ctx context.Context) error { return heal.Lease(ctx, *namespace, *lease) }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +22,14 @@ Service is as before, and no request is lost on the way.
 No pod is restarted or changed. While this machine is silent, or nothing listens
 at the address, the original answers; after the grace time the cluster puts the
 Service back by itself. With --header and --path only matching requests come
-here, and several people can share a Service. Needs no root.`
+here, and several people can share a Service. Needs no root.
+
+With --method ephemeral what is sent to a pod's own address comes here, through a
+Service or not: a container is added to that pod, which listens before the original.
+It is for a pod, or the only pod of a deployment or statefulset. It needs the right to
+add it and one to NET_ADMIN, and the original then sees its pod's address as the
+client's. The container ends with the exchange, or after the grace time; that it was
+there stays listed in the pod, and with it the keys that led to it.`
 
 func (a *app) exchangeCommand() *cobra.Command {
 	var o exchangeOptions
@@ -49,6 +57,8 @@ func (a *app) exchangeCommand() *cobra.Command {
 	f.StringArrayVar(&o.to, "to", nil, "where the traffic goes: [SERVICE_PORT=][HOST:]PORT[:http|:tcp|/udp] (repeatable)")
 	f.StringArrayVarP(&o.headers, "header", "H", nil, "only requests with this header: 'NAME: VALUE', 'NAME: PREFIX*' or 'NAME: /REGEX/' (repeatable)")
 	f.StringVar(&o.path, "path", "", "only requests whose path begins so")
+	f.StringVar(&o.method, "method", string(session.BySelector), "selector: what comes through a Service; ephemeral: what is sent to a pod's address")
+	_ = c.RegisterFlagCompletionFunc("method", cobra.FixedCompletions(methods, cobra.ShellCompDirectiveNoFileComp))
 	f.BoolVar(&o.mirror, "mirror", false, "send copies here and let the original answer")
 	f.BoolVar(&o.take, "take", false, "take over what somebody else holds")
 	f.StringVar(&o.local.EnvFile, "env-file", "", "write the original's environment to this file while it lasts")
@@ -97,6 +107,7 @@ func beforeDash(c *cobra.Command, args []string) (before, command []string) {
 type exchangeOptions struct {
 	local        session.Local
 	to, headers  []string
+	method       string
 	path         string
 	mirror, take bool
 	image        string
@@ -159,7 +170,26 @@ func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error
 	if cfg.Target, err = kube.ParseTarget(target); err != nil {
 		return usage(err)
 	}
+	if cfg.Method, err = o.methodFor(cfg.Target); err != nil {
+		return usage(err)
+	}
 	return a.runExchange(c, cfg)
+}
+
+var methods = []string{string(session.BySelector), string(session.ByEphemeral)}
+
+// methodFor tells which methods can serve what was typed.
+func (o exchangeOptions) methodFor(t kube.Target) (session.Method, error) {
+	m := session.Method(o.method)
+	switch {
+	case !slices.Contains(methods, o.method):
+		return m, fmt.Errorf("--method is %s, not %q", strings.Join(methods, " or "), o.method)
+	case m == session.ByEphemeral && t.Kind == "service":
+		return m, fmt.Errorf("--method ephemeral is for a pod, as pod/NAME, or the only one of deploy/NAME or sts/NAME, not %s", t)
+	case m == session.ByEphemeral && len(o.pullSecrets) > 0:
+		return m, errors.New("--image-pull-secret cannot be added to a pod that is there: the pod's own pull secrets are used")
+	}
+	return m, nil
 }
 
 // serviceName is a label of RFC 1035.

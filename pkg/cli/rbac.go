@@ -39,8 +39,8 @@ func (a *app) rbacCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose (repeatable)")
-	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose"}, cobra.ShellCompDirectiveNoFileComp))
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose; and ephemeral, for exchange --method ephemeral (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose", "ephemeral"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
 }
@@ -53,8 +53,10 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 			needs = append(needs, kube.Connect)
 		case "exchange", "expose":
 			needs = append(needs, kube.Exchange)
+		case "ephemeral":
+			needs = append(needs, kube.EphemeralExchange)
 		default:
-			return nil, usage(fmt.Errorf("--for is connect, exchange or expose, not %q", v))
+			return nil, usage(fmt.Errorf("--for is connect, exchange, expose or ephemeral, not %q", v))
 		}
 	}
 	return needs, nil

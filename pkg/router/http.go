@@ -289,7 +289,7 @@ type request struct {
 func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	w.busy.Add(1)
 	defer w.busy.Done()
-	q := &request{web: w, to: w.router.claims.choose(w.route.name(), req)}
+	q := &request{web: w, to: w.router.choose(w.route, req)}
 	q.proxy = httputil.ReverseProxy{
 		Rewrite: q.keep, Transport: q, ModifyResponse: q.answered, ErrorHandler: q.failed,
 		FlushInterval: -1, BufferPool: &w.router.buffers, ErrorLog: w.errors,
@@ -303,6 +303,13 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	}
 	q.proxy.ServeHTTP(&answer{rw, w}, req)
 	q.whole = true
+}
+
+func (r *Router) choose(route *Route, req *http.Request) choice {
+	if r.config.SpareProbes && strings.HasPrefix(req.UserAgent(), "kube-probe/") {
+		return choice{}
+	}
+	return r.claims.choose(route.name(), req)
 }
 
 // keep undoes what a proxy does to a request: this one is not to be seen.

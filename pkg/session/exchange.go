@@ -24,6 +24,7 @@ type ExchangeConfig struct {
 	Expose string      // or the name of a new Service for it
 	To     []Forward   // where it goes; of a new Service each names its port
 
+	Method Method       // "" is BySelector
 	Match  router.Match // which requests; the zero value is everything
 	Mirror bool         // copies only
 	Take   bool         // from whoever holds the same Match
@@ -65,12 +66,18 @@ type Exchange struct {
 	router  *attached
 	leaving bool // no other router is looked for
 	seen    shadow.ClaimInfo
+
+	// of ByEphemeral; these are of whoever attaches, one at a time
+	added     int  // containers
+	comesBack bool // should the pod be deleted, there will be another
 }
 
 // attached is the router that this machine is attached to, and what of it is
 // this machine's to undo.
 type attached struct {
-	shadow *kube.Shadow
+	place  outpost
+	shadow *kube.Shadow // that place is; nil in a pod
+	pod    string       // that it is in; "" for a Service's router
 	keys   sshchan.Identity
 	stop   context.CancelFunc // ends its lease's renewal
 	by     string             // who made it, where not this machine
@@ -81,6 +88,7 @@ type attached struct {
 	turned time.Time       // when the Service was led to it; zero: it is not
 	led    bool            // it has been seen that it is
 	ours   bool            // to remove: made here, or nobody else is left
+	ended  bool            // one in a pod was told to end
 }
 
 func (r *attached) set(change func(*attached)) {
@@ -126,6 +134,9 @@ func (x *Exchange) Run(ctx context.Context) error { return x.course.run(ctx, x.s
 
 // subject is the Service, as far as it is known yet.
 func (x *Exchange) subject() string {
+	if pod := x.podName(); pod != "" {
+		return "pod/" + pod
+	}
 	if x.service != nil {
 		return "svc/" + x.service.Name
 	}
@@ -145,7 +156,11 @@ func (x *Exchange) askCluster(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) checkRights(ctx context.Context) (string, error) {
-	rights, err := x.cfg.Cluster.Preflight(ctx, kube.Exchange)
+	need := kube.Exchange
+	if x.cfg.Method == ByEphemeral {
+		need = kube.EphemeralExchange
+	}
+	rights, err := x.cfg.Cluster.Preflight(ctx, need)
 	if err != nil {
 		return "", err
 	}
@@ -162,8 +177,10 @@ func (x *Exchange) checkRights(ctx context.Context) (string, error) {
 func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if x.cfg.Expose != "" {
 		x.service, x.forwards, err = exposed(x.cfg.Expose, x.cfg.To)
+	} else if x.cfg.Method == ByEphemeral {
+		err = x.findPod(ctx)
 	} else if x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target); err == nil {
-		x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
+		x.forwards, err = assign("svc/"+x.service.Name, x.service.Ports, x.cfg.To)
 	}
 	if err != nil {
 		return "", err
@@ -175,7 +192,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
-	return fmt.Sprintf("svc/%s has %s", x.service.Name, portList(x.service.Ports)), nil
+	return fmt.Sprintf("%s has %s", x.subject(), portList(x.service.Ports)), nil
 }
 
 // lookForListeners warns of what does not listen yet: it is waited for, and no
@@ -219,11 +236,11 @@ func (x *Exchange) findRouter(ctx context.Context) (string, error) {
 	if !r.made {
 		return fmt.Sprintf("joined the router of %s", r.by), nil
 	}
-	return fmt.Sprintf("router made, as a %s", r.shadow.Mode()), nil
+	return fmt.Sprintf("router made, as %s", article(r.place.Mode())), nil
 }
 
 func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
-	return "router pod ready", x.attachment().shadow.WaitReady(ctx, x.cfg.Reporter.Progress)
+	return "router pod ready", x.attachment().place.WaitReady(ctx, x.cfg.Reporter.Progress)
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
@@ -239,7 +256,7 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}
-	return fmt.Sprintf("wire open through %s", x.attachment().shadow.Way()), nil
+	return fmt.Sprintf("wire open through %s", x.attachment().place.Way()), nil
 }
 
 // claim listens at the router and makes the traffic come.
@@ -313,7 +330,7 @@ func (x *Exchange) told() string {
 		}
 		to += f.Address
 	}
-	return fmt.Sprintf("svc/%s is %s: %s to %s; Ctrl-C puts it back", x.service.Name, verb, what, to)
+	return fmt.Sprintf("%s is %s: %s to %s; Ctrl-C puts it back", x.subject(), verb, what, to)
 }
 
 func (x *Exchange) attachment() *attached {
