@@ -21,7 +21,7 @@ var layers = [][]string{
 	{"pkg/channel", "pkg/dns/dnstest"},
 	{"pkg/relay", "pkg/process", "pkg/channel/memchan"},
 	{"pkg/channel/sshchan", "pkg/channel/channeltest"},
-	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/kube/heal"},
+	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/kube/heal"},
 	{"pkg/kube"},
 	{"pkg/privileged", "pkg/shadow"},
 	{"pkg/session"},
@@ -38,7 +38,9 @@ var fences = map[string][]string{
 	"github.com/miekg/dns":        {"pkg/dns", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
 	"github.com/spf13/":           {"pkg/cli"},
 	"github.com/godbus/":          {"pkg/resolver", "pkg/resolver/resolvertest"},
-	"github.com/vishvananda/":     {"pkg/tun", "pkg/channel/channeltest"},
+	"github.com/vishvananda/":     {"pkg/tun", "pkg/redirect", "pkg/channel/channeltest"},
+	"github.com/google/nftables":  {"pkg/redirect"},
+	"github.com/mdlayher/":        {"pkg/redirect"},
 	"github.com/google/go-contai": {"images"},
 }
 

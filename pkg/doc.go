@@ -15,7 +15,7 @@
 //	session                      what a verb does: parts put together, run, undone
 //	shadow      privileged       the far end in the pod; the root child on the laptop
 //	kube        kube/heal        all that is said to the API server, from each side
-//	router                       which laptop gets a request, or the original
+//	router      redirect         which laptop gets a request, or the original; ports taken from a pod
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
 //	channel/sshchan              both ends of the wire
@@ -41,6 +41,9 @@
 // sshchan -> the API server -> channel.Keep -> relay.Forward (dials the local
 // process, and only then takes the connection) -> the process. No claim, no
 // laptop, a refused dial: the original pods, by a Service beside the first.
+//
+// What is sent to a pod's own address is taken in that pod: redirect leads it to a
+// shadow beside the program, and from there on it goes the same way.
 //
 // # The way of a name
 //

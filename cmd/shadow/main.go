@@ -25,7 +25,7 @@ func main() {
 	}
 	cfg := shadow.Config{Version: version, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	flag.StringVar(&cfg.Listen, "listen", ":7465", "listen for wires on `address`")
-	flag.StringVar(&cfg.KeysDir, "keys", "/etc/culvert", "`folder` with host_key and authorized_key")
+	flag.StringVar(&cfg.KeysDir, "keys", "/etc/culvert", "`folder` with host_key and authorized_key; env: $CULVERT_HOST_KEY and $CULVERT_AUTHORIZED_KEY")
 	flag.DurationVar(&cfg.Grace, "grace", shadow.DefaultGrace, "how long the laptop may be silent")
 	lease := flag.String("lease", "", "`name` of the Lease to delete at the end; none: just exit")
 	namespace := flag.String("namespace", "", "`namespace` of that Lease")
@@ -34,11 +34,21 @@ func main() {
 	selector := flag.String("selector", "", "`labels` that it selected its pods by: app=web,tier=front")
 	workload := flag.String("workload", "", "`resource/name` of what was scaled to nothing, to be put back before the Service: deployments/web")
 	flag.StringVar(&cfg.For, "for", "", "`claim` that it was scaled for: without this it is put back as well")
+	before := flag.Bool("redirect", false, "take what comes for the routes from the program of this very pod; needs CAP_NET_ADMIN")
 	only := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *only {
 		fmt.Println(version)
 		return
+	}
+	if cfg.KeysDir == fromEnvironment {
+		cfg.Keys = environmentKeys()
+	}
+	if *before {
+		if err := standBefore(&cfg); err != nil {
+			cfg.Log.Error("redirect not made", "err", err)
+			os.Exit(1)
+		}
 	}
 	if *lease != "" {
 		cfg.Heal = func(ctx context.Context) error { return heal.Lease(ctx, *namespace, *lease) }

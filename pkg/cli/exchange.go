@@ -25,7 +25,14 @@ Service back by itself. With --header and --path only matching requests come
 here, and several people can share a Service. Needs no root.
 
 With --method scale the original does not run meanwhile, so that nobody answers in
-this machine's stead; at the end it runs again before the traffic goes there.`
+this machine's stead; at the end it runs again before the traffic goes there.
+
+With --method ephemeral what is sent to a pod's own address comes here, through a
+Service or not: a container is added to that pod, which listens before the original.
+It is for a pod, or the only pod of a deployment or statefulset. It needs the right to
+add it and one to NET_ADMIN, and the original then sees its pod's address as the
+client's. The container ends with the exchange, or after the grace time; that it was
+there stays listed in the pod, and with it the keys that led to it.`
 
 func (a *app) exchangeCommand() *cobra.Command {
 	var o exchangeOptions
@@ -53,7 +60,7 @@ func (a *app) exchangeCommand() *cobra.Command {
 	f.StringArrayVar(&o.to, "to", nil, "where the traffic goes: [SERVICE_PORT=][HOST:]PORT[:http|:tcp|/udp] (repeatable)")
 	f.StringArrayVarP(&o.headers, "header", "H", nil, "only requests with this header: 'NAME: VALUE', 'NAME: PREFIX*' or 'NAME: /REGEX/' (repeatable)")
 	f.StringVar(&o.path, "path", "", "only requests whose path begins so")
-	f.StringVar(&o.method, "method", string(session.BySelector), "selector: the original runs on; scale: it is scaled to nothing meanwhile, for what must not see it run")
+	f.StringVar(&o.method, "method", string(session.BySelector), "selector: what comes through a Service; scale: and the original does not run meanwhile; ephemeral: what is sent to a pod's address")
 	_ = c.RegisterFlagCompletionFunc("method", cobra.FixedCompletions(methods, cobra.ShellCompDirectiveNoFileComp))
 	f.BoolVar(&o.mirror, "mirror", false, "send copies here and let the original answer")
 	f.BoolVar(&o.take, "take", false, "take over what somebody else holds")
@@ -172,7 +179,7 @@ func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error
 	return a.runExchange(c, cfg)
 }
 
-var methods = []string{string(session.BySelector), string(session.ByScale)}
+var methods = []string{string(session.BySelector), string(session.ByScale), string(session.ByEphemeral)}
 
 // methodFor tells which methods can serve what was typed.
 func (o exchangeOptions) methodFor(t kube.Target) (session.Method, error) {
@@ -184,6 +191,10 @@ func (o exchangeOptions) methodFor(t kube.Target) (session.Method, error) {
 		return m, errors.New("--mirror needs an original that answers, and --method scale leaves none")
 	case m == session.ByScale && t.Kind == "pod":
 		return m, fmt.Errorf("--method scale takes all pods of a deployment or statefulset, not %s alone", t)
+	case m == session.ByEphemeral && t.Kind == "service":
+		return m, fmt.Errorf("--method ephemeral is for a pod, as pod/NAME, or the only one of deploy/NAME or sts/NAME, not %s", t)
+	case m == session.ByEphemeral && len(o.pullSecrets) > 0:
+		return m, errors.New("--image-pull-secret cannot be added to a pod that is there: the pod's own pull secrets are used")
 	}
 	return m, nil
 }

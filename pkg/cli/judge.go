@@ -22,6 +22,9 @@ type typed struct {
 
 // need is the flag of rbac for what was typed; connect's needs none.
 func (t typed) need() string {
+	if strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method ephemeral") {
+		return " --for ephemeral"
+	}
 	for _, verb := range []string{"exchange", "expose"} {
 		if slices.Contains(strings.Fields(t.line), verb) && strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method scale") {
 			return " --for " + verb + ",scale"
@@ -53,6 +56,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return exitFailed, "kubectl get services" + t.flags
 	case errors.Is(err, kube.ErrExchanged):
 		return exitFailed, "culvert status --cluster" + t.flags
+	case errors.Is(err, kube.ErrNoPod):
+		return exitFailed, "kubectl get pods" + t.flags
 	case errors.Is(err, resolver.ErrBusy):
 		return exitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):

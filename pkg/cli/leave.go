@@ -50,7 +50,7 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 		}
 		ours := which
 		which = func(s session.Status) bool {
-			return ours(s) && (s.Exchange.Service == t.Name || s.Exchange.Target == t.String())
+			return ours(s) && s.Exchange.Named(t)
 		}
 	}
 	running, err := session.Statuses(c.Context())
@@ -72,7 +72,7 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 	left, err := session.Leave(c.Context(), which)
 	for _, s := range left {
 		if !a.quiet {
-			fmt.Fprintf(a.err, "✓ left svc/%s in namespace %s\n", s.Exchange.Service, s.Namespace)
+			fmt.Fprintf(a.err, "✓ left %s in namespace %s\n", s.Exchange.Subject(), s.Namespace)
 		}
 	}
 	if len(left) == 0 && err == nil && !a.quiet {

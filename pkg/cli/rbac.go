@@ -39,8 +39,8 @@ func (a *app) rbacCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose; and scale, for exchange --method scale (repeatable)")
-	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose", "scale"}, cobra.ShellCompDirectiveNoFileComp))
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose; and scale and ephemeral, for these methods of exchange (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose", "scale", "ephemeral"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
 }
@@ -55,8 +55,10 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 			needs = append(needs, kube.Exchange)
 		case "scale":
 			needs = append(needs, kube.Scale)
+		case "ephemeral":
+			needs = append(needs, kube.EphemeralExchange)
 		default:
-			return nil, usage(fmt.Errorf("--for is connect, exchange, expose or scale, not %q", v))
+			return nil, usage(fmt.Errorf("--for is connect, exchange, expose, scale or ephemeral, not %q", v))
 		}
 	}
 	return needs, nil

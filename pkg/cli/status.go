@@ -63,19 +63,19 @@ func (a *app) held(c *cobra.Command, here []session.Status) ([]session.Status, e
 func (a *app) tableOfHeld(held []session.Status, looked bool) {
 	if len(held) == 0 {
 		if looked {
-			fmt.Fprintln(a.err, "nobody else holds a Service of this namespace")
+			fmt.Fprintln(a.err, "nobody else holds anything of this namespace")
 		}
 		return
 	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 	defer w.Flush()
-	fmt.Fprintln(w, "SERVICE\tHOLDER\tSINCE\tMATCH\tWIRE\tREQUESTS")
+	fmt.Fprintln(w, "TARGET\tHOLDER\tSINCE\tMATCH\tWIRE\tREQUESTS")
 	for _, s := range held {
 		wire := "silent"
 		if s.Wire.Up {
 			wire = "up"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", plain(s.Exchange.Service), plain(s.Owner), time.Since(s.Since).Round(time.Second), plain(matchWords(s.Exchange.Match)), wire, s.Exchange.Requests)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", plain(s.Exchange.Subject()), plain(s.Owner), time.Since(s.Since).Round(time.Second), plain(matchWords(s.Exchange.Match)), wire, s.Exchange.Requests)
 	}
 }
 
@@ -144,7 +144,10 @@ func rowsOfExchange(row func(key, format string, args ...any), kind string, e se
 	if e.Mirror {
 		which = "copies of " + which
 	}
-	row(kind, "svc/%s, %s", e.Service, which)
+	if e.Method != "" && e.Method != session.BySelector {
+		which += ", by method " + string(e.Method)
+	}
+	row(kind, "%s, %s", e.Subject(), which)
 	for _, f := range e.Forwards {
 		row("forward", "%s\t%s", f.Port, f.Address)
 	}

@@ -28,8 +28,9 @@ var (
 	ErrNoSelector = errors.New("the service selects no pods")
 	ErrNoPorts    = errors.New("the service has no ports that can be carried")
 	ErrSeveral    = errors.New("several services lead there")
-	ErrExchanged  = errors.New("the service is exchanged already")
+	ErrExchanged  = errors.New("it is exchanged already")
 	ErrNoWorkload = errors.New("its pods are not those of one deployment or statefulset")
+	ErrNoPod      = errors.New("no such pod")
 )
 
 // sorted gives err the sentinel that belongs to it. The words of a credential
@@ -50,7 +51,7 @@ func sorted(err error) error {
 
 func hasSentinel(err error) bool {
 	for _, s := range []error{ErrKubeconfig, ErrContext, ErrUnreachable, ErrUnauthorized, ErrForbidden, ErrNamespace, ErrGone, ErrLeft,
-		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged, ErrNoWorkload} {
+		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged, ErrNoWorkload, ErrNoPod} {
 		if errors.Is(err, s) {
 			return true
 		}

@@ -34,6 +34,9 @@ const (
 	Connect  Need = "connect"
 	Exchange Need = "exchange" // and to expose
 	Scale    Need = "scale"    // the original to nothing, while it is exchanged
+
+	// EphemeralExchange is to exchange by an ephemeral container.
+	EphemeralExchange Need = "ephemeral"
 )
 
 // Rights are what the user may do, as far as the need asks for it.
@@ -159,6 +162,21 @@ func scaleRights() []right {
 	}
 }
 
+// ephemeralRights are those of the Role for exchanges by ephemeral containers.
+func ephemeralRights() []right {
+	const target = "a pod is found by its own name only"
+	return []right{
+		{group: "", resource: "pods", verbs: []string{"get", "list"}, purpose: always},
+		{group: "", resource: "pods/ephemeralcontainers", verbs: []string{"patch"}, purpose: always},
+
+		{group: "", resource: "pods/proxy", verbs: []string{"get"}, purpose: way},
+		{group: "", resource: "pods/portforward", verbs: []string{"create", "get"}, purpose: way},
+
+		{group: "apps", resource: "deployments", verbs: []string{"get"}, purpose: optional, without: target},
+		{group: "apps", resource: "statefulsets", verbs: []string{"get"}, purpose: optional, without: target},
+	}
+}
+
 // rightsFor are those of all the needs; no need is that of connecting.
 func rightsFor(needs []Need) []right {
 	var all []right
@@ -170,6 +188,9 @@ func rightsFor(needs []Need) []right {
 	}
 	if slices.Contains(needs, Scale) {
 		all = append(all, scaleRights()...)
+	}
+	if slices.Contains(needs, EphemeralExchange) {
+		all = append(all, ephemeralRights()...)
 	}
 	return all
 }
@@ -366,6 +387,9 @@ func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 	}
 	if slices.Contains(needs, Scale) {
 		files = append(files, "rbac-scale.yaml")
+	}
+	if slices.Contains(needs, EphemeralExchange) {
+		files = append(files, "rbac-ephemeral.yaml")
 	}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")

@@ -31,7 +31,7 @@ func standCluster(more ...runtime.Object) (*Cluster, *fake.Clientset) {
 	return testCluster(client), client
 }
 
-func TestFindPod(t *testing.T) {
+func TestFindServiceOfPod(t *testing.T) {
 	alone := testPod("alone", "alone", 8080)
 	alone.Spec.Hostname, alone.Spec.Subdomain = "named", "alone"
 	twin, other := dbPod("twin"), testPod("other", "twin", 8080)

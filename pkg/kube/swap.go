@@ -47,7 +47,22 @@ func (s *Shadow) Swap(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("exchange service %s in namespace %s: %w", s.service, s.cluster.Namespace, sorted(err))
 	}
+	s.awaitRouter(ctx)
 	return nil
+}
+
+// awaitRouter waits, a little, until none of the original pods is behind the
+// Service, as far as that may be seen. Nodes hear of it at that moment.
+func (s *Shadow) awaitRouter(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	for {
+		is, err := s.cluster.podsBehind(ctx, s.cluster.Namespace, s.service)
+		others := func(pod string) bool { return !strings.HasPrefix(pod, rootName(s.cfg.Session)+"-") }
+		if err != nil || !slices.ContainsFunc(is, others) || pause(ctx, 50*time.Millisecond) != nil {
+			return
+		}
+	}
 }
 
 func (s *Shadow) swapOnce(ctx context.Context) error {

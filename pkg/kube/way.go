@@ -105,10 +105,14 @@ func (w *ways) seen(pod string) {
 // handshake.
 func (s *Shadow) Dial(ctx context.Context) (net.Conn, Way, error) {
 	conn, way, err := s.dial(ctx)
-	if errors.Is(err, context.DeadlineExceeded) {
-		s.cluster.conns.drop()
-	}
+	s.cluster.dropSlow(err)
 	return conn, way, err
+}
+
+func (c *Cluster) dropSlow(err error) {
+	if errors.Is(err, context.DeadlineExceeded) {
+		c.conns.drop()
+	}
 }
 
 func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
@@ -116,11 +120,24 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 	if err != nil {
 		return nil, "", err
 	}
+	return s.cluster.dialPod(ctx, &s.ways, door{pod, port})
+}
+
+// A door is where a shadow in a pod is dialled.
+type door struct {
+	pod  string
+	port int
+}
+
+func (d door) String() string { return d.pod + ":" + strconv.Itoa(d.port) }
+
+// dialPod tries the ways one after the other.
+func (c *Cluster) dialPod(ctx context.Context, ways *ways, at door) (net.Conn, Way, error) {
 	var errs []error
-	for _, way := range s.ways.list() {
-		conn, err := s.dialWay(ctx, way, pod)
+	for _, way := range ways.list() {
+		conn, err := c.dialWay(ctx, way, at)
 		if err == nil {
-			s.ways.worked(way)
+			ways.worked(way)
 			return conn, way, nil
 		}
 		errs = append(errs, fmt.Errorf("by %s: %w", way, sorted(err)))
@@ -128,7 +145,7 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 			break // another way would not be better
 		}
 	}
-	return nil, "", fmt.Errorf("dial pod %s in namespace %s: %w", pod, s.cluster.Namespace, errors.Join(errs...))
+	return nil, "", fmt.Errorf("dial pod %s in namespace %s: %w", at.pod, c.Namespace, errors.Join(errs...))
 }
 
 // notReached tells whether not even the API server was reached.
@@ -170,13 +187,13 @@ func (s *Shadow) noPod(ctx context.Context, pods int) error {
 	return fmt.Errorf("no pod of session %s is ready in namespace %s", s.cfg.Session, s.cluster.Namespace)
 }
 
-func (s *Shadow) dialWay(ctx context.Context, way Way, pod string) (net.Conn, error) {
+func (c *Cluster) dialWay(ctx context.Context, way Way, at door) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, wayLimit)
 	defer cancel()
 	if way == PodsProxy {
-		return s.cluster.dialProxy(ctx, pod)
+		return c.dialProxy(ctx, at)
 	}
-	return s.cluster.dialForward(ctx, way, pod)
+	return c.dialForward(ctx, way, at)
 }
 
 // podURL is the address of a subresource of a pod, below whatever path the API
@@ -194,8 +211,8 @@ func (c *Cluster) podURL(pod, sub string) (*url.URL, error) {
 
 // dialProxy upgrades a request to the proxy subresource: the API server then
 // relays bytes between us and the pod, with nothing of its own in between.
-func (c *Cluster) dialProxy(ctx context.Context, pod string) (net.Conn, error) {
-	target, err := c.podURL(pod+":"+strconv.Itoa(port), "proxy/")
+func (c *Cluster) dialProxy(ctx context.Context, at door) (net.Conn, error) {
+	target, err := c.podURL(at.String(), "proxy/")
 	if err != nil {
 		return nil, err
 	}
@@ -220,7 +237,7 @@ func (c *Cluster) dialProxy(ctx context.Context, pod string) (net.Conn, error) {
 		return nil, deadlineOf(ctx, err)
 	}
 	body := resp.Body.(io.ReadWriteCloser) // net/http promises it for a 101
-	return newConn(PodsProxy, pod, body, body, func() error { defer end(); return body.Close() }), nil
+	return newConn(PodsProxy, at, body, body, func() error { defer end(); return body.Close() }), nil
 }
 
 // upgradeTransport is the cluster's transport, HTTP/1.1 only: HTTP/2 has no
@@ -287,8 +304,8 @@ func deadlineOf(ctx context.Context, err error) error {
 
 // dialForward opens one port-forward with one stream. Several streams on one
 // would stop each other: the protocol below has no flow control.
-func (c *Cluster) dialForward(ctx context.Context, way Way, pod string) (net.Conn, error) {
-	target, err := c.podURL(pod, "portforward")
+func (c *Cluster) dialForward(ctx context.Context, way Way, at door) (net.Conn, error) {
+	target, err := c.podURL(at.pod, "portforward")
 	if err != nil {
 		return nil, err
 	}
@@ -301,7 +318,7 @@ func (c *Cluster) dialForward(ctx context.Context, way Way, pod string) (net.Con
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { wire.Close() })
-	conn, err := forward(wire, way, pod)
+	conn, err := forward(wire, way, at)
 	if !stop() && err == nil {
 		conn.Close()
 		err = ctx.Err()
@@ -354,9 +371,9 @@ func dialStreams(ctx context.Context, dialer httpstream.Dialer) (httpstream.Conn
 
 // forward opens the pair of streams that one forwarded connection is, and says
 // the upgrade to the shadow itself.
-func forward(wire httpstream.Connection, way Way, pod string) (net.Conn, error) {
+func forward(wire httpstream.Connection, way Way, at door) (net.Conn, error) {
 	headers := http.Header{}
-	headers.Set(corev1.PortHeader, strconv.Itoa(port))
+	headers.Set(corev1.PortHeader, strconv.Itoa(at.port))
 	headers.Set(corev1.PortForwardRequestIDHeader, "0")
 	headers.Set(corev1.StreamType, corev1.StreamTypeError)
 	troubles, err := wire.CreateStream(headers)
@@ -369,7 +386,7 @@ func forward(wire httpstream.Connection, way Way, pod string) (net.Conn, error) 
 	if err != nil {
 		return nil, fmt.Errorf("open data stream: %w", err)
 	}
-	conn := newConn(way, pod, data, data, func() error { data.Reset(); return wire.Close() })
+	conn := newConn(way, at, data, data, func() error { data.Reset(); return wire.Close() })
 	go func() {
 		text, _ := io.ReadAll(troubles)
 		if len(text) > 0 {
@@ -388,7 +405,7 @@ type streamConn struct {
 	r     io.Reader
 	w     io.Writer
 	way   Way
-	pod   string
+	at    door
 	close func() error
 
 	once   sync.Once
@@ -397,8 +414,8 @@ type streamConn struct {
 	timers [2]*time.Timer
 }
 
-func newConn(way Way, pod string, r io.Reader, w io.Writer, close func() error) *streamConn {
-	return &streamConn{r: r, w: w, way: way, pod: pod, close: close}
+func newConn(way Way, at door, r io.Reader, w io.Writer, close func() error) *streamConn {
+	return &streamConn{r: r, w: w, way: way, at: at, close: close}
 }
 
 // upgrade is the shadow's hand-shake, on the ways where the API server does not
@@ -472,7 +489,7 @@ func (wayAddr) Network() string  { return "kubernetes" }
 func (a wayAddr) String() string { return string(a) }
 
 func (c *streamConn) LocalAddr() net.Addr  { return wayAddr(c.way) }
-func (c *streamConn) RemoteAddr() net.Addr { return wayAddr(c.pod + ":" + strconv.Itoa(port)) }
+func (c *streamConn) RemoteAddr() net.Addr { return wayAddr(c.at.String()) }
 
 func (c *streamConn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))

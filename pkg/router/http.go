@@ -35,6 +35,7 @@ const (
 // is, what a server binds to a connection stays bound, and a keep-alive that
 // ends does not end somebody else's.
 type web struct {
+	run    context.Context // the router's
 	ctx    context.Context // ends with the connection
 	end    context.CancelFunc
 	router *Router
@@ -52,9 +53,10 @@ type web struct {
 }
 
 func newWeb(ctx context.Context, r *Router, route *Route, c *client, http2 bool) *web {
+	run := ctx
 	ctx, end := context.WithCancel(ctx)
 	w := &web{
-		ctx: ctx, end: end, router: r, route: route, client: c, http2: http2,
+		run: run, ctx: ctx, end: end, router: r, route: route, client: c, http2: http2,
 		host: route.Original, ways: map[*claim]*way{},
 		errors: slog.NewLogLogger(r.config.Log.Handler(), slog.LevelDebug),
 	}
@@ -279,6 +281,7 @@ type request struct {
 	copies []*spool
 	last   *claim // who was asked last
 	reused bool   // over a connection that had served before
+	whole  bool   // the answer was
 	count  func(took bool)
 	left   func() // the way to who was asked
 }
@@ -286,7 +289,7 @@ type request struct {
 func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	w.busy.Add(1)
 	defer w.busy.Done()
-	q := &request{web: w, to: w.router.claims.choose(w.route.name(), req)}
+	q := &request{web: w, to: w.router.choose(w.route, req)}
 	q.proxy = httputil.ReverseProxy{
 		Rewrite: q.keep, Transport: q, ModifyResponse: q.answered, ErrorHandler: q.failed,
 		FlushInterval: -1, BufferPool: &w.router.buffers, ErrorLog: w.errors,
@@ -299,6 +302,14 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 		req.Trailer = http.Header{} // for trailers that were not announced
 	}
 	q.proxy.ServeHTTP(&answer{rw, w}, req)
+	q.whole = true
+}
+
+func (r *Router) choose(route *Route, req *http.Request) choice {
+	if r.config.SpareProbes && strings.HasPrefix(req.UserAgent(), "kube-probe/") {
+		return choice{}
+	}
+	return r.claims.choose(route.name(), req)
 }
 
 // keep undoes what a proxy does to a request: this one is not to be seen.
@@ -391,7 +402,11 @@ func (q *request) done() {
 		q.wasSent(nil)
 	}
 	for _, s := range q.copies {
-		s.cut()
+		if q.whole && q.http2 {
+			s.end() // a gRPC server answers a message, and not the end after it
+		} else {
+			s.cut()
+		}
 	}
 }
 

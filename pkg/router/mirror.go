@@ -20,6 +20,7 @@ const (
 	maxCopies = 256              // at a time
 	chunkCost = 64               // of memory, besides what is in it
 	aftermath = 30 * time.Second // a copy may go on after its original has ended
+	rested    = 5 * time.Second  // its connection is kept for the next one
 )
 
 // errBehind is what a copy reads that was given up.
@@ -43,7 +44,7 @@ type copiers struct {
 func newCopiers(to laptop) *copiers {
 	over := func(http2 bool) *http.Transport {
 		t := newTransport(http2, nil)
-		t.MaxIdleConnsPerHost, t.IdleConnTimeout = 16, aftermath
+		t.MaxIdleConnsPerHost, t.IdleConnTimeout = 16, rested
 		t.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 			_, port, err := net.SplitHostPort(address)
 			if err != nil {
@@ -112,7 +113,7 @@ func (all *copies) requests(q *request, req *http.Request) (to []*spool) {
 		again := req.Clone(context.Background())
 		again.Trailer, again.URL.Host = nil, "localhost"+q.route.service()
 		again.Header.Del("Expect")
-		s := all.start(q.ctx, false, func(ctx context.Context, s *spool) {
+		s := all.start(q.run, false, func(ctx context.Context, s *spool) {
 			defer q.router.claims.begin(m, &m.requests)(true)
 			defer func() {
 				if m.gone.Err() != nil {
@@ -135,6 +136,7 @@ func (all *copies) requests(q *request, req *http.Request) (to []*spool) {
 		if req.Body == nil {
 			s.end()
 		}
+		s.left = req.ContentLength
 		to = append(to, s)
 	}
 	return to
@@ -264,6 +266,7 @@ type spool struct {
 	more   sync.Cond
 	chunks [][]byte
 	size   int
+	left   int64       // to be written yet, if more than 0; otherwise not known
 	err    error       // what is read when the chunks are
 	timer  *time.Timer // runs when all was written
 }
@@ -278,6 +281,11 @@ func (s *spool) put(p []byte) {
 		s.size += cost
 		s.chunks = append(s.chunks, slices.Clone(p))
 		s.more.Signal()
+		if s.left > 0 {
+			if s.left -= int64(len(p)); s.left <= 0 {
+				s.ended() // who answers need not look for the end
+			}
+		}
 	case !s.datagrams:
 		s.stop(errBehind)
 	}
@@ -311,6 +319,11 @@ func (s *spool) free(n int) {
 func (s *spool) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ended()
+}
+
+// ended is end with the lock held.
+func (s *spool) ended() {
 	if s.err == nil {
 		s.err = io.EOF
 		s.more.Signal()

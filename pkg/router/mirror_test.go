@@ -46,6 +46,43 @@ func TestMirrorOfRequests(t *testing.T) {
 	})
 }
 
+// TestMirrorAfterTheClient: copies go on when the original has answered and the
+// client has gone.
+func TestMirrorAfterTheClient(t *testing.T) {
+	eachHTTP(t, func(t *testing.T, http2 bool) {
+		const all, size = 50, 20 << 10
+		gone := make(chan bool)
+		seen := make(chan string, all)
+		mine := serves(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			<-gone
+			n, err := io.Copy(io.Discard, req.Body)
+			seen <- fmt.Sprint(n, err)
+		}))
+		r, at := runs(t, web80(serves(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			io.CopyN(io.Discard, req.Body, size) // and not the end
+		}))))
+		mirrors80(t, r, &to{address: mine}, Match{})
+		for range all {
+			c := asks(t, http2)
+			res, err := c.Post("http://"+at[0], "a/b", bytes.NewReader(make([]byte, size)))
+			must(t, err)
+			res.Body.Close()
+			c.CloseIdleConnections()
+		}
+		close(gone)
+		for range all {
+			select {
+			case got := <-seen:
+				if want := fmt.Sprint(size, error(nil)); got != want {
+					t.Errorf("the mirror read %s, want %s", got, want)
+				}
+			case <-time.After(patienceOfTests):
+				t.Fatal("copies are missing")
+			}
+		}
+	})
+}
+
 // TestMirrorThatNeverReads: the original is served as if there were none.
 func TestMirrorThatNeverReads(t *testing.T) {
 	end := make(chan bool)

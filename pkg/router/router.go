@@ -83,7 +83,12 @@ type Config struct {
 	Routes  []Route
 	Network channel.Network // listens, and dials the originals
 	Grace   time.Duration   // a claim that is not seen for so long is dropped; zero: none is
-	Log     *slog.Logger
+
+	// SpareProbes sends what a kubelet asks to the original, whoever claims it:
+	// where this is a pod's own traffic, its life hangs on the answers.
+	SpareProbes bool
+
+	Log *slog.Logger
 }
 
 // name is how claims call a route.

@@ -29,6 +29,9 @@ const (
 // attach finds the router that the Service leads to, or makes one, which the
 // Service is turned to later. It is called again when the router has gone.
 func (x *Exchange) attach(ctx context.Context) (*attached, error) {
+	if x.cfg.Method == ByEphemeral {
+		return x.attachToPod(ctx)
+	}
 	service, r, err := x.join(ctx)
 	if r != nil || err != nil {
 		return r, err
@@ -42,8 +45,9 @@ func (x *Exchange) attach(ctx context.Context) (*attached, error) {
 		Session: routerID(x.id), Image: x.cfg.Image, PullSecrets: x.cfg.PullSecrets, Grace: x.cfg.Grace, Way: x.cfg.Way,
 		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic, Router: x.routerConfig(service, k),
 	}, x.rights)
+	r.place = r.shadow
 	x.use(r) // whatever Create makes is to be undone
-	return r, r.shadow.Create(ctx, x.warn)
+	return r, r.place.Create(ctx, x.warn)
 }
 
 // routerID names the router apart from its first claim: both are sessions.
@@ -90,14 +94,18 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 		return nil, err
 	}
 	if pod := s.StandsFor(); pod != x.service.Pod {
-		return nil, fmt.Errorf("svc/%s is exchanged by %s for %s, and cannot be for %s too: %w",
+		err := fmt.Errorf("svc/%s is exchanged by %s for %s, and cannot be for %s too: %w",
 			x.service.Name, mark.By, podWord(pod), podWord(x.service.Pod), kube.ErrExchanged)
+		if x.attachment() != nil { // it was ours before
+			err = fmt.Errorf("%w: %w", err, errOver)
+		}
+		return nil, err
 	}
 	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{shadow: s, keys: id, turned: time.Now(), by: mark.By}
+	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By}
 	x.use(r)
 	return r, nil
 }
@@ -113,7 +121,7 @@ func podWord(pod string) string {
 func (x *Exchange) use(r *attached) {
 	ctx, stop := context.WithCancel(x.life)
 	r.stop = stop
-	x.group.Go(func() { _ = r.shadow.Renew(ctx) }) // ends with ctx only
+	x.group.Go(func() { _ = r.place.Renew(ctx) }) // ends with ctx only
 	x.mu.Lock()
 	before := x.router
 	x.router = r
@@ -144,7 +152,7 @@ func (x *Exchange) dialRouter(ctx context.Context) (*attached, net.Conn, error) 
 	}
 	defer x.done()
 	r := x.attachment()
-	conn, _, err := r.shadow.Dial(ctx)
+	conn, _, err := r.place.Dial(ctx)
 	if !errors.Is(err, kube.ErrGone) || x.isLeaving() {
 		return r, conn, err
 	}
@@ -156,7 +164,7 @@ func (x *Exchange) dialRouter(ctx context.Context) (*attached, net.Conn, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	conn, _, err = next.shadow.Dial(ctx)
+	conn, _, err = next.place.Dial(ctx)
 	return next, conn, err
 }
 
@@ -184,9 +192,9 @@ func (x *Exchange) isLeaving() bool {
 func (x *Exchange) replace(ctx context.Context, r *attached) (*attached, error) {
 	var err error
 	if r.made {
-		err = r.shadow.Delete(ctx)
+		err = r.place.Delete(ctx)
 	} else {
-		err = r.shadow.Restore(ctx)
+		err = r.place.Restore(ctx)
 	}
 	if err != nil {
 		return nil, err
@@ -195,7 +203,7 @@ func (x *Exchange) replace(ctx context.Context, r *attached) (*attached, error) 
 	if err != nil {
 		return nil, err
 	}
-	return next, next.shadow.WaitReady(ctx, nil)
+	return next, next.place.WaitReady(ctx, nil)
 }
 
 // forward serves what the router sends here, over every wire to come.
@@ -241,7 +249,7 @@ func (x *Exchange) settle(ctx context.Context, take bool) error {
 		r := x.attachment()
 		err := x.put(ctx, take)
 		if err == nil && !r.isTurned() {
-			err = r.shadow.Swap(ctx)
+			err = r.place.Swap(ctx)
 		}
 		switch {
 		case err == nil:
@@ -326,7 +334,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case over(err):
 			return x.why(err)
 		case err != nil && again:
-			x.warn(fmt.Sprintf("svc/%s is not exchanged now, trying again: %v", x.service.Name, err))
+			x.warn(fmt.Sprintf("%s is not exchanged now, trying again: %v", x.subject(), err))
 		case err != nil:
 			x.cfg.Log.Debug("claim not held", "err", err)
 		case again:
@@ -342,7 +350,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 func (x *Exchange) why(err error) error {
 	var held *router.HeldError
 	if errors.As(err, &held) {
-		return fmt.Errorf("svc/%s was taken over by %s: %w", x.service.Name, held.Holder, errOver)
+		return fmt.Errorf("%s was taken over by %s: %w", x.subject(), held.Holder, errOver)
 	}
 	return err
 }
@@ -350,8 +358,7 @@ func (x *Exchange) why(err error) error {
 // over tells of an error after which nothing is to be waited for.
 func over(err error) bool {
 	var held *router.HeldError
-	return errors.As(err, &held) || errors.Is(err, errOver) || errors.Is(err, kube.ErrNoTarget) ||
-		errors.Is(err, kube.ErrExchanged) || errors.Is(err, kube.ErrForbidden)
+	return errors.As(err, &held) || errors.Is(err, errOver) || errors.Is(err, kube.ErrNoTarget) || errors.Is(err, kube.ErrForbidden)
 }
 
 // beat asks the router for the claim, which is how it knows that we live.
@@ -368,7 +375,7 @@ func (x *Exchange) beat(ctx context.Context) error {
 	x.mu.Unlock()
 	state := info.Service
 	if state == "" { // the router may not look
-		if state, err = r.shadow.Look(ctx); err != nil {
+		if state, err = r.place.Look(ctx); err != nil {
 			return err
 		}
 	}
@@ -387,7 +394,7 @@ func (x *Exchange) serviceIs(r *attached, state string) error {
 		r.led = true
 	case r.turned.IsZero(), !r.led && time.Since(r.turned) < ledWithin:
 	case state == heal.PutBack:
-		return fmt.Errorf("svc/%s was put back by somebody else, and is left to them: %w", x.service.Name, errOver)
+		return fmt.Errorf("%s was put back by somebody else, and is left to them: %w", x.subject(), errOver)
 	case state == heal.Gone:
 		return fmt.Errorf("svc/%s was deleted: %w", x.service.Name, errOver)
 	}
@@ -410,13 +417,13 @@ func (x *Exchange) release(ctx context.Context) error {
 		x.finish(ctx)
 		return nil
 	}
-	if err != nil && !r.made && r.shadow.Mode() == kube.ByDeployment {
+	if err != nil && !r.made && r.place.Mode() != kube.ByBareDeployment {
 		x.cfg.Reporter.Say("the router cannot be asked; it gives the claim up by itself")
 		return nil
 	}
 	r.set(func(r *attached) { r.ours = true })
-	if r.shadow.Restore(ctx) == nil && err == nil { // what fails is tried again when the router is removed
-		x.drain(ctx)
+	if r.place.Restore(ctx) == nil && err == nil { // what fails is tried again when the router is removed
+		x.drain(ctx, r)
 	}
 	return nil
 }
@@ -453,9 +460,16 @@ func (x *Exchange) drop(ctx context.Context) (last bool, err error) {
 }
 
 // drain waits until the router has nothing open. What then still is, is cut
-// when the router is removed.
-func (x *Exchange) drain(ctx context.Context) {
-	open, err := shadow.Drain(ctx, x.keep, drainLimit)
+// when the router is removed. One in a pod is told to end, too.
+func (x *Exchange) drain(ctx context.Context, r *attached) {
+	ask := shadow.Drain
+	if r.pod != "" {
+		ask = shadow.End
+	}
+	open, err := ask(ctx, x.keep, drainLimit)
+	if r.pod != "" {
+		r.set(func(r *attached) { r.ended, r.ours = err == nil, !heldByOthers(err) })
+	}
 	if err == nil && open > 0 {
 		x.cfg.Reporter.Say(fmt.Sprintf("%d connections were still open after %v, and are cut", open, drainLimit))
 	}
@@ -476,12 +490,15 @@ func (x *Exchange) removeRouter(ctx context.Context) error {
 	if r == nil {
 		return nil
 	}
-	ours := false
-	r.set(func(r *attached) { ours = r.ours })
+	ours, ended := false, false
+	r.set(func(r *attached) { ours, ended = r.ours, r.ended || r.pod == "" })
+	if ours && !ended {
+		ours = x.endUnasked(ctx, r)
+	}
 	if !ours {
 		return nil
 	}
-	return r.shadow.Delete(ctx)
+	return r.place.Delete(ctx)
 }
 
 func pause(ctx context.Context, d time.Duration) error {

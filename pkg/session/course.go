@@ -18,6 +18,7 @@ import (
 type course struct {
 	id       string
 	since    time.Time
+	but      string // what stays, said at the end: ", but for ..."
 	reporter Reporter
 	log      *slog.Logger
 
@@ -122,7 +123,7 @@ func (c *course) down(ctx context.Context) error {
 	c.end()
 	c.group.Wait()
 	if changed && c.result == nil {
-		c.reporter.Done("this machine and the cluster are as before")
+		c.reporter.Done("this machine and the cluster are as before" + c.but)
 	}
 	return c.result
 }

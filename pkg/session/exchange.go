@@ -68,12 +68,18 @@ type Exchange struct {
 	letScale func() // ends emptyAgain and waits for it; nil before it began
 	leaving  bool   // no other router is looked for
 	seen     shadow.ClaimInfo
+
+	// of ByEphemeral; these are of whoever attaches, one at a time
+	added     int  // containers
+	comesBack bool // should the pod be deleted, there will be another
 }
 
 // attached is the router that this machine is attached to, and what of it is
 // this machine's to undo.
 type attached struct {
-	shadow *kube.Shadow
+	place  outpost
+	shadow *kube.Shadow // that place is; nil in a pod
+	pod    string       // that it is in; "" for a Service's router
 	keys   sshchan.Identity
 	stop   context.CancelFunc // ends its lease's renewal
 	by     string             // who made it, where not this machine
@@ -84,6 +90,7 @@ type attached struct {
 	turned time.Time       // when the Service was led to it; zero: it is not
 	led    bool            // it has been seen that it is
 	ours   bool            // to remove: made here, or nobody else is left
+	ended  bool            // one in a pod was told to end
 }
 
 func (r *attached) set(change func(*attached)) {
@@ -131,6 +138,9 @@ func (x *Exchange) Run(ctx context.Context) error { return x.course.run(ctx, x.s
 
 // subject is the Service, as far as it is known yet.
 func (x *Exchange) subject() string {
+	if pod := x.podName(); pod != "" {
+		return "pod/" + pod
+	}
 	if x.service != nil {
 		return "svc/" + x.service.Name
 	}
@@ -151,8 +161,11 @@ func (x *Exchange) askCluster(ctx context.Context) (string, error) {
 
 func (x *Exchange) checkRights(ctx context.Context) (string, error) {
 	needs := []kube.Need{kube.Exchange}
-	if x.cfg.Method == ByScale {
+	switch x.cfg.Method {
+	case ByScale:
 		needs = append(needs, kube.Scale)
+	case ByEphemeral:
+		needs = []kube.Need{kube.EphemeralExchange}
 	}
 	rights, err := x.cfg.Cluster.Preflight(ctx, needs...)
 	if err != nil {
@@ -171,8 +184,10 @@ func (x *Exchange) checkRights(ctx context.Context) (string, error) {
 func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if x.cfg.Expose != "" {
 		x.service, x.forwards, err = exposed(x.cfg.Expose, x.cfg.To)
+	} else if x.cfg.Method == ByEphemeral {
+		err = x.findPod(ctx)
 	} else if x.service, err = x.cfg.Cluster.FindService(ctx, x.cfg.Target); err == nil {
-		x.forwards, err = assign(x.service.Name, x.service.Ports, x.cfg.To)
+		x.forwards, err = assign("svc/"+x.service.Name, x.service.Ports, x.cfg.To)
 	}
 	if err == nil {
 		err = x.findWorkload(ctx)
@@ -187,7 +202,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
-	return fmt.Sprintf("svc/%s has %s", x.service.Name, portList(x.service.Ports)), nil
+	return fmt.Sprintf("%s has %s", x.subject(), portList(x.service.Ports)), nil
 }
 
 // lookForListeners warns of what does not listen yet: it is waited for, and no
@@ -231,11 +246,11 @@ func (x *Exchange) findRouter(ctx context.Context) (string, error) {
 	if !r.made {
 		return fmt.Sprintf("joined the router of %s", r.by), nil
 	}
-	return fmt.Sprintf("router made, as a %s", r.shadow.Mode()), nil
+	return fmt.Sprintf("router made, as %s", article(r.place.Mode())), nil
 }
 
 func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
-	return "router pod ready", x.attachment().shadow.WaitReady(ctx, x.cfg.Reporter.Progress)
+	return "router pod ready", x.attachment().place.WaitReady(ctx, x.cfg.Reporter.Progress)
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
@@ -251,7 +266,7 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}
-	return fmt.Sprintf("wire open through %s", x.attachment().shadow.Way()), nil
+	return fmt.Sprintf("wire open through %s", x.attachment().place.Way()), nil
 }
 
 // claim listens at the router and makes the traffic come.
@@ -328,7 +343,7 @@ func (x *Exchange) told() string {
 	if x.workload != nil {
 		to += fmt.Sprintf(", and %s does not run", x.workload)
 	}
-	name := "svc/" + x.service.Name
+	name := x.subject()
 	if x.service.Pod != "" {
 		name = fmt.Sprintf("pod/%s of %s", x.service.Pod, name)
 	}

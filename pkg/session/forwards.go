@@ -63,19 +63,19 @@ func routeName(p kube.ServicePort) string { return p.Network + "/" + strconv.Ito
 
 // assign finds the port of the Service for each Forward. A port that is named
 // by its number alone stands for both networks that it is spoken on.
-func assign(service string, ports []kube.ServicePort, to []Forward) ([]forwarded, error) {
+func assign(subject string, ports []kube.ServicePort, to []Forward) ([]forwarded, error) {
 	var all []forwarded
 	for _, f := range to {
 		found := slices.DeleteFunc(slices.Clone(ports), func(p kube.ServicePort) bool { return !f.names(p) })
 		if len(found) == 0 {
-			return nil, fmt.Errorf("svc/%s has no port %s: it has %s", service, f.Port, portList(ports))
+			return nil, fmt.Errorf("%s has no port %s: it has %s", subject, f.Port, portList(ports))
 		}
 		if f.Port == "" && len(found) > 1 {
-			return nil, fmt.Errorf("svc/%s has several ports, say which one goes to %s: it has %s", service, f.Address, portList(ports))
+			return nil, fmt.Errorf("%s has several ports, say which one goes to %s: it has %s", subject, f.Address, portList(ports))
 		}
 		for _, p := range found {
 			if slices.ContainsFunc(all, func(o forwarded) bool { return o.route() == routeName(p) }) {
-				return nil, fmt.Errorf("port %s of svc/%s is given twice", portWord(p), service)
+				return nil, fmt.Errorf("port %s of %s is given twice", portWord(p), subject)
 			}
 			all = append(all, forwarded{f, p})
 		}

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,5 +83,54 @@ func TestAssign(t *testing.T) {
 		if text := strings.Join(got, " "); text != tc.want && (err == nil || !strings.Contains(text, tc.want)) {
 			t.Errorf("%+v: %s, want %s", tc.to, text, tc.want)
 		}
+	}
+}
+
+func TestPortsOfAPod(t *testing.T) {
+	declared := []kube.ServicePort{{Name: "http", Network: "tcp", Port: 8080, Target: 8080}}
+	for _, tc := range []struct {
+		to     []Forward
+		routes []string
+		fails  string
+	}{
+		{to: []Forward{{Address: "127.0.0.1:1"}}, routes: []string{"tcp/8080"}},
+		{to: []Forward{{Port: "http"}, {Port: "9"}, {Port: "53", Network: "udp"}}, routes: []string{"tcp/8080", "tcp/9", "udp/53"}},
+		{to: []Forward{{Port: "8080", Network: "udp"}}, routes: []string{"udp/8080"}},
+		{to: []Forward{{Port: "grpc"}}, fails: "pod/a has no port grpc"},
+	} {
+		ports, err := portsFor("pod/a", declared, tc.to)
+		var all []forwarded
+		if err == nil {
+			all, err = assign("pod/a", ports, tc.to)
+		}
+		var routes []string
+		for _, f := range all {
+			routes = append(routes, f.route())
+		}
+		if !slices.Equal(routes, tc.routes) || (err == nil) != (tc.fails == "") || err != nil && !strings.Contains(err.Error(), tc.fails) {
+			t.Errorf("%+v: %v, %v", tc.to, routes, err)
+		}
+	}
+	if _, err := portsFor("pod/a", nil, []Forward{{Address: "127.0.0.1:8080"}}); err == nil || !strings.Contains(err.Error(), "--to 8080=8080") {
+		t.Errorf("no port at all: %v", err)
+	}
+}
+
+func TestNamed(t *testing.T) {
+	service := ExchangeStatus{Service: "web", Target: "deployment/web"}
+	pod := ExchangeStatus{Pod: "web-1", Target: "deployment/web"}
+	for target, want := range map[kube.Target][2]bool{
+		{Kind: "service", Name: "web"}: {true, false}, {Kind: "deployment", Name: "web"}: {true, true},
+		{Kind: "pod", Name: "web-1"}: {false, true}, {Kind: "service", Name: ""}: {false, false}, {Kind: "service", Name: "web-1"}: {false, false},
+	} {
+		if got := [2]bool{service.Named(target), pod.Named(target)}; got != want {
+			t.Errorf("%v: %v, want %v", target, got, want)
+		}
+	}
+	if service.Subject() != "svc/web" || pod.Subject() != "pod/web-1" {
+		t.Error(service.Subject(), pod.Subject())
+	}
+	if article(kube.ByEphemeral) != "an ephemeral container" || article(kube.ByJob) != "a Job" {
+		t.Error(article(kube.ByEphemeral))
 	}
 }

@@ -18,11 +18,18 @@ const lookLimit = 15 * time.Second
 // Held asks the routers of the cluster's namespace who holds what. A router
 // that does not answer is told of with its maker alone, and in the error.
 func Held(ctx context.Context, c *kube.Cluster, log *slog.Logger) ([]Status, error) {
-	services, err := c.Exchanges(ctx)
-	if err != nil || len(services) == 0 {
+	rights, err := c.Preflight(ctx, kube.Exchange)
+	if err != nil {
 		return nil, err
 	}
-	rights, err := c.Preflight(ctx, kube.Exchange)
+	behind, err := heldBehind(ctx, c, rights, log)
+	within, errWithin := heldWithin(ctx, c, rights, log)
+	return append(behind, within...), errors.Join(err, errWithin)
+}
+
+// heldBehind is what is held of Services.
+func heldBehind(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *slog.Logger) ([]Status, error) {
+	services, err := c.Exchanges(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -32,16 +39,47 @@ func Held(ctx context.Context, c *kube.Cluster, log *slog.Logger) ([]Status, err
 		claims, err := claimsOf(ctx, c, s.Exchange.Session, rights, log)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("ask the router of svc/%s: %w", s.Name, err))
-			all = append(all, Status{
-				Kind: "exchange", Session: s.Exchange.Session, Owner: s.Exchange.By, Since: s.Exchange.Since, Context: c.Context,
-				Namespace: c.Namespace, Server: c.Server, Exchange: &ExchangeStatus{Service: s.Name, Target: "svc/" + s.Name},
-			})
 		}
-		for _, info := range claims {
-			all = append(all, heldStatus(c, s.Name, info))
-		}
+		of := ExchangeStatus{Service: s.Name, Target: "svc/" + s.Name, Method: BySelector}
+		all = append(all, heldStatuses(c, *s.Exchange, of, claims, err)...)
 	}
 	return all, errors.Join(errs...)
+}
+
+// heldWithin is what is held of pods.
+func heldWithin(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *slog.Logger) ([]Status, error) {
+	pods, err := c.TakenPods(ctx, rights)
+	if errors.Is(err, kube.ErrForbidden) {
+		return nil, nil // who may not see pods holds none
+	}
+	if err != nil {
+		return nil, err
+	}
+	var all []Status
+	var errs []error
+	for _, p := range pods {
+		claims, err := claimsAt(ctx, p.Shadow, p.Keys, log)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("ask the router in pod/%s: %w", p.Pod, err))
+		}
+		of := ExchangeStatus{Pod: p.Pod, Target: "pod/" + p.Pod, Method: ByEphemeral}
+		all = append(all, heldStatuses(c, p.Mark, of, claims, err)...)
+	}
+	return all, errors.Join(errs...)
+}
+
+// heldStatuses has one for each claim, or one for a router that does not answer.
+func heldStatuses(c *kube.Cluster, mark kube.ExchangeMark, of ExchangeStatus, claims []shadow.ClaimInfo, err error) (all []Status) {
+	if err != nil {
+		all = append(all, Status{
+			Kind: "exchange", Session: mark.Session, Owner: mark.By, Since: mark.Since, Context: c.Context,
+			Namespace: c.Namespace, Server: c.Server, Exchange: &of,
+		})
+	}
+	for _, info := range claims {
+		all = append(all, heldStatus(c, of, info))
+	}
+	return all
 }
 
 func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube.Rights, log *slog.Logger) ([]shadow.ClaimInfo, error) {
@@ -51,6 +89,12 @@ func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube
 	if err != nil {
 		return nil, err
 	}
+	return claimsAt(ctx, s, k, log)
+}
+
+func claimsAt(ctx context.Context, s outpost, k kube.RouterKeys, log *slog.Logger) ([]shadow.ClaimInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
 	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, err
@@ -68,14 +112,13 @@ func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube
 	return shadow.Claims(ctx, wire)
 }
 
-func heldStatus(c *kube.Cluster, service string, info shadow.ClaimInfo) Status {
+func heldStatus(c *kube.Cluster, of ExchangeStatus, info shadow.ClaimInfo) Status {
+	of.Match, of.Mirror = matchText(info.Match), info.Mirror
+	of.Requests, of.Connections, of.Open = info.Requests, info.Connections, info.Open
 	s := Status{
 		Kind: "exchange", Session: info.ID, Owner: info.Holder, Since: info.Since,
 		Context: c.Context, Namespace: c.Namespace, Server: c.Server, Wire: WireStatus{Up: !info.Silent},
-		Exchange: &ExchangeStatus{
-			Service: service, Target: "svc/" + service, Match: matchText(info.Match), Mirror: info.Mirror,
-			Requests: info.Requests, Connections: info.Connections, Open: info.Open,
-		},
+		Exchange: &of,
 	}
 	for _, r := range info.Routes {
 		s.Exchange.Forwards = append(s.Exchange.Forwards, ForwardStatus{Port: r})

@@ -40,9 +40,12 @@ func (x *Exchange) readLocal(ctx context.Context) (string, error) {
 	if !x.cfg.Local.wanted() || x.cfg.Expose != "" {
 		return "", nil
 	}
-	pod, err := x.cfg.Cluster.PodOf(ctx, x.service)
-	if err != nil {
-		return "", err
+	pod := x.podName()
+	if pod == "" {
+		var err error
+		if pod, err = x.cfg.Cluster.PodOf(ctx, x.service); err != nil {
+			return "", err
+		}
 	}
 	environ, notices, err := x.cfg.Cluster.Environment(ctx, pod, x.cfg.Local.Container)
 	if err != nil {

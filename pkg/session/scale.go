@@ -9,14 +9,6 @@ import (
 	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
-// A Method is how an exchange brings the traffic here.
-type Method string
-
-const (
-	BySelector Method = "selector" // the Service leads to the router; the original runs on
-	ByScale    Method = "scale"    // besides, the original does not run meanwhile
-)
-
 const (
 	nodesLimit = 3 * time.Second   // until every node knows where the Service leads
 	scaleLimit = 100 * time.Second // to scale up: a minute of it is for the pods

@@ -49,7 +49,8 @@ type Status struct {
 // ExchangeStatus tells whose traffic comes here, and how much did.
 type ExchangeStatus struct {
 	Service  string          `json:"service"`
-	Target   string          `json:"target"` // as it was asked for
+	Pod      string          `json:"pod,omitempty"` // that it is of, and not of a Service
+	Target   string          `json:"target"`        // as it was asked for
 	Method   Method          `json:"method"`
 	Match    string          `json:"match"` // "": everything
 	Mirror   bool            `json:"mirror"`

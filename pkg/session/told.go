@@ -68,12 +68,16 @@ func (x *Exchange) status() Status {
 	if pod != "" && x.service.Pod != "" {
 		pod = r.shadow.Pod() // its own word is the name it has taken
 	}
-	s.Shadow = ShadowStatus{Kind: string(r.shadow.Mode()), Pod: pod}
-	s.Wire = wireStatus(x.keep.State(), r.shadow.Way())
+	s.Shadow = ShadowStatus{Kind: string(r.place.Mode()), Pod: pod}
+	s.Wire = wireStatus(x.keep.State(), r.place.Way())
+	service := x.service.Name
+	if r.pod != "" {
+		service = ""
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	s.Exchange = &ExchangeStatus{
-		Service: x.service.Name, Target: x.target(), Method: cmp.Or(x.cfg.Method, BySelector), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
+		Service: service, Pod: r.pod, Target: x.target(), Method: cmp.Or(x.cfg.Method, BySelector), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
 		Requests: x.seen.Requests, Connections: x.seen.Connections, Open: x.seen.Open,
 	}
 	for _, f := range x.forwards {

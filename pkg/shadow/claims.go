@@ -25,6 +25,8 @@ import (
 //	DELETE /claims/{id}        no longer mine: {"last":bool}
 //	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
 //	                           is open, nor has come for a while: {"open":int}
+//	POST /end?limit=30s        put back what you took, return when nothing is
+//	                           open, and exit: {"open":int}
 
 // ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
 // over.
@@ -83,11 +85,22 @@ func Claims(ctx context.Context, far channel.Network) (all []ClaimInfo, err erro
 // the Service was put back. While anybody claims anything, nothing ends, and the
 // error is a *router.HeldError.
 func Drain(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
+	return drain(ctx, far, "/drain", limit)
+}
+
+func drain(ctx context.Context, far channel.Network, path string, limit time.Duration) (open int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit+controlLimit)
 	defer cancel()
 	var answer struct{ Open int }
-	err = call(ctx, far, http.MethodPost, "/drain?limit="+limit.String(), nil, &answer)
+	err = call(ctx, far, http.MethodPost, path+"?limit="+limit.String(), nil, &answer)
 	return answer.Open, heard(err)
+}
+
+// End is for a router that puts back what it took by itself, when nobody claims
+// anything of it any more, which else is a *router.HeldError. It does so, waits until
+// nothing is open any more, or for limit, and exits.
+func End(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
+	return drain(ctx, far, "/end", limit)
 }
 
 func claimPath(id string) string { return "/claims/" + url.PathEscape(id) }
@@ -144,6 +157,7 @@ func (s *Shadow) claimControls(mux *http.ServeMux) {
 		"GET /claims":         s.allClaims,
 		"DELETE /claims/{id}": s.dropClaim,
 		"POST /drain":         s.drain,
+		"POST /end":           s.end,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			if s.leaving.Load() {
@@ -214,9 +228,35 @@ func (s *Shadow) dropClaim(w http.ResponseWriter, r *http.Request) {
 	respondJSON(w, map[string]bool{"last": last})
 }
 
+func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
+	if s.cfg.Service == nil || s.cfg.Heal == nil {
+		refuse(w, errors.New("what this router took is not its own to put back"))
+		return
+	}
+	s.cease(w, r, func(ctx context.Context) (int, error) {
+		if err := s.cfg.Service.Restore(r.Context()); err != nil {
+			return 0, err
+		}
+		open := s.router.Drain(ctx)
+		if r.Context().Err() != nil { // who asked has gone: the rest is for the end of the grace time
+			return open, r.Context().Err()
+		}
+		select {
+		case s.ended <- struct{}{}:
+		default: // it was said before
+		}
+		return open, nil
+	})
+}
+
 const longestDrain = 5 * time.Minute
 
 func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
+	s.cease(w, r, func(ctx context.Context) (int, error) { return s.drained(ctx, quiet), nil })
+}
+
+// cease answers how many connections are open when nobody is to get another one.
+func (s *Shadow) cease(w http.ResponseWriter, r *http.Request, drain func(context.Context) (int, error)) {
 	limit, err := time.ParseDuration(r.URL.Query().Get("limit"))
 	if err != nil || limit < 0 || limit > longestDrain {
 		refuse(w, fmt.Errorf("no limit, or none from 0 to %v", longestDrain))
@@ -232,5 +272,10 @@ func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), limit)
 	defer cancel()
-	respondJSON(w, map[string]int{"open": s.drained(ctx, quiet)})
+	open, err := drain(ctx)
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	respondJSON(w, map[string]int{"open": open})
 }

@@ -106,6 +106,24 @@ func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
 	}
 }
 
+// untilEnded waits for a laptop to have ended the router, which is over then when
+// the laptop has heard so.
+func (s *Shadow) untilEnded(ctx context.Context) error {
+	select {
+	case <-s.ended:
+	case <-ctx.Done():
+		return nil
+	}
+	hung, cancel := context.WithTimeout(ctx, wireLimit)
+	defer cancel()
+	for s.door.wires.Load() > 0 && pause(hung, 50*time.Millisecond) {
+	}
+	if !s.heal(ctx, s.cfg.Heal) {
+		return nil
+	}
+	return errLapsed
+}
+
 // leave waits for ctx, upon which the pod is to end. Until nothing comes any
 // more, which may be the whole time where the cluster has no other pod, everything
 // goes to the original.

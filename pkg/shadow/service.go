@@ -19,7 +19,7 @@ type Workload interface {
 	Restore(ctx context.Context) error // nil, too, where there is nothing of ours
 }
 
-const lookEvery = 3 * time.Second
+const lookEvery = time.Second
 
 // serviceState is what was last seen of the Service.
 type serviceState struct {

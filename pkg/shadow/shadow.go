@@ -28,6 +28,7 @@
 package shadow
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,6 +60,7 @@ type Config struct {
 	Version string
 	Listen  string // address, ":7465"
 	KeysDir string // with host_key (OpenSSH PEM) and authorized_key
+	Keys    *Keys  // or these themselves
 
 	// Grace is how long the laptop may be silent, also at first. Zero means
 	// DefaultGrace.
@@ -71,6 +73,10 @@ type Config struct {
 	// Routes make it a router. One without Heal never ends by itself: nobody
 	// would serve the Service after it.
 	Routes []router.Route
+
+	// Redirect, if set, is where the Routes listen, and not Network: before a
+	// program in this very pod. What the kubelet asks of that, it is asked still.
+	Redirect channel.Network
 
 	// Service, if set, is the one whose traffic the Routes carry. It is watched,
 	// and put back after Grace, before Heal.
@@ -86,6 +92,9 @@ type Config struct {
 	Log     *slog.Logger
 }
 
+// Keys are what a shadow is known by and knows the laptop by, as in KeysDir.
+type Keys struct{ Host, Authorized []byte }
+
 // A Shadow is the far end of one session.
 type Shadow struct {
 	cfg     Config
@@ -99,6 +108,7 @@ type Shadow struct {
 	leaving atomic.Bool   // it was told to end
 	retry   time.Duration // the first one; tests have no time
 	bound   chan net.Addr // gets the listener's address
+	ended   chan struct{} // gets a word when a laptop has ended the router
 }
 
 // New starts nothing.
@@ -112,12 +122,14 @@ func New(cfg Config) *Shadow {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Shadow{cfg: cfg, pulse: newPulse(), claimed: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1)}
+	s := &Shadow{cfg: cfg, pulse: newPulse(), claimed: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1), ended: make(chan struct{}, 1)}
 	s.network = newNetwork(cfg.Network, readResolvConf("/etc/resolv.conf"), len(cfg.Routes) > 0)
 	s.service.again = make(chan struct{}, 1)
 	if len(cfg.Routes) > 0 {
-		s.arrival = &arrivals{Network: cfg.Network, pulse: newPulse()}
-		s.router = router.New(router.Config{Routes: cfg.Routes, Network: s.arrival, Grace: cfg.Grace, Log: cfg.Log})
+		s.arrival = &arrivals{Network: cmp.Or(cfg.Redirect, cfg.Network), pulse: newPulse()}
+		s.router = router.New(router.Config{
+			Routes: cfg.Routes, Network: s.arrival, Grace: cfg.Grace, SpareProbes: cfg.Redirect != nil, Log: cfg.Log,
+		})
 	}
 	return s
 }
@@ -132,7 +144,7 @@ var (
 // and Heal has succeeded; then it returns nil. After ctx a router goes on for as
 // long as it has connections, but not for long.
 func (s *Shadow) Run(ctx context.Context) error {
-	id, err := readIdentity(s.cfg.KeysDir)
+	id, err := s.cfg.identity()
 	if err != nil {
 		return err
 	}
@@ -170,6 +182,7 @@ func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, id sshchan
 	if s.router != nil {
 		g.Go(func() error { return s.route(life) })
 		g.Go(func() error { return s.leave(ctx, life, hangUp) })
+		g.Go(func() error { return s.untilEnded(working) })
 	}
 	if s.router != nil && s.cfg.Service != nil {
 		g.Go(func() error { return s.watch(working) })
@@ -183,6 +196,13 @@ func (s *Shadow) lifetime(ctx context.Context) context.Context {
 		return ctx
 	}
 	return context.WithoutCancel(ctx)
+}
+
+func (c Config) identity() (sshchan.Identity, error) {
+	if c.Keys == nil {
+		return readIdentity(c.KeysDir)
+	}
+	return sshchan.ParseIdentity(c.Keys.Host, c.Keys.Authorized)
 }
 
 func readIdentity(dir string) (sshchan.Identity, error) {
