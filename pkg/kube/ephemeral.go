@@ -305,10 +305,13 @@ func stateOf(s *corev1.ContainerStatus) (string, error) {
 // Dial connects to the shadow, as a Shadow's does. ErrGone is that the container
 // has ended, or the pod.
 func (e *Ephemeral) Dial(ctx context.Context) (net.Conn, Way, error) {
-	s, _, err := e.look(ctx)
+	s, added, err := e.look(ctx)
 	if err != nil {
 		e.cluster.dropSlow(err)
 		return nil, "", err
+	}
+	if !added {
+		return nil, "", fmt.Errorf("%w: pod %s has no ephemeral container of the session", ErrGone, e.Pod())
 	}
 	if s != nil && s.State.Terminated != nil {
 		return nil, "", fmt.Errorf("%w: the ephemeral container of pod %s ended%s", ErrGone, e.Pod(), lastWords(*s))

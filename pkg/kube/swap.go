@@ -117,6 +117,11 @@ func conflicts(err error) bool { return apierrors.IsConflict(err) || apierrors.I
 // it, as far as that may be seen. What others wrote meanwhile stays. It may be
 // called at any time and more than once.
 func (s *Shadow) Restore(ctx context.Context) error {
+	if s.workload != nil {
+		if _, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session); err != nil {
+			return err
+		}
+	}
 	if s.service == "" {
 		return nil
 	}
@@ -170,7 +175,7 @@ func (c *Cluster) restoreOnce(ctx context.Context, namespace, name, session stri
 // nowhere. It tries as long as that may help.
 func (s *Shadow) restoreFirst(ctx context.Context) error {
 	for {
-		err := s.restoreAll(ctx)
+		err := s.Restore(ctx)
 		if err == nil {
 			return nil
 		}
@@ -179,16 +184,6 @@ func (s *Shadow) restoreFirst(ctx context.Context) error {
 			return fmt.Errorf("%w: the router of session %s stays, and leads to the original pods: %w", ErrLeft, s.cfg.Session, err)
 		}
 	}
-}
-
-// restoreAll gives the workload its pods again, and then the Service.
-func (s *Shadow) restoreAll(ctx context.Context) error {
-	if s.workload != nil {
-		if _, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session); err != nil {
-			return err
-		}
-	}
-	return s.Restore(ctx)
 }
 
 // awaitOriginals waits until no router of the session is behind a Service any

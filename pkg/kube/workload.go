@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -48,21 +49,24 @@ type liveWorkload struct {
 	template  corev1.PodTemplateSpec
 	ready     int
 	seen      bool // its controller knows of its last change
+	deletes   bool // the volumes of pods that are scaled away
 }
 
 func fromDeployment(d *appsv1.Deployment) liveWorkload {
 	n := int(replicas(d.Spec.Replicas))
 	return liveWorkload{
 		Workload{Kind: "deployment", Name: d.Name, Replicas: n}, d.Namespace, heal.LiveWorkload{ResourceVersion: d.ResourceVersion, Labels: d.Labels, Replicas: n},
-		d.Spec.Selector, d.Spec.Template, int(d.Status.ReadyReplicas), d.Status.ObservedGeneration >= d.Generation,
+		d.Spec.Selector, d.Spec.Template, int(d.Status.ReadyReplicas), d.Status.ObservedGeneration >= d.Generation, false,
 	}
 }
 
 func fromStatefulSet(s *appsv1.StatefulSet) liveWorkload {
 	n := int(replicas(s.Spec.Replicas))
+	policy := s.Spec.PersistentVolumeClaimRetentionPolicy
+	deletes := policy != nil && policy.WhenScaled == appsv1.DeletePersistentVolumeClaimRetentionPolicyType
 	return liveWorkload{
 		Workload{Kind: "statefulset", Name: s.Name, Replicas: n}, s.Namespace, heal.LiveWorkload{ResourceVersion: s.ResourceVersion, Labels: s.Labels, Replicas: n},
-		s.Spec.Selector, s.Spec.Template, int(s.Status.ReadyReplicas), s.Status.ObservedGeneration >= s.Generation,
+		s.Spec.Selector, s.Spec.Template, int(s.Status.ReadyReplicas), s.Status.ObservedGeneration >= s.Generation, deletes,
 	}
 }
 
@@ -104,6 +108,9 @@ func (c *Cluster) findWorkload(ctx context.Context, s *Service) (*Workload, erro
 	}
 	if w.Replicas == 0 {
 		return nil, fmt.Errorf("%w: %s has no replicas", ErrNoWorkload, &w)
+	}
+	if w.deletes {
+		return nil, fmt.Errorf("%w: scaling %s to nothing would delete its volumes (persistentVolumeClaimRetentionPolicy.whenScaled is Delete)", ErrNoWorkload, &w)
 	}
 	if err := c.onlyOf(ctx, s, w); err != nil {
 		return nil, err
@@ -239,13 +246,17 @@ func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
 	}
 	for said := ""; ; {
 		left, err := s.cluster.podsMade(ctx, selector)
-		if err != nil || len(left) == 0 {
+		if err == nil && len(left) == 0 {
+			return nil
+		}
+		now, werr := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload)
+		if err = cmp.Or(err, werr); err != nil && !passing(err) {
 			return err
 		}
-		if now, err := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload); err != nil || now.Replicas > 0 {
-			return err // somebody scaled it up, or it is gone
+		if werr == nil && now.Replicas > 0 {
+			return nil // somebody scaled it up
 		}
-		if words := "waiting for the end of " + strings.Join(left, ", "); words != said {
+		if words := "waiting for the end of " + strings.Join(left, ", "); err == nil && words != said {
 			progress(words)
 			said = words
 		}
@@ -253,6 +264,11 @@ func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
 			return err
 		}
 	}
+}
+
+// passing tells of an error after which the next call may succeed.
+func passing(err error) bool {
+	return !apierrors.IsForbidden(err) && !apierrors.IsNotFound(err) && !apierrors.IsUnauthorized(err)
 }
 
 // podsMade are those that a selector takes and a controller made.

@@ -51,7 +51,10 @@ func madePod(name, app, kind, by string) *corev1.Pod {
 func TestFindWorkload(t *testing.T) {
 	held := testDeployment("held", "held", 0)
 	held.Labels = map[string]string{heal.WorkloadLabel: "x9", heal.ReplicasLabel: "2", heal.OwnerLabel: "joe_at_pc"}
+	volatile := testStatefulSet("volatile", "volatile", 1)
+	volatile.Spec.PersistentVolumeClaimRetentionPolicy = &appsv1.StatefulSetPersistentVolumeClaimRetentionPolicy{WhenScaled: appsv1.DeletePersistentVolumeClaimRetentionPolicyType}
 	c := testCluster(fake.NewClientset(
+		testService("volatile"), volatile,
 		testService("web"), testService("web-too", selects(map[string]string{"app": "web"})), testDeployment("web", "web", 2), madePod("web-a", "web", "ReplicaSet", "web-1"),
 		testService("db"), testStatefulSet("db", "db", 3), madePod("db-0", "db", "StatefulSet", "db"),
 		testService("mixed"), testDeployment("mixed", "mixed", 1), testPod("by-hand", "mixed", 8080),
@@ -66,6 +69,7 @@ func TestFindWorkload(t *testing.T) {
 	}{
 		{service: "web", found: "deployment/web", replicas: 2, others: "web-too"},
 		{service: "db", found: "statefulset/db", replicas: 3},
+		{service: "volatile", err: ErrNoWorkload, says: "would delete its volumes"},
 		{service: "mixed", err: ErrNoWorkload, says: "pod by-hand is not of deployment/mixed"},
 		{service: "two", err: ErrNoWorkload, says: "deployment/one, statefulset/other"},
 		{service: "idle", err: ErrNoWorkload, says: "no replicas"},

@@ -101,6 +101,13 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 		}
 		return nil, err
 	}
+	if x.workload != nil { // who scales the original down has a router alone
+		err := fmt.Errorf("svc/%s is exchanged by %s, who alone could scale it down: %w", x.service.Name, mark.By, kube.ErrExchanged)
+		if x.attachment() != nil {
+			err = fmt.Errorf("%w: %w", err, errOver)
+		}
+		return nil, err
+	}
 	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)

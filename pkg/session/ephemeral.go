@@ -234,7 +234,7 @@ func (e ExchangeStatus) Named(t kube.Target) bool {
 	case e.Pod != "":
 		return t.Kind == "pod" && t.Name == e.Pod
 	}
-	return e.Service == t.Name
+	return t.Kind == "service" && e.Service == t.Name
 }
 
 // article is for a Mode in a sentence.

@@ -92,11 +92,12 @@ func (x *Exchange) scaleUp(ctx context.Context) error {
 	if letScale != nil {
 		letScale()
 	}
-	err := x.attachment().shadow.ScaleUp(ctx, x.cfg.Reporter.Progress)
-	if err == nil {
-		x.awaitOriginal(ctx)
+	if err := x.attachment().shadow.ScaleUp(ctx, x.cfg.Reporter.Progress); err != nil {
+		x.cfg.Log.Warn("workload not scaled up, trying again", "err", err) // removeRouter does, and tells
+		return nil
 	}
-	return err
+	x.awaitOriginal(ctx)
+	return nil
 }
 
 // awaitOriginal waits, a little, until the router reaches the original's pods.

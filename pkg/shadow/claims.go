@@ -234,7 +234,7 @@ func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.cease(w, r, func(ctx context.Context) (int, error) {
-		if err := s.cfg.Service.Restore(r.Context()); err != nil {
+		if err := s.restore(r.Context()); err != nil {
 			return 0, err
 		}
 		open := s.router.Drain(ctx)

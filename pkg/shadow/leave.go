@@ -69,16 +69,24 @@ func (s *Shadow) putBack(ctx context.Context) bool {
 		s.cut(s.router.Drain(limit))
 		return ctx.Err() == nil
 	}
-	if s.cfg.Workload != nil && !s.heal(ctx, s.cfg.Workload.Restore) {
-		return false
-	}
-	if !s.heal(ctx, s.cfg.Service.Restore) {
+	if !s.heal(ctx, s.restore) {
 		return false
 	}
 	limit, cancel := context.WithTimeout(ctx, settle+drainLimit)
 	defer cancel()
 	s.cut(s.drained(limit, settle))
 	return ctx.Err() == nil
+}
+
+// restore gives back all that the router took, the workload first: a Service
+// without pods helps nobody.
+func (s *Shadow) restore(ctx context.Context) error {
+	if s.cfg.Workload != nil {
+		if err := s.cfg.Workload.Restore(ctx); err != nil {
+			return err
+		}
+	}
+	return s.cfg.Service.Restore(ctx)
 }
 
 // cut tells of what was not waited for any longer.

@@ -78,7 +78,7 @@ func (s *Shadow) look(ctx context.Context) {
 	state, err := s.cfg.Service.Look(ctx)
 	if err == nil && state == heal.Mixed {
 		s.cfg.Log.Warn("service was changed by somebody else, putting it back")
-		if err = s.cfg.Service.Restore(ctx); err == nil {
+		if err = s.restore(ctx); err == nil {
 			state = heal.PutBack
 		}
 	}
