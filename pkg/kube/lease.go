@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -151,6 +152,33 @@ func (s *Shadow) Renew(ctx context.Context) error {
 		}
 		if err := s.renew(ctx); err != nil && ctx.Err() == nil {
 			s.cluster.log.Debug("lease not renewed", "session", s.cfg.Session, "err", err)
+		}
+	}
+}
+
+// Others tells whether another process keeps the Lease of a router fresh, which
+// takes a while to see. This one must have stopped to renew it.
+func (s *Shadow) Others(ctx context.Context) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, routerLease)
+	defer cancel()
+	leases := s.cluster.client.CoordinationV1().Leases(s.cluster.Namespace)
+	for first := ""; ; {
+		lease, err := leases.Get(ctx, s.name(), metav1.GetOptions{})
+		switch {
+		case apierrors.IsNotFound(err):
+			return false, nil
+		case err != nil && ctx.Err() == nil && !passing(err):
+			return false, fmt.Errorf("look at lease %s: %w", s.name(), sorted(err))
+		case err == nil && first == "":
+			first = lease.ResourceVersion
+		case err == nil && lease.ResourceVersion != first:
+			if h := lease.Spec.HolderIdentity; h != nil && *h != s.holder.String() {
+				return true, nil
+			}
+			first = lease.ResourceVersion // a last renewal of our own
+		}
+		if pause(ctx, time.Second) != nil {
+			return false, nil
 		}
 	}
 }

@@ -241,6 +241,49 @@ func TestRestoreWaits(t *testing.T) {
 	})
 }
 
+// Others are seen by their renewals, not by what is left of them.
+func TestOthers(t *testing.T) {
+	for name, test := range map[string]struct {
+		by     string // who renews after a while
+		others bool
+		took   time.Duration
+	}{
+		"nobody":     {"", false, routerLease},
+		"another":    {"ann@desk/ab/7/8", true, 5 * time.Second},
+		"we, lately": {"self", false, routerLease},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, client := routerCluster()
+				s := c.NewShadow(routerConfig(t, c, "x1"), routerRights(ByDeployment))
+				if err := s.Create(t.Context(), nil); err != nil {
+					t.Fatal(err)
+				}
+				renew := func(version, by string) {
+					lease := leaseOf(t, client).DeepCopy()
+					lease.ResourceVersion = version
+					if by == "self" {
+						by = s.holder.String()
+					}
+					lease.Spec.HolderIdentity = &by
+					if err := client.Tracker().Update(coordv1.SchemeGroupVersion.WithResource("leases"), lease, "dev"); err != nil {
+						t.Error(err)
+					}
+				}
+				renew("8", "ann@desk/ab/7/8") // she has gone since
+				if test.by != "" {
+					time.AfterFunc(4500*time.Millisecond, func() { renew("9", test.by) })
+				}
+				begin := time.Now()
+				others, err := s.Others(t.Context())
+				if took := time.Since(begin); others != test.others || err != nil || took != test.took {
+					t.Errorf("%v, %v after %v", others, err, took)
+				}
+			})
+		})
+	}
+}
+
 // Clean spares a router that anybody renews, and gives back what a dead one took.
 func TestCleanRouters(t *testing.T) {
 	for _, test := range []struct {

@@ -424,8 +424,10 @@ func (x *Exchange) release(ctx context.Context) error {
 		x.finish(ctx)
 		return nil
 	}
-	if err != nil && !r.made && r.place.Mode() != kube.ByBareDeployment {
+	heals := r.place.Mode() != kube.ByBareDeployment
+	if err != nil && (!r.made && heals || x.othersHold(ctx, r)) {
 		x.cfg.Reporter.Say("the router cannot be asked; it gives the claim up by itself")
+		r.set(func(r *attached) { r.ours = false })
 		return nil
 	}
 	r.set(func(r *attached) { r.ours = true })
@@ -433,6 +435,21 @@ func (x *Exchange) release(ctx context.Context) error {
 		x.drain(ctx, r)
 	}
 	return nil
+}
+
+// othersHold looks for others where the router cannot be asked: it is not to be
+// taken from them.
+func (x *Exchange) othersHold(ctx context.Context, r *attached) bool {
+	if r.shadow == nil || !r.isTurned() {
+		return false
+	}
+	r.stop()
+	x.cfg.Reporter.Progress("the router cannot be asked, looking whether others hold it")
+	others, err := r.shadow.Others(ctx)
+	if err != nil {
+		x.cfg.Log.Warn("holders not seen", "err", err)
+	}
+	return others
 }
 
 // drop tells whether nobody holds the router any more. A router that does not
