@@ -134,7 +134,7 @@ func (c *Cluster) onlyOf(ctx context.Context, s *Service, w liveWorkload) error 
 		return err
 	}
 	for _, p := range pods {
-		if p.DeletionTimestamp == nil && (metav1.GetControllerOf(&p) == nil || !selector.Matches(labels.Set(p.Labels))) {
+		if p.DeletionTimestamp == nil && !(w.made(&p) && selector.Matches(labels.Set(p.Labels))) {
 			return fmt.Errorf("%w: pod %s is not of %s", ErrNoWorkload, p.Name, &w)
 		}
 	}
@@ -245,7 +245,7 @@ func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
 		return err
 	}
 	for said := ""; ; {
-		left, err := s.cluster.podsMade(ctx, selector)
+		left, err := s.cluster.podsMade(ctx, selector, live)
 		if err == nil && len(left) == 0 {
 			return nil
 		}
@@ -271,8 +271,21 @@ func passing(err error) bool {
 	return !apierrors.IsForbidden(err) && !apierrors.IsNotFound(err) && !apierrors.IsUnauthorized(err)
 }
 
-// podsMade are those that a selector takes and a controller made.
-func (c *Cluster) podsMade(ctx context.Context, selector labels.Selector) ([]string, error) {
+// made tells whether a pod is of the workload, and not, say, of a DaemonSet with
+// the same labels. The ReplicaSets of a Deployment begin with its name.
+func (w *liveWorkload) made(p *corev1.Pod) bool {
+	by := metav1.GetControllerOf(p)
+	switch {
+	case by == nil:
+		return false
+	case w.Kind == "statefulset":
+		return by.Kind == "StatefulSet" && by.Name == w.Name
+	}
+	return by.Kind == "ReplicaSet" && strings.HasPrefix(by.Name, w.Name+"-")
+}
+
+// podsMade are those that a selector takes and the workload made.
+func (c *Cluster) podsMade(ctx context.Context, selector labels.Selector, w liveWorkload) ([]string, error) {
 	list, err := c.client.CoreV1().Pods(c.Namespace).List(ctx, metav1.ListOptions{LabelSelector: selector.String()})
 	if err != nil {
 		return nil, err
@@ -280,7 +293,7 @@ func (c *Cluster) podsMade(ctx context.Context, selector labels.Selector) ([]str
 	var names []string
 	for _, p := range list.Items {
 		over := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed // and kept to be looked at
-		if metav1.GetControllerOf(&p) != nil && !(over && p.DeletionTimestamp == nil) {
+		if w.made(&p) && !(over && p.DeletionTimestamp == nil) {
 			names = append(names, p.Name)
 		}
 	}

@@ -58,6 +58,7 @@ func TestFindWorkload(t *testing.T) {
 		testService("web"), testService("web-too", selects(map[string]string{"app": "web"})), testDeployment("web", "web", 2), madePod("web-a", "web", "ReplicaSet", "web-1"),
 		testService("db"), testStatefulSet("db", "db", 3), madePod("db-0", "db", "StatefulSet", "db"),
 		testService("mixed"), testDeployment("mixed", "mixed", 1), testPod("by-hand", "mixed", 8080),
+		testService("watched"), testDeployment("watched", "watched", 1), madePod("agent", "watched", "DaemonSet", "agent"),
 		testService("two"), testDeployment("one", "two", 1), testStatefulSet("other", "two", 1),
 		testService("idle"), testDeployment("idle", "idle", 0), testService("none"), testService("held"), held,
 	))
@@ -71,6 +72,7 @@ func TestFindWorkload(t *testing.T) {
 		{service: "db", found: "statefulset/db", replicas: 3},
 		{service: "volatile", err: ErrNoWorkload, says: "would delete its volumes"},
 		{service: "mixed", err: ErrNoWorkload, says: "pod by-hand is not of deployment/mixed"},
+		{service: "watched", err: ErrNoWorkload, says: "pod agent is not of deployment/watched"},
 		{service: "two", err: ErrNoWorkload, says: "deployment/one, statefulset/other"},
 		{service: "idle", err: ErrNoWorkload, says: "no replicas"},
 		{service: "none", err: ErrNoWorkload},
@@ -147,8 +149,14 @@ func TestScaleDownAndUp(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s, client, now := scaleRouter(t, kind)
 				pods := client.CoreV1().Pods("dev")
-				if _, err := pods.Create(t.Context(), madePod("web-a", "web", "ReplicaSet", "web-1"), metav1.CreateOptions{}); err != nil {
-					t.Fatal(err)
+				ours := madePod("web-a", "web", "ReplicaSet", "web-1")
+				if kind == "statefulset" {
+					ours = madePod("web-a", "web", "StatefulSet", "web")
+				}
+				for _, p := range []*corev1.Pod{ours, madePod("agent-1", "web", "DaemonSet", "agent")} { // of which one stays
+					if _, err := pods.Create(t.Context(), p, metav1.CreateOptions{}); err != nil {
+						t.Fatal(err)
+					}
 				}
 				before := now()
 				time.AfterFunc(5*time.Second, func() {
