@@ -330,7 +330,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case <-beat.C:
 		}
 		err := x.beat(ctx)
-		lost := errors.Is(err, shadow.ErrNoClaim) || err == nil && !x.attachment().isTurned()
+		lost := errors.Is(err, shadow.ErrNoClaim) || errors.Is(err, router.ErrClosing) || err == nil && !x.attachment().isTurned()
 		if lost {
 			again = true
 			err = x.settle(ctx, false)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 	"github.com/culvert-dev/culvert/pkg/router"
 )
 
@@ -59,7 +60,9 @@ func PutClaim(ctx context.Context, far channel.Network, c router.Claim, take boo
 	return ask(ctx, far, http.MethodPut, path, c, nil)
 }
 
-// GetClaim asks for a claim, and shows that its holder is there.
+// GetClaim asks for a claim, and shows that its holder is there. A router that
+// has given its Service back, because it was not there for too long, says
+// router.ErrClosing.
 func GetClaim(ctx context.Context, far channel.Network, id string) (info ClaimInfo, err error) {
 	err = ask(ctx, far, http.MethodGet, claimPath(id), nil, &info)
 	return info, err
@@ -207,8 +210,13 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
+	info := ClaimInfo{status, s.service.told()}
+	if info.Service == heal.PutBack && s.lapsing.Load() { // by ourselves: there is no coming back to this router
+		refuse(w, router.ErrClosing)
+		return
+	}
 	s.pulse.beat()
-	respondJSON(w, ClaimInfo{status, s.service.told()})
+	respondJSON(w, info)
 }
 
 func (s *Shadow) allClaims(w http.ResponseWriter, _ *http.Request) {

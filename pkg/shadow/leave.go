@@ -69,7 +69,9 @@ func (s *Shadow) putBack(ctx context.Context) bool {
 		s.cut(s.router.Drain(limit))
 		return ctx.Err() == nil
 	}
+	s.lapsing.Store(true)
 	if !s.heal(ctx, s.restore) {
+		s.lapsing.Store(false)
 		return false
 	}
 	limit, cancel := context.WithTimeout(ctx, settle+drainLimit)

@@ -501,6 +501,33 @@ func TestGraceOver(t *testing.T) {
 	}
 }
 
+// TestBackTooLate: a laptop that comes back when its Service has been given back
+// hears that this was the router, and not somebody else.
+func TestBackTooLate(t *testing.T) {
+	t.Parallel()
+	const grace = time.Second
+	e := &exchanged{state: heal.Ours}
+	s := startRouter(t, Config{Grace: grace, Service: e, Heal: func(context.Context) error { return nil }}, answering(t, "original", nil))
+	wire := s.open(grace)
+	s.put(wire, whole("ann"), false)
+	eventually(t, func() error {
+		if len(e.was()) == 0 {
+			return errors.New("not restored")
+		}
+		return nil
+	})
+	for {
+		info, err := GetClaim(t.Context(), wire, "ann")
+		if errors.Is(err, router.ErrClosing) {
+			break
+		}
+		if err != nil || info.Service == heal.PutBack {
+			t.Fatalf("%+v, %v", info, err)
+		}
+	}
+	s.end()
+}
+
 // TestLookingIsNotHolding: wires on which nobody claims anything, as those of who
 // asks for the state of things, do not keep an abandoned router alive.
 func TestLookingIsNotHolding(t *testing.T) {

@@ -106,6 +106,7 @@ type Shadow struct {
 	service serviceState
 	claimed *pulse        // of the claim For
 	leaving atomic.Bool   // it was told to end
+	lapsing atomic.Bool   // nobody was here for the grace time
 	retry   time.Duration // the first one; tests have no time
 	bound   chan net.Addr // gets the listener's address
 	ended   chan struct{} // gets a word when a laptop has ended the router
