@@ -3,6 +3,7 @@ package cli
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -57,19 +58,14 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 	if err != nil {
 		return err
 	}
-	count := 0
-	for _, s := range running {
-		if which(s) {
-			count++
-		}
-	}
+	running = slices.DeleteFunc(running, func(s session.Status) bool { return !which(s) })
 	switch {
-	case count == 0 && target != "":
+	case len(running) == 0 && target != "":
 		return fmt.Errorf("no exchange of %s runs on this machine", target)
-	case count > 1 && target == "" && !all:
-		return usage(fmt.Errorf("%d exchanges run on this machine: name one, or --all", count))
+	case len(running) > 1 && target == "" && !all:
+		return usage(fmt.Errorf("%d exchanges run on this machine: name one, or --all", len(running)))
 	}
-	left, err := session.Leave(c.Context(), which)
+	left, err := session.Leave(c.Context(), running)
 	for _, s := range left {
 		if !a.quiet {
 			fmt.Fprintf(a.err, "✓ left %s in namespace %s\n", s.Exchange.Subject(), s.Namespace)

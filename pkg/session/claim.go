@@ -54,14 +54,22 @@ func (x *Exchange) attach(ctx context.Context) (*attached, error) {
 func routerID(claim string) string { return "x" + claim }
 
 func (x *Exchange) routerConfig(service *kube.Service, k keys) *kube.RouterConfig {
-	c := &kube.RouterConfig{Service: service, Workload: x.workload, Claim: x.id, ClientKey: k.laptopKey, HostPublic: k.shadowPublic, Protocols: map[string]string{}}
+	c := &kube.RouterConfig{
+		Service: service, Workload: x.workload, Claim: x.id, ClientKey: k.laptopKey, HostPublic: k.shadowPublic, Protocols: x.protocols(),
+	}
 	if x.cfg.Expose != "" {
 		c.Service, c.Expose = nil, &kube.Expose{Name: service.Name, Ports: service.Ports}
 	}
-	for _, f := range x.forwards {
-		c.Protocols[f.route()] = f.Protocol
-	}
 	return c
+}
+
+// protocols are what was said of the routes.
+func (x *Exchange) protocols() map[string]string {
+	all := map[string]string{}
+	for _, f := range x.forwards {
+		all[f.route()] = f.Protocol
+	}
+	return all
 }
 
 // join attaches to the router that there is; nil without an error: there is
@@ -93,17 +101,8 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	if err != nil {
 		return nil, err
 	}
-	if pod := s.StandsFor(); pod != x.service.Pod {
-		err := fmt.Errorf("svc/%s is exchanged by %s for %s, and cannot be for %s too: %w",
-			x.service.Name, mark.By, podWord(pod), podWord(x.service.Pod), kube.ErrExchanged)
+	if err := x.joinable(s.StandsFor(), mark.By); err != nil {
 		if x.attachment() != nil { // it was ours before
-			err = fmt.Errorf("%w: %w", err, errOver)
-		}
-		return nil, err
-	}
-	if x.workload != nil { // who scales the original down has a router alone
-		err := fmt.Errorf("svc/%s is exchanged by %s, who alone could scale it down: %w", x.service.Name, mark.By, kube.ErrExchanged)
-		if x.attachment() != nil {
 			err = fmt.Errorf("%w: %w", err, errOver)
 		}
 		return nil, err
@@ -115,6 +114,19 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By}
 	x.use(r)
 	return r, nil
+}
+
+// joinable tells whether a router that somebody made for a pod, or for all (""),
+// serves this exchange too.
+func (x *Exchange) joinable(pod, by string) error {
+	switch {
+	case pod != x.service.Pod:
+		return fmt.Errorf("svc/%s is exchanged by %s for %s, and cannot be for %s too: %w",
+			x.service.Name, by, podWord(pod), podWord(x.service.Pod), kube.ErrExchanged)
+	case x.workload != nil: // who scales the original down has a router alone
+		return x.scaledBy(by)
+	}
+	return nil
 }
 
 func podWord(pod string) string {

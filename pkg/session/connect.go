@@ -106,19 +106,9 @@ func askCluster(ctx context.Context, k *kube.Cluster) (string, error) {
 	return fmt.Sprintf("cluster %s, namespace %s, Kubernetes %s", k.Context, k.Namespace, version), nil
 }
 
-func (c *Connect) checkRights(ctx context.Context) (string, error) {
-	rights, err := c.cfg.Cluster.Preflight(ctx)
-	if err != nil {
-		return "", err
-	}
-	if err := rights.Err(); err != nil {
-		return "", err
-	}
-	c.rights = rights
-	for _, n := range rights.Notices {
-		c.warn(n)
-	}
-	return "rights checked", nil
+func (c *Connect) checkRights(ctx context.Context) (result string, err error) {
+	c.rights, err = c.preflight(ctx, c.cfg.Cluster, kube.Connect)
+	return "rights checked", err
 }
 
 func (c *Connect) startChild(ctx context.Context) (string, error) {

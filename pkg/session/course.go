@@ -11,6 +11,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
 // A course is what the verbs share: steps up, what runs beside them, a stay, and
@@ -141,6 +143,36 @@ func (c *course) background(what string, run func(ctx context.Context) error) {
 		}
 		c.fail(fmt.Errorf("%s: %w", what, err))
 	})
+}
+
+// alongside runs what is ended before the undo is over; stop ends it and waits.
+func (c *course) alongside(run func(ctx context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(c.life)
+	ended := make(chan struct{})
+	c.group.Go(func() {
+		defer close(ended)
+		run(ctx)
+	})
+	return func() { cancel(); <-ended }
+}
+
+// preflight asks for the rights and warns of what is less good without some.
+func (c *course) preflight(ctx context.Context, k *kube.Cluster, needs ...kube.Need) (*kube.Rights, error) {
+	rights, err := k.Preflight(ctx, needs...)
+	if err == nil {
+		err = rights.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.warnAll(rights.Notices)
+	return rights, nil
+}
+
+func (c *course) warnAll(lines []string) {
+	for _, line := range lines {
+		c.warn(line)
+	}
 }
 
 // warn says a line once.

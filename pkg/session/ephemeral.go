@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/router"
@@ -161,12 +162,8 @@ func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
 	if x.added > 1 {
 		id += "-" + strconv.Itoa(x.added) // the entries of those before are there still
 	}
-	protocols := map[string]string{}
-	for _, f := range x.forwards {
-		protocols[f.route()] = f.Protocol
-	}
 	e := x.cfg.Cluster.NewEphemeral(kube.EphemeralConfig{
-		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: protocols, Grace: x.cfg.Grace, Way: x.cfg.Way,
+		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: x.protocols(), Grace: x.cfg.Grace, Way: x.cfg.Way,
 		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic, ClientKey: k.laptopKey, HostPublic: k.shadowPublic,
 	}, x.rights)
 	r := &attached{place: e, pod: p.Name, keys: k.laptop, made: true, ours: true}
@@ -187,17 +184,10 @@ func (x *Exchange) endUnasked(ctx context.Context, r *attached) (ours bool) {
 	if r.place.WaitReady(ctx, x.cfg.Reporter.Progress) != nil {
 		return true
 	}
-	conn, _, err := r.place.Dial(ctx)
-	if err != nil {
-		return true
-	}
-	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: r.keys, Log: x.cfg.Log})
-	if err != nil {
-		return true
-	}
-	defer wire.Wait()
-	defer wire.Close()
-	_, err = shadow.End(ctx, wire, 0)
+	err := overWire(ctx, r.place, r.keys, x.cfg.Log, func(far channel.Network) error {
+		_, err := shadow.End(ctx, far, 0)
+		return err
+	})
 	return !heldByOthers(err)
 }
 

@@ -159,7 +159,7 @@ func (x *Exchange) askCluster(ctx context.Context) (string, error) {
 	return askCluster(ctx, x.cfg.Cluster)
 }
 
-func (x *Exchange) checkRights(ctx context.Context) (string, error) {
+func (x *Exchange) checkRights(ctx context.Context) (result string, err error) {
 	needs := []kube.Need{kube.Exchange}
 	switch x.cfg.Method {
 	case ByScale:
@@ -167,18 +167,8 @@ func (x *Exchange) checkRights(ctx context.Context) (string, error) {
 	case ByEphemeral:
 		needs = []kube.Need{kube.EphemeralExchange}
 	}
-	rights, err := x.cfg.Cluster.Preflight(ctx, needs...)
-	if err != nil {
-		return "", err
-	}
-	if err := rights.Err(); err != nil {
-		return "", err
-	}
-	x.rights = rights
-	for _, n := range rights.Notices {
-		x.warn(n)
-	}
-	return "rights checked", nil
+	x.rights, err = x.preflight(ctx, x.cfg.Cluster, needs...)
+	return "rights checked", err
 }
 
 func (x *Exchange) findService(ctx context.Context) (result string, err error) {
@@ -254,15 +244,7 @@ func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
-	x.keep = channel.NewKeep(channel.KeepConfig{
-		Open: x.dialWire, OpenTimeout: reopenLimit, OnState: x.wireChanged, Log: x.cfg.Log,
-	})
-	x.background("wire", x.keep.Run)
-	x.undo.add("close the wire", func(context.Context) error {
-		err := x.keep.Close()
-		x.keep.Wait() // nobody makes a router any more
-		return err
-	})
+	x.keep = x.keepOpen(x.dialWire, x.wireChanged)
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}
@@ -280,7 +262,12 @@ func (x *Exchange) claim(ctx context.Context) (string, error) {
 		return "", err
 	}
 	x.awaitProxies(ctx)
-	return "traffic comes here", x.holdOn()
+	x.letGo = x.alongside(func(ctx context.Context) {
+		if err := x.hold(ctx); err != nil {
+			x.fail(err)
+		}
+	})
+	return "traffic comes here", nil
 }
 
 // awaitProxies waits, a little, until a new Service leads to the router at least
@@ -305,20 +292,6 @@ func (x *Exchange) awaitProxies(ctx context.Context) {
 }
 
 const proxiesLimit = 5 * time.Second
-
-// holdOn keeps the claim until release, or until it is lost.
-func (x *Exchange) holdOn() error {
-	ctx, stop := context.WithCancel(x.life)
-	ended := make(chan struct{})
-	x.letGo = func() { stop(); <-ended }
-	x.group.Go(func() {
-		defer close(ended)
-		if err := x.hold(ctx); err != nil {
-			x.fail(err)
-		}
-	})
-	return nil
-}
 
 // told says what has been reached.
 func (x *Exchange) told() string {

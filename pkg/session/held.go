@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/shadow"
@@ -99,17 +100,27 @@ func claimsAt(ctx context.Context, s outpost, k kube.RouterKeys, log *slog.Logge
 	if err != nil {
 		return nil, err
 	}
+	var claims []shadow.ClaimInfo
+	err = overWire(ctx, s, id, log, func(far channel.Network) (err error) {
+		claims, err = shadow.Claims(ctx, far)
+		return err
+	})
+	return claims, err
+}
+
+// overWire asks a router over a wire of its own.
+func overWire(ctx context.Context, s outpost, id sshchan.Identity, log *slog.Logger, ask func(far channel.Network) error) error {
 	conn, _, err := s.Dial(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: id, Log: log})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer wire.Wait()
 	defer wire.Close()
-	return shadow.Claims(ctx, wire)
+	return ask(wire)
 }
 
 func heldStatus(c *kube.Cluster, of ExchangeStatus, info shadow.ClaimInfo) Status {

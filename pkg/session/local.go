@@ -51,9 +51,7 @@ func (x *Exchange) readLocal(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, n := range notices {
-		x.warn(n)
-	}
+	x.warnAll(notices)
 	x.pod, x.environ = pod, environ
 	return fmt.Sprintf("environment of pod %s read: %d variables", pod, len(environ)), nil
 }
@@ -108,9 +106,7 @@ func (x *Exchange) copyMounts(ctx context.Context) (string, error) {
 		return "", err
 	}
 	x.mounts, x.madeMounts = dir, made
-	for _, n := range notices {
-		x.warn(n)
-	}
+	x.warnAll(notices)
 	x.environ = append(x.environ, mountsVariable+"="+dir)
 	return fmt.Sprintf("%d mounted files copied to %s", len(copied), dir), nil
 }

@@ -20,10 +20,10 @@ func (x *Exchange) findWorkload(ctx context.Context) error {
 	if x.cfg.Method != ByScale {
 		return nil
 	}
-	name := "svc/" + x.service.Name
 	if by := x.service.Exchange; by != nil {
-		return fmt.Errorf("%s is exchanged by %s, who alone could scale it down: %w", name, by.By, kube.ErrExchanged)
+		return x.scaledBy(by.By)
 	}
+	name := "svc/" + x.service.Name
 	w, err := x.cfg.Cluster.FindWorkload(ctx, x.service)
 	if err != nil {
 		return err
@@ -41,6 +41,10 @@ func (x *Exchange) findWorkload(ctx context.Context) error {
 		x.warn(fmt.Sprintf("nobody answers requests without %s", m))
 	}
 	return nil
+}
+
+func (x *Exchange) scaledBy(by string) error {
+	return fmt.Errorf("svc/%s is exchanged by %s, who alone could scale it down: %w", x.service.Name, by, kube.ErrExchanged)
 }
 
 // scaleDown ends the original, now that its traffic comes here.
@@ -69,11 +73,7 @@ func (x *Exchange) emptyAgain() {
 		return
 	}
 	before := x.letScale
-	ctx, stop := context.WithCancel(x.life)
-	ended := make(chan struct{})
-	x.letScale = func() { stop(); <-ended }
-	x.group.Go(func() {
-		defer close(ended)
+	x.letScale = x.alongside(func(ctx context.Context) {
 		if before != nil {
 			before()
 		}

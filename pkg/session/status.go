@@ -238,15 +238,10 @@ func ask(ctx context.Context, name, question string) (net.Conn, error) {
 	return c, nil
 }
 
-// Leave asks those sessions of this machine to end that which names, and waits
+// Leave asks sessions of this machine, as Statuses found them, to end, and waits
 // until each has put everything back. It returns those that have; the error is of
 // the others.
-func Leave(ctx context.Context, which func(Status) bool) ([]Status, error) {
-	all, err := Statuses(ctx)
-	if err != nil {
-		return nil, err
-	}
-	all = slices.DeleteFunc(all, func(s Status) bool { return !which(s) })
+func Leave(ctx context.Context, all []Status) ([]Status, error) {
 	errs := make([]error, len(all))
 	var group sync.WaitGroup
 	for i, s := range all {

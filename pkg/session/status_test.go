@@ -56,7 +56,11 @@ func TestLeave(t *testing.T) {
 			c.result = result
 			close(c.over)
 		}()
-		left, err := Leave(t.Context(), func(s Status) bool { return s.Session == name })
+		all, err := Statuses(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, err := Leave(t.Context(), slices.DeleteFunc(all, func(s Status) bool { return s.Session != name }))
 		if want := map[bool]int{true: 1}[result == nil]; len(left) != want {
 			t.Errorf("%s: %d sessions left", name, len(left))
 		}

@@ -62,15 +62,7 @@ func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
 }
 
 func (c *Connect) openWire(ctx context.Context) (string, error) {
-	c.keep = channel.NewKeep(channel.KeepConfig{
-		Open: c.dialWire, OpenTimeout: reopenLimit, OnState: c.wireChanged, Log: c.cfg.Log,
-	})
-	c.background("wire", c.keep.Run)
-	c.undo.add("close the wire", func(context.Context) error {
-		err := c.keep.Close()
-		c.keep.Wait() // nobody makes a shadow any more
-		return err
-	})
+	c.keep = c.keepOpen(c.dialWire, c.wireChanged)
 	if err := ready(ctx, c.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the shadow: %w", err)
 	}
@@ -80,6 +72,18 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 	}
 	c.learn(info)
 	return fmt.Sprintf("wire open through %s", c.shadow.Way()), nil
+}
+
+// keepOpen keeps a wire open until that is undone.
+func (c *course) keepOpen(open func(context.Context) (channel.Channel, error), changed func(channel.KeepState)) *channel.Keep {
+	keep := channel.NewKeep(channel.KeepConfig{Open: open, OpenTimeout: reopenLimit, OnState: changed, Log: c.log})
+	c.background("wire", keep.Run)
+	c.undo.add("close the wire", func(context.Context) error {
+		err := keep.Close()
+		keep.Wait() // nobody makes a shadow any more
+		return err
+	})
+	return keep
 }
 
 // ready waits for the first wire.
