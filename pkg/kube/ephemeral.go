@@ -144,12 +144,8 @@ type podsGetter interface {
 // Create adds the container to the pod. ErrExchanged is that somebody was quicker:
 // find the pod again, and join. What is refused has changed nothing.
 func (e *Ephemeral) Create(ctx context.Context, _ func(string)) error {
-	var err error
-	for range swapTries { // the pod's status is written all the time
-		if err = e.createOnce(ctx); !apierrors.IsConflict(err) {
-			break
-		}
-	}
+	// The pod's status is written all the time.
+	err := tried(apierrors.IsConflict, func() error { return e.createOnce(ctx) })
 	switch {
 	case apierrors.IsNotFound(err):
 		err = fmt.Errorf("%w: %w", ErrGone, err)

@@ -72,23 +72,15 @@ func probedUnseen(p *corev1.Pod) (ports []int) {
 }
 
 func (c *Cluster) findPod(ctx context.Context, t Target) (*corev1.Pod, error) {
-	var get metav1.GetOptions
-	apps := c.client.AppsV1()
 	switch t.Kind {
 	case "pod":
-		return c.client.CoreV1().Pods(c.Namespace).Get(ctx, t.Name, get)
-	case "deployment":
-		o, err := apps.Deployments(c.Namespace).Get(ctx, t.Name, get)
+		return c.client.CoreV1().Pods(c.Namespace).Get(ctx, t.Name, metav1.GetOptions{})
+	case "deployment", "statefulset":
+		w, err := c.getWorkload(ctx, c.Namespace, Workload{Kind: t.Kind, Name: t.Name})
 		if err != nil {
 			return nil, err
 		}
-		return c.onlyPod(ctx, t, o.Spec.Selector)
-	case "statefulset":
-		o, err := apps.StatefulSets(c.Namespace).Get(ctx, t.Name, get)
-		if err != nil {
-			return nil, err
-		}
-		return c.onlyPod(ctx, t, o.Spec.Selector)
+		return c.onlyPod(ctx, t, w.selector)
 	}
 	return nil, fmt.Errorf("%w: what goes to a pod's address is taken of a pod, as pod/NAME, or of the deployment or statefulset of one", ErrNoPod)
 }
@@ -140,20 +132,25 @@ func takable(p *corev1.Pod) error {
 
 // declaredPorts are those of the containers that run for as long as the pod does.
 func declaredPorts(p *corev1.Pod) []ServicePort {
-	containers := slices.Clone(p.Spec.Containers)
-	for _, c := range p.Spec.InitContainers {
-		if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-			containers = append(containers, c)
-		}
-	}
 	var all []ServicePort
-	for _, c := range containers {
+	for _, c := range longRunning(p.Spec) {
 		for _, have := range c.Ports {
 			one := PodPort(strings.ToLower(string(cmp.Or(have.Protocol, corev1.ProtocolTCP))), int(have.ContainerPort))
 			one.Name = have.Name
 			if one.Network != "sctp" && !slices.ContainsFunc(all, one.is) {
 				all = append(all, one)
 			}
+		}
+	}
+	return all
+}
+
+// longRunning are a pod's containers, and its sidecars.
+func longRunning(pod corev1.PodSpec) []corev1.Container {
+	all := slices.Clone(pod.Containers)
+	for _, c := range pod.InitContainers {
+		if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
+			all = append(all, c)
 		}
 	}
 	return all

@@ -38,13 +38,7 @@ func (s *Shadow) Swap(ctx context.Context) error {
 	if s.cfg.Router == nil || s.cfg.Router.Service == nil {
 		return nil // what is exposed leads here from the beginning
 	}
-	var err error
-	for range swapTries {
-		if err = s.swapOnce(ctx); !conflicts(err) {
-			break
-		}
-	}
-	if err != nil {
+	if err := tried(conflicts, func() error { return s.swapOnce(ctx) }); err != nil {
 		return fmt.Errorf("exchange service %s in namespace %s: %w", s.service, s.cluster.Namespace, sorted(err))
 	}
 	s.awaitRouter(ctx)
@@ -66,8 +60,7 @@ func (s *Shadow) awaitRouter(ctx context.Context) {
 }
 
 func (s *Shadow) swapOnce(ctx context.Context) error {
-	services := s.cluster.client.CoreV1().Services(s.cluster.Namespace)
-	raw, err := services.Get(ctx, s.service, metav1.GetOptions{})
+	raw, err := s.cluster.client.CoreV1().Services(s.cluster.Namespace).Get(ctx, s.service, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
 		return fmt.Errorf("%w: %w", ErrNoTarget, err)
 	}
@@ -77,13 +70,18 @@ func (s *Shadow) swapOnce(ctx context.Context) error {
 	if done, err := s.swappable(raw); done || err != nil {
 		return err
 	}
-	patch, err := json.Marshal(heal.Take(liveOf(raw), len(raw.Annotations) == 0, newMark(s.cfg.Session, s.original, s.holder)))
+	mark := newMark(s.cfg.Session, s.original, s.holder)
+	return s.cluster.patchService(ctx, raw, heal.Take(liveOf(raw), len(raw.Annotations) == 0, mark))
+}
+
+func (c *Cluster) patchService(ctx context.Context, live *corev1.Service, ops []heal.Op) error {
+	patch, err := json.Marshal(ops)
 	if err != nil {
 		return err
 	}
 	call, cancel := callContext(ctx)
 	defer cancel()
-	_, err = services.Patch(call, s.service, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: managed})
+	_, err = c.client.CoreV1().Services(live.Namespace).Patch(call, live.Name, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: managed})
 	return err
 }
 
@@ -110,6 +108,16 @@ func liveOf(raw *corev1.Service) heal.Live {
 	return heal.Live{ResourceVersion: raw.ResourceVersion, Annotation: raw.Annotations[heal.Annotation], Selector: raw.Spec.Selector}
 }
 
+// tried does a thing again for as long as others come in between.
+func tried(between func(error) bool, do func() error) (err error) {
+	for range swapTries {
+		if err = do(); !between(err) {
+			break
+		}
+	}
+	return err
+}
+
 // conflicts tells that the patch was for a version that is no more.
 func conflicts(err error) bool { return apierrors.IsConflict(err) || apierrors.IsInvalid(err) }
 
@@ -134,11 +142,10 @@ func (s *Shadow) Restore(ctx context.Context) error {
 
 // restore puts one Service back that a session took.
 func (c *Cluster) restore(ctx context.Context, namespace, name, session string, original map[string]string) (changed bool, err error) {
-	for range swapTries {
-		if changed, err = c.restoreOnce(ctx, namespace, name, session, original); !conflicts(err) {
-			break
-		}
-	}
+	err = tried(conflicts, func() (err error) {
+		changed, err = c.restoreOnce(ctx, namespace, name, session, original)
+		return err
+	})
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}
@@ -149,8 +156,7 @@ func (c *Cluster) restore(ctx context.Context, namespace, name, session string, 
 }
 
 func (c *Cluster) restoreOnce(ctx context.Context, namespace, name, session string, original map[string]string) (changed bool, err error) {
-	services := c.client.CoreV1().Services(namespace)
-	raw, err := services.Get(ctx, name, metav1.GetOptions{})
+	raw, err := c.client.CoreV1().Services(namespace).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
 		return false, err
 	}
@@ -161,13 +167,7 @@ func (c *Cluster) restoreOnce(ctx context.Context, namespace, name, session stri
 	case ops == nil:
 		return false, errors.New("its own selector is not known")
 	}
-	patch, err := json.Marshal(ops)
-	if err != nil {
-		return false, err
-	}
-	call, cancel := callContext(ctx)
-	defer cancel()
-	_, err = services.Patch(call, name, types.JSONPatchType, patch, metav1.PatchOptions{FieldManager: managed})
+	err = c.patchService(ctx, raw, ops)
 	return err == nil, err
 }
 
@@ -179,12 +179,14 @@ func (s *Shadow) restoreFirst(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		hopeless := errors.Is(err, ErrForbidden) || errors.Is(err, ErrUnauthorized)
-		if hopeless || pause(ctx, restoreEvery) != nil {
+		if refused(err) || pause(ctx, restoreEvery) != nil {
 			return fmt.Errorf("%w: the router of session %s stays, and leads to the original pods: %w", ErrLeft, s.cfg.Session, err)
 		}
 	}
 }
+
+// refused tells of an error that trying again does not help against.
+func refused(err error) bool { return errors.Is(err, ErrForbidden) || errors.Is(err, ErrUnauthorized) }
 
 // awaitOriginals waits until no router of the session is behind a Service any
 // more, and again all that is behind the router's sibling.

@@ -147,27 +147,19 @@ func (s *Service) exchangeable() error {
 
 // serviceOf reads the Service that is named, or the one that selects the pods.
 func (c *Cluster) serviceOf(ctx context.Context, t Target) (*Service, error) {
-	apps, core := c.client.AppsV1(), c.client.CoreV1()
-	var get metav1.GetOptions
 	switch t.Kind {
 	case "service":
-		raw, err := core.Services(c.Namespace).Get(ctx, t.Name, get)
+		raw, err := c.client.CoreV1().Services(c.Namespace).Get(ctx, t.Name, metav1.GetOptions{})
 		if err != nil {
 			return nil, err
 		}
 		return c.readService(ctx, raw)
-	case "deployment":
-		o, err := apps.Deployments(c.Namespace).Get(ctx, t.Name, get)
+	case "deployment", "statefulset":
+		w, err := c.getWorkload(ctx, c.Namespace, Workload{Kind: t.Kind, Name: t.Name})
 		if err != nil {
 			return nil, err
 		}
-		return c.selecting(ctx, t, o.Spec.Template.Labels)
-	case "statefulset":
-		o, err := apps.StatefulSets(c.Namespace).Get(ctx, t.Name, get)
-		if err != nil {
-			return nil, err
-		}
-		return c.selecting(ctx, t, o.Spec.Template.Labels)
+		return c.selecting(ctx, t, w.template.Labels)
 	case "pod":
 		return c.serviceOfPod(ctx, t)
 	}
@@ -358,13 +350,7 @@ func portsOf(ports []corev1.ServicePort, behind []corev1.PodSpec) []ServicePort 
 // knows it, as the endpoints controller would find it.
 func containerPort(pods []corev1.PodSpec, p corev1.ServicePort) int {
 	for _, pod := range pods {
-		containers := slices.Clone(pod.Containers)
-		for _, c := range pod.InitContainers {
-			if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-				containers = append(containers, c)
-			}
-		}
-		for _, c := range containers {
+		for _, c := range longRunning(pod) {
 			for _, have := range c.Ports {
 				if have.Name == p.TargetPort.StrVal && cmp.Or(have.Protocol, corev1.ProtocolTCP) == cmp.Or(p.Protocol, corev1.ProtocolTCP) {
 					return int(have.ContainerPort)

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -231,12 +230,10 @@ func (s *Shadow) ScaleDown(ctx context.Context, progress func(string)) error {
 
 func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
 	var live liveWorkload
-	var err error
-	for range swapTries {
-		if live, err = s.scaleDownOnce(ctx); !conflicts(err) {
-			break
-		}
-	}
+	err := tried(conflicts, func() (err error) {
+		live, err = s.scaleDownOnce(ctx)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -332,8 +329,7 @@ func (s *Shadow) ScaleUp(ctx context.Context, progress func(string)) error {
 		if changed {
 			s.awaitPods(ctx, progress)
 		}
-		hopeless := errors.Is(err, ErrForbidden) || errors.Is(err, ErrUnauthorized)
-		if err == nil || hopeless || pause(ctx, restoreEvery) != nil {
+		if err == nil || refused(err) || pause(ctx, restoreEvery) != nil {
 			return err
 		}
 	}
@@ -363,27 +359,24 @@ func (s *Shadow) awaitPods(ctx context.Context, progress func(string)) {
 
 // restoreWorkload puts back what a session scaled to nothing.
 func (c *Cluster) restoreWorkload(ctx context.Context, namespace string, w Workload, session string) (changed bool, err error) {
-	for range swapTries {
-		var live liveWorkload
-		live, err = c.getWorkload(ctx, namespace, w)
+	err = tried(conflicts, func() error {
+		live, err := c.getWorkload(ctx, namespace, w)
 		if err != nil {
-			break
+			return err
 		}
 		ops := heal.Refill(live.live, session)
-		if ops == nil {
-			return false, nil
+		if changed = ops != nil; !changed {
+			return nil
 		}
-		if err = c.patchWorkload(ctx, namespace, w, ops); !conflicts(err) {
-			break
-		}
-	}
+		return c.patchWorkload(ctx, namespace, w, ops)
+	})
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}
 	if err != nil {
 		return false, fmt.Errorf("scale %s in namespace %s up again: %w", &w, namespace, sorted(err))
 	}
-	return true, nil
+	return changed, nil
 }
 
 // parseWorkload reads the annotation of a Lease.
