@@ -126,7 +126,7 @@ type flow struct {
 	remote netip.AddrPort
 	queue  chan []byte
 	timer  *time.Timer
-	rd, wr deadline.Deadline
+	deadline.Pair
 
 	once   sync.Once
 	closed chan struct{}
@@ -150,7 +150,7 @@ func (f *flow) touch() {
 }
 
 func (f *flow) Read(p []byte) (int, error) {
-	if f.rd.Passed() {
+	if f.ReadBy.Passed() {
 		return 0, f.opError("read", os.ErrDeadlineExceeded)
 	}
 	select {
@@ -161,7 +161,7 @@ func (f *flow) Read(p []byte) (int, error) {
 	select {
 	case b := <-f.queue:
 		return copy(p, b), nil
-	case <-f.rd.Done():
+	case <-f.ReadBy.Done():
 		return 0, f.opError("read", os.ErrDeadlineExceeded)
 	case <-f.closed:
 		if f.err == io.EOF {
@@ -177,7 +177,7 @@ func (f *flow) Write(p []byte) (int, error) {
 		return 0, f.opError("write", net.ErrClosed)
 	default:
 	}
-	if f.wr.Passed() {
+	if f.WriteBy.Passed() {
 		return 0, f.opError("write", os.ErrDeadlineExceeded)
 	}
 	f.touch()
@@ -200,10 +200,6 @@ func (f *flow) end(err error) {
 
 func (f *flow) LocalAddr() net.Addr  { return f.l.pc.LocalAddr() }
 func (f *flow) RemoteAddr() net.Addr { return net.UDPAddrFromAddrPort(f.remote) }
-
-func (f *flow) SetDeadline(t time.Time) error      { f.rd.Set(t); f.wr.Set(t); return nil }
-func (f *flow) SetReadDeadline(t time.Time) error  { f.rd.Set(t); return nil }
-func (f *flow) SetWriteDeadline(t time.Time) error { f.wr.Set(t); return nil }
 
 func (f *flow) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "udp", Source: f.LocalAddr(), Addr: f.RemoteAddr(), Err: err}

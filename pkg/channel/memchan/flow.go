@@ -7,7 +7,6 @@ import (
 	"os"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel/internal/deadline"
 )
@@ -24,7 +23,7 @@ type flow struct {
 	local, remote net.Addr
 	knock         *knock // of the end that answers; nil at the other one
 
-	rd, wr deadline.Deadline
+	deadline.Pair
 	once   sync.Once
 	closed chan struct{}
 	why    error // what the peer reads when this end is closed
@@ -38,7 +37,7 @@ func flows(near, far net.Addr) (a, b *flow) {
 }
 
 func (f *flow) Read(p []byte) (int, error) {
-	if err := f.usable(&f.rd); err != nil {
+	if err := f.usable(&f.ReadBy); err != nil {
 		return 0, f.opError("read", err)
 	}
 	select {
@@ -49,7 +48,7 @@ func (f *flow) Read(p []byte) (int, error) {
 	select {
 	case b := <-f.in:
 		return copy(p, b), nil
-	case <-f.rd.Done():
+	case <-f.ReadBy.Done():
 		return 0, f.opError("read", os.ErrDeadlineExceeded)
 	case <-f.closed:
 		return 0, f.opError("read", net.ErrClosed)
@@ -69,7 +68,7 @@ func (f *flow) last(p []byte) (int, error) {
 }
 
 func (f *flow) Write(p []byte) (int, error) {
-	if err := f.usable(&f.wr); err != nil {
+	if err := f.usable(&f.WriteBy); err != nil {
 		return 0, f.opError("write", err)
 	}
 	if len(p) > maxDatagram {
@@ -123,14 +122,6 @@ func (f *flow) end(refusal, why error) {
 
 func (f *flow) LocalAddr() net.Addr  { return f.local }
 func (f *flow) RemoteAddr() net.Addr { return f.remote }
-
-func (f *flow) SetDeadline(t time.Time) error {
-	f.rd.Set(t)
-	f.wr.Set(t)
-	return nil
-}
-func (f *flow) SetReadDeadline(t time.Time) error  { f.rd.Set(t); return nil }
-func (f *flow) SetWriteDeadline(t time.Time) error { f.wr.Set(t); return nil }
 
 func (f *flow) opError(op string, err error) error {
 	if err == nil || err == io.EOF {

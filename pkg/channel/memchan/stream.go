@@ -9,7 +9,6 @@ import (
 	"os"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel/internal/deadline"
 )
@@ -20,7 +19,7 @@ type stream struct {
 	local, remote net.Addr
 	knock         *knock // of the end that answers; nil at the other one
 
-	rd, wr deadline.Deadline
+	deadline.Pair
 	once   sync.Once
 	closed chan struct{}
 
@@ -75,7 +74,7 @@ func notEOF(err error) error {
 
 // fill waits until there is something to read.
 func (s *stream) fill() error {
-	if err := s.usable(&s.rd); err != nil {
+	if err := s.usable(&s.ReadBy); err != nil {
 		return err
 	}
 	for len(s.rest) == 0 {
@@ -84,7 +83,7 @@ func (s *stream) fill() error {
 			return err
 		}
 		if block == nil {
-			if err := s.wait(s.in.more, &s.rd); err != nil {
+			if err := s.wait(s.in.more, &s.ReadBy); err != nil {
 				return err
 			}
 		}
@@ -104,14 +103,14 @@ func (s *stream) emptied() {
 func (s *stream) Write(p []byte) (n int, err error) {
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
-	if err := s.usable(&s.wr); err != nil {
+	if err := s.usable(&s.WriteBy); err != nil {
 		return 0, s.opError("write", err)
 	}
 	for n < len(p) {
 		m, err := s.out.put(p[n:])
 		n += m
 		if err == nil && m == 0 {
-			err = s.wait(s.out.room, &s.wr)
+			err = s.wait(s.out.room, &s.WriteBy)
 		}
 		if err != nil {
 			return n, s.opError("write", s.orClosed(err))
@@ -197,14 +196,6 @@ func broken(reason error) error {
 
 func (s *stream) LocalAddr() net.Addr  { return s.local }
 func (s *stream) RemoteAddr() net.Addr { return s.remote }
-
-func (s *stream) SetDeadline(t time.Time) error {
-	s.rd.Set(t)
-	s.wr.Set(t)
-	return nil
-}
-func (s *stream) SetReadDeadline(t time.Time) error  { s.rd.Set(t); return nil }
-func (s *stream) SetWriteDeadline(t time.Time) error { s.wr.Set(t); return nil }
 
 func (s *stream) opError(op string, err error) error {
 	if err == nil || err == io.EOF {

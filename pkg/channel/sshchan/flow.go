@@ -22,7 +22,7 @@ type flow struct {
 	ch            ssh.Channel
 	local, remote net.Addr
 
-	rd, wr    deadline.Deadline
+	deadline.Pair
 	once      sync.Once
 	closed    chan struct{}
 	late      atomic.Bool // closed by a deadline that came late
@@ -63,8 +63,8 @@ func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote ne
 		pumped:  make(chan struct{}),
 		writing: make(chan struct{}, 1),
 	}
-	f.rd.Func = func() { f.passed(&f.unbounded.read) }
-	f.wr.Func = func() { f.passed(&f.unbounded.write) }
+	f.ReadBy.Func = func() { f.passed(&f.unbounded.read) }
+	f.WriteBy.Func = func() { f.passed(&f.unbounded.write) }
 	return f
 }
 
@@ -98,7 +98,7 @@ func (f *flow) readable() error {
 	if f.isClosed() {
 		return f.opError("read", f.closedError())
 	}
-	if f.rd.Passed() {
+	if f.ReadBy.Passed() {
 		return f.opError("read", os.ErrDeadlineExceeded)
 	}
 	return nil
@@ -125,7 +125,7 @@ func (f *flow) fill() error {
 		f.take(p)
 	case <-f.pumped:
 		f.takeLast()
-	case <-f.rd.Done():
+	case <-f.ReadBy.Done():
 		return f.opError("read", os.ErrDeadlineExceeded)
 	case <-f.closed:
 		return f.opError("read", f.closedError())
@@ -250,7 +250,7 @@ func (f *flow) Write(p []byte) (int, error) {
 		return 0, err
 	}
 	f.unbounded.write.Store(true)
-	if f.wr.Armed() {
+	if f.WriteBy.Armed() {
 		f.unbounded.write.Store(false)
 		return f.writeBounded(p)
 	}
@@ -274,7 +274,7 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 			return 0, f.writeError(err)
 		}
 		return len(p), nil
-	case <-f.wr.Done():
+	case <-f.WriteBy.Done():
 		return 0, f.opError("write", os.ErrDeadlineExceeded)
 	case <-f.closed:
 		return 0, f.opError("write", f.closedError())
@@ -285,7 +285,7 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 // counts until it has begun: what is sent in part, a frame perhaps, must be sent
 // in whole.
 func (f *flow) writePieces(p []byte) (n int, err error) {
-	late := f.wr.Done()
+	late := f.WriteBy.Done()
 	for {
 		size, ok := f.w.tap.enter(len(p)-n, f.closed, late)
 		if !ok {
@@ -312,7 +312,7 @@ func (f *flow) writePiece(p []byte) (int, error) {
 
 // shutOut is why a write was not let in.
 func (f *flow) shutOut() error {
-	if !f.isClosed() && f.wr.Passed() {
+	if !f.isClosed() && f.WriteBy.Passed() {
 		return os.ErrDeadlineExceeded
 	}
 	return net.ErrClosed
@@ -323,13 +323,13 @@ func (f *flow) lockWrite() error {
 	if f.isClosed() {
 		return f.opError("write", f.closedError())
 	}
-	if f.wr.Passed() {
+	if f.WriteBy.Passed() {
 		return f.opError("write", os.ErrDeadlineExceeded)
 	}
 	select {
 	case f.writing <- struct{}{}:
 		return nil
-	case <-f.wr.Done():
+	case <-f.WriteBy.Done():
 		return f.opError("write", os.ErrDeadlineExceeded)
 	case <-f.closed:
 		return f.opError("write", f.closedError())
@@ -411,14 +411,6 @@ func (f *flow) closedError() error {
 func (f *flow) LocalAddr() net.Addr  { return f.local }
 func (f *flow) RemoteAddr() net.Addr { return f.remote }
 
-func (f *flow) SetDeadline(t time.Time) error {
-	f.rd.Set(t)
-	f.wr.Set(t)
-	return nil
-}
-func (f *flow) SetReadDeadline(t time.Time) error  { f.rd.Set(t); return nil }
-func (f *flow) SetWriteDeadline(t time.Time) error { f.wr.Set(t); return nil }
-
 func (f *flow) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: f.remote.Network(), Source: f.local, Addr: f.remote, Err: err}
 }
@@ -444,7 +436,7 @@ func (s stream) CloseWrite() error {
 func (s stream) WriteTo(dst io.Writer) (int64, error) {
 	s.rmu.Lock()
 	s.unbounded.read.Store(true)
-	if s.pumping || s.rd.Armed() || s.isClosed() {
+	if s.pumping || s.ReadBy.Armed() || s.isClosed() {
 		s.unbounded.read.Store(false)
 		s.rmu.Unlock()
 		return relay.Copy(dst, s.flow)

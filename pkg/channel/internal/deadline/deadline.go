@@ -96,3 +96,15 @@ func (d *Deadline) passed() bool {
 		return false
 	}
 }
+
+// A Pair is the two deadlines of a connection, which has their methods of net.Conn
+// by embedding it.
+type Pair struct{ ReadBy, WriteBy Deadline }
+
+func (p *Pair) SetDeadline(t time.Time) error {
+	p.ReadBy.Set(t)
+	p.WriteBy.Set(t)
+	return nil
+}
+func (p *Pair) SetReadDeadline(t time.Time) error  { p.ReadBy.Set(t); return nil }
+func (p *Pair) SetWriteDeadline(t time.Time) error { p.WriteBy.Set(t); return nil }
