@@ -101,3 +101,13 @@ func TestSetenvReplaces(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+func TestMallIsNotInShop(t *testing.T) {
+	manifest, err := mall("../sample")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if regexp.MustCompile(`\bshop\b`).MatchString(manifest) || !regexp.MustCompile(`namespace: mall`).MatchString(manifest) {
+		t.Error(manifest)
+	}
+}

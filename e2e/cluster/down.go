@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -90,7 +91,7 @@ const netnsDir = "/run/netns"
 // may name others after culvert too.
 func networks() []string {
 	var found []string
-	for _, host := range []string{"laptop", "router", "node1", "node2"} {
+	for _, host := range slices.Concat(laptops, []string{"router", "node1", "node2"}) {
 		path := filepath.Join(netnsDir, nsPrefix+host)
 		if _, err := os.Lstat(path); err == nil {
 			found = append(found, path)

@@ -15,7 +15,7 @@ const (
 	devHome = "/run/home/dev"
 )
 
-// laptop is the developer's machine: its own /etc (an overlay, so that
+// laptop is a developer's machine: its own /etc (an overlay, so that
 // resolv.conf and hosts can be written, renamed over and lost), /run, TUN
 // device, and a user "dev" without privileges.
 func (h host) laptop() error {
@@ -44,7 +44,7 @@ func (h host) laptopEtc() error {
 	if err := os.WriteFile("/etc/resolv.conf", []byte(resolv), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile("/etc/hosts", []byte("127.0.0.1 localhost\n::1 localhost\n127.0.1.1 laptop\n"), 0o644)
+	return os.WriteFile("/etc/hosts", []byte("127.0.0.1 localhost\n::1 localhost\n127.0.1.1 "+h.name+"\n"), 0o644)
 }
 
 func (h host) laptopUser() error {

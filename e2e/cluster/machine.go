@@ -123,10 +123,10 @@ func hostMain(name string) error {
 		return err
 	}
 	h := host{paths: p, name: name, disk: filepath.Join(p.run, name)}
-	switch name {
-	case "laptop":
+	switch {
+	case isLaptop(name):
 		err = h.laptop()
-	case "router":
+	case name == "router":
 		err = h.router()
 	default:
 		err = h.node()

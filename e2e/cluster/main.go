@@ -5,7 +5,8 @@
 //	                                                                \-veth-- node2 172.30.0.12
 //	pods 10.244.0.0/16, Services 10.96.0.0/16, DNS 10.96.0.10, API server https://172.30.0.11:6443
 //
-// The laptop reaches the API server and NodePorts and nothing else of the
+// A second laptop, laptop2, is 172.31.1.2: so two halves of the tests run at the
+// same time. A laptop reaches the API server and NodePorts and nothing else of the
 // cluster: pods and Services are refused at once. The router plays the world
 // outside: a DNS server of its own (172.31.0.1), a web server on port 80, a
 // CONNECT proxy on port 3128. Nothing is linked to the machine's own network.
@@ -39,7 +40,7 @@ const usage = `usage: cluster COMMAND
   status                   which hosts are up, and the pods
   build                    programs and images into the cache, no more
   exec [--uid N] HOST -- CMD ARG...
-                           runs CMD on laptop, router, node1 or node2
+                           runs CMD on laptop, laptop2, router, node1 or node2
   kubectl ARG...           kubectl on the laptop, as cluster-admin
   load [NODE] IMAGE.tar    imports an image archive into every node, or one
   cut [HOST]               drops all packets from and to a host (default: laptop), links and routes stay

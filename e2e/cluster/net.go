@@ -4,16 +4,17 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 )
 
-// Addresses. The laptop also has IPv6, to show that it stays as it was.
+// Addresses. A laptop also has IPv6, to show that it stays as it was.
 const (
 	apiIP       = "172.30.0.11" // node1
 	nodeGateway = "172.30.0.1"
 	nodeNet     = "172.30.0.0/24"
-	laptopNet   = "172.31.0.0/24"
-	outsideIP   = "172.31.0.1" // the router, as the laptop sees it
+	laptopNet   = "172.31.0.0/16" // of all laptops
+	outsideIP   = "172.31.0.1"    // the router, as the laptop sees it
 	outsideIP6  = "fd00:31::1"
 	podCIDR     = "10.244.0.0/16"
 	serviceCIDR = "10.96.0.0/16"
@@ -24,9 +25,15 @@ const (
 
 func nodeIP(name string) string { return "172.30.0.1" + strings.TrimPrefix(name, "node") }
 
+// laptops are alike, each on a wire and in a network of its own: two people, who
+// do not disturb each other.
+var laptops = []string{"laptop", "laptop2"}
+
+func isLaptop(name string) bool { return slices.Contains(laptops, name) }
+
 // makeNetwork makes the namespaces and the wires between them.
 func makeNetwork(nodes []string) error {
-	for _, host := range append([]string{"router", "laptop"}, nodes...) {
+	for _, host := range slices.Concat([]string{"router"}, laptops, nodes) {
 		if err := commands(fmt.Sprintf(`
 			ip netns add %[1]s
 			ip -n %[1]s link set lo up`, nsPrefix+host)); err != nil {
@@ -38,17 +45,13 @@ func makeNetwork(nodes []string) error {
 		ip -n culvert-router addr add ` + nodeGateway + `/24 dev br0
 		ip -n culvert-router link set br0 up
 		ip -n culvert-router route add default dev br0
-		ip -n culvert-router -6 route add default dev br0
-		ip -n culvert-router link add laptop type veth peer name eth0 netns culvert-laptop
-		ip -n culvert-router addr add ` + outsideIP + `/24 dev laptop
-		ip -n culvert-router addr add ` + outsideIP6 + `/64 dev laptop nodad
-		ip -n culvert-router link set laptop up
-		ip -n culvert-laptop addr add 172.31.0.2/24 dev eth0
-		ip -n culvert-laptop addr add fd00:31::2/64 dev eth0 nodad
-		ip -n culvert-laptop link set eth0 up
-		ip -n culvert-laptop route add default via ` + outsideIP + `
-		ip -n culvert-laptop route add default via ` + outsideIP6); err != nil {
+		ip -n culvert-router -6 route add default dev br0`); err != nil {
 		return err
+	}
+	for i, laptop := range laptops {
+		if err := plugIn(laptop, i); err != nil {
+			return err
+		}
 	}
 	for _, node := range nodes {
 		if err := commands(fmt.Sprintf(`
@@ -63,7 +66,21 @@ func makeNetwork(nodes []string) error {
 	return nil
 }
 
-// firewall lets the laptop reach the API server and NodePorts, no more; all
+// plugIn is the wire of a laptop: 172.31.N.2 and fd00:31:N::2, the router is .1.
+func plugIn(laptop string, n int) error {
+	return commands(strings.NewReplacer("LAPTOP", laptop, "N4", fmt.Sprintf("172.31.%d.", n), "N6", fmt.Sprintf("fd00:31:%x::", n)).Replace(`
+		ip -n culvert-router link add LAPTOP type veth peer name eth0 netns culvert-LAPTOP
+		ip -n culvert-router addr add N41/24 dev LAPTOP
+		ip -n culvert-router addr add N61/64 dev LAPTOP nodad
+		ip -n culvert-router link set LAPTOP up
+		ip -n culvert-LAPTOP addr add N42/24 dev eth0
+		ip -n culvert-LAPTOP addr add N62/64 dev eth0 nodad
+		ip -n culvert-LAPTOP link set eth0 up
+		ip -n culvert-LAPTOP route add default via N41
+		ip -n culvert-LAPTOP route add default via N61`))
+}
+
+// firewall lets a laptop reach the API server and NodePorts, no more; all
 // else is refused at once. It runs on the router, whose default route leads
 // nowhere: it is there because the kernel answers "no route" only once a
 // second, but "prohibited" as often as one asks.
@@ -107,8 +124,8 @@ func cut(on bool, args []string) error {
 	if findMachine("router") == 0 || findMachine(host) == 0 || host == "router" {
 		return fmt.Errorf("no host %s to cut: is the cluster up? (cluster status)", host)
 	}
-	if host == "laptop" {
-		return cutLaptop(on)
+	if isLaptop(host) {
+		return cutLaptop(host, on)
 	}
 	// A node's wire ends in the router's bridge, below what iptables sees.
 	if on {
@@ -117,9 +134,9 @@ func cut(on bool, args []string) error {
 	return command("ip", "-n", nsPrefix+"router", "link", "set", host, "master", "br0")
 }
 
-func cutLaptop(on bool) error {
+func cutLaptop(laptop string, on bool) error {
 	for _, tool := range []string{"iptables", "ip6tables"} {
-		for _, rule := range []string{"raw PREROUTING -i laptop -j DROP", "mangle POSTROUTING -o laptop -j DROP"} {
+		for _, rule := range []string{"raw PREROUTING -i " + laptop + " -j DROP", "mangle POSTROUTING -o " + laptop + " -j DROP"} {
 			if err := setRule(tool, rule, on); err != nil {
 				return err
 			}

@@ -90,7 +90,7 @@ func up(p paths, buildOnly bool) error {
 	if err := deploy(p, s, said); err != nil {
 		return err
 	}
-	log.Printf("cluster is up\n  kubectl:  KUBECONFIG=%s, on the laptop\n  laptop:   cluster exec laptop -- CMD\n  logs:     %s",
+	log.Printf("cluster is up\n  kubectl:  KUBECONFIG=%s, on the laptop\n  laptop:   cluster exec laptop -- CMD, and another one, laptop2\n  logs:     %s",
 		filepath.Join(p.run, "kubeconfig"), p.logs)
 	return nil
 }
@@ -120,7 +120,7 @@ func prepare(p paths, s shape, bin string, images []string) error {
 }
 
 func boot(p paths, s shape, said *stopwatch) error {
-	for _, name := range slices.Concat(s.nodes, []string{"router", "laptop"}) {
+	for _, name := range slices.Concat(s.nodes, []string{"router"}, laptops) {
 		if err := startMachine(p, name, []string{"PROXY_MODE=" + s.proxyMode}); err != nil {
 			return err
 		}
@@ -160,7 +160,7 @@ func deploy(p paths, s shape, said *stopwatch) error {
 		return err
 	}
 	if s.sample {
-		if _, err := kubectl(p, "apply", "--server-side", "-f", filepath.Join(p.root, "e2e", "sample")); err != nil {
+		if err := applySample(p); err != nil {
 			return err
 		}
 	}
@@ -178,21 +178,61 @@ func deploy(p paths, s shape, said *stopwatch) error {
 	return nil
 }
 
+// applySample makes the sample system, and the mall.
+func applySample(p paths) error {
+	sample := filepath.Join(p.root, "e2e", "sample")
+	if _, err := kubectl(p, "apply", "--server-side", "-f", sample); err != nil {
+		return err
+	}
+	manifest, err := mall(sample)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(p.run, "mall.yaml")
+	if err := os.WriteFile(file, []byte(manifest), 0o644); err != nil {
+		return err
+	}
+	_, err = kubectl(p, "apply", "--server-side", "-f", file)
+	return err
+}
+
+// mall is most of shop once more, in a namespace of its own: for tests that run
+// beside those in shop and change what they find.
+func mall(sample string) (string, error) {
+	var all []string
+	for _, name := range []string{"app", "client", "db", "redis", "web"} {
+		b, err := os.ReadFile(filepath.Join(sample, name+".yaml"))
+		if err != nil {
+			return "", err
+		}
+		all = append(all, string(b))
+	}
+	return strings.NewReplacer("namespace: shop", "namespace: mall", ".shop.", ".mall.", "nodePort: 30080", "nodePort: 30081").
+		Replace(strings.Join(all, "---\n")), nil
+}
+
 func waitForSample(p paths) error {
-	for _, workload := range []string{"deployment/web", "deployment/echo", "deployment/app", "deployment/redis", "deployment/pg", "statefulset/db"} {
-		if _, err := kubectl(p, "-n", "shop", "rollout", "status", workload, "--timeout=120s"); err != nil {
+	both := []string{"deployment/web", "deployment/app", "deployment/redis", "statefulset/db"}
+	for namespace, workloads := range map[string][]string{
+		"shop": append([]string{"deployment/echo", "deployment/pg"}, both...), "mall": both, "other": {"deployment/web"},
+	} {
+		for _, workload := range workloads {
+			if _, err := kubectl(p, "-n", namespace, "rollout", "status", workload, "--timeout=120s"); err != nil {
+				return err
+			}
+		}
+		if _, err := kubectl(p, "-n", namespace, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=120s"); err != nil {
 			return err
 		}
 	}
-	if _, err := kubectl(p, "-n", "shop", "wait", "--for=condition=Ready", "pod", "--all", "--timeout=120s"); err != nil {
-		return err
-	}
-	if _, err := kubectl(p, "-n", "other", "rollout", "status", "deployment/web", "--timeout=120s"); err != nil {
-		return err
-	}
 	// Until kube-proxy knows a Service, packets to it leave by the default route and are lost: ask with short limits.
-	return wait(p, time.Minute, "web by DNS and virtual address", "node1.kube-proxy",
-		"-n", "shop", "exec", "client", "--", "kit", "-t", "500ms", "get", "http://web.shop.svc.cluster.local/")
+	for _, namespace := range []string{"shop", "mall"} {
+		if err := wait(p, time.Minute, "web by DNS and virtual address", "node1.kube-proxy",
+			"-n", namespace, "exec", "client", "--", "kit", "-t", "500ms", "get", "http://web."+namespace+".svc.cluster.local/"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // kubectl runs on the laptop, as cluster-admin.
