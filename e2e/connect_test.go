@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// inPod runs a command in the client pod of namespace shop.
+// inPod runs a command in the client pod of our namespace.
 func inPod(t testing.TB, args ...string) string {
 	t.Helper()
 	return kubectl(t, append([]string{"exec", "-n", namespace, "client", "--"}, args...)...)

@@ -35,7 +35,7 @@ func TestCycles(t *testing.T) {
 // inside runs a test of this package on the laptop.
 func inside(t *testing.T, name string) {
 	t.Helper()
-	c := on("laptop", must(os.Executable()), "-test.run=^"+name+"$", "-test.v")
+	c := on(laptopHost, must(os.Executable()), "-test.run=^"+name+"$", "-test.v")
 	c.Env = append(c.Env, insideName+"=1")
 	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+name) {
 		t.Fatalf("%v\n%s", err, out)

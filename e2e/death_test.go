@@ -17,6 +17,7 @@ func TestInterruptAtEveryStep(t *testing.T) {
 	if len(steps) < 10 {
 		t.Fatalf("only %d steps seen: %q", len(steps), steps)
 	}
+	apart(t) // the other half need not wait for all of them
 	for _, step := range steps {
 		for _, later := range []time.Duration{0, 40 * time.Millisecond} {
 			t.Run(fmt.Sprintf("%s+%v", step, later), func(t *testing.T) {
@@ -80,6 +81,7 @@ func goesByItself(t *testing.T, session string, check func(time.Duration), kille
 	check(5 * time.Second)
 	ended := make(chan error, 1)
 	go func() { ended <- goneBetween(session, killed.Add(grace/2), killed.Add(grace+time.Minute)) }()
+	apart(t)
 	t.Parallel()
 	if err := <-ended; err != nil {
 		t.Errorf("session %s, killed, grace %v: %v", session, grace, err)
@@ -218,13 +220,13 @@ func TestNetworkCut(t *testing.T) {
 		t.Run(cut.String(), func(t *testing.T) {
 			check := noTrace(t)
 			s := connect(t, "--grace=30s")
-			t.Cleanup(func() { cluster(t, "heal", "laptop") })
-			cluster(t, "cut", "laptop")
+			t.Cleanup(func() { cluster(t, "heal", laptopHost) })
+			cluster(t, "cut", laptopHost)
 			time.Sleep(cut)
 			if out := laptop(t, "ip", "route"); !strings.Contains(out, "culvert0") {
 				t.Errorf("the routes went with the network:\n%s", out)
 			}
-			cluster(t, "heal", "laptop")
+			cluster(t, "heal", laptopHost)
 			eventually(t, patience, "web answers again", reachable("web.shop"))
 			if st := theStatus(t); cut < 10*time.Second && st.Wire.Reopened > 0 {
 				t.Errorf("a cut of %v cost the wire: %+v", cut, st.Wire)
@@ -238,11 +240,13 @@ func TestNetworkCut(t *testing.T) {
 func TestAPIServerRestart(t *testing.T) {
 	check := noTrace(t)
 	s := connect(t)
-	cluster(t, "restart-apiserver")
-	eventually(t, patience, "web answers again", reachable("web.shop"))
-	eventually(t, patience, "names are followed again", func() error {
-		_, _, err := try("kubectl", "create", "service", "clusterip", "-n", namespace, "after-restart", "--tcp=80")
-		return err
+	exclusively(t, func() {
+		cluster(t, "restart-apiserver")
+		eventually(t, patience, "web answers again", reachable("web.shop"))
+		eventually(t, patience, "names are followed again", func() error {
+			_, _, err := try("kubectl", "create", "service", "clusterip", "-n", namespace, "after-restart", "--tcp=80")
+			return err
+		})
 	})
 	t.Cleanup(func() { try("kubectl", "delete", "svc", "-n", namespace, "after-restart") })
 	eventually(t, 30*time.Second, "a Service made afterwards resolves", func() error {

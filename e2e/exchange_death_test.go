@@ -80,7 +80,7 @@ func TestExchangeDeaths(t *testing.T) {
 // The network of the laptop goes, for a while and for good, and the API server
 // does; on one exchange, one after the other.
 func TestExchangeNetworkDeaths(t *testing.T) {
-	t.Cleanup(func() { cluster(t, "heal", "laptop") })
+	t.Cleanup(func() { cluster(t, "heal", laptopHost) })
 	short := &victim{way: "all packets dropped, 7 s", kill: func(v *victim) error { return v.cut(7 * time.Second) }, resumes: true}
 	api := &victim{way: "API server restart", kill: (*victim).restartAPIServer, resumes: true, clean: true}
 	long := &victim{way: "all packets dropped", kill: func(v *victim) error { return v.cut(0) }}
@@ -92,14 +92,16 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 	before := short.culvert.talk.String()
 	for _, v := range []*victim{api, long} {
 		v.service, v.url, v.app, v.culvert, v.poll = short.service, short.url, short.app, short.culvert, short.poll
-		v.settled(t)
-		v.run()
 	}
+	api.settled(t)
+	exclusively(t, api.run)
+	long.settled(t)
+	long.run()
 	report(t, []*victim{short, api, long})
 	if strings.Count(before, exchangedLine) < 2 {
 		t.Errorf("culvert did not say that it is back:\n%s", before)
 	}
-	cluster(t, "heal", "laptop")
+	cluster(t, "heal", laptopHost)
 	short.culvert.interrupt()
 	t.Logf("culvert, back after the grace time, ended with %d", short.culvert.wait(patience))
 	short.stop(t)
@@ -316,7 +318,7 @@ func (v *victim) stopApp() error {
 	v.app.interrupt()
 	<-v.app.ctx.Done()
 	time.Sleep(3 * time.Second)
-	again := startAs(v.app.t, on("laptop", kit(v.app.t), "serve", "-name", laptopName, "-offset", strconv.Itoa(v.port-8080)))
+	again := startAs(v.app.t, on(laptopHost, kit(v.app.t), "serve", "-name", laptopName, "-offset", strconv.Itoa(v.port-8080)))
 	v.app = again
 	return nil
 }
@@ -346,7 +348,7 @@ func (v *victim) forcePod() error {
 // evictPod is what "kubectl drain" asks for; the only node is not closed.
 func (v *victim) evictPod() error {
 	path := "/api/v1/namespaces/" + namespace + "/pods/" + v.status.Shadow.Pod + "/eviction"
-	c := on("laptop", "kubectl", "create", "--raw", path, "-f", "-")
+	c := on(laptopHost, "kubectl", "create", "--raw", path, "-f", "-")
 	c.Stdin = strings.NewReader(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"` + v.status.Shadow.Pod + `","namespace":"` + namespace + `"}}`)
 	if out, err := c.CombinedOutput(); err != nil {
 		return fmt.Errorf("evict: %w: %s", err, out)
@@ -356,14 +358,14 @@ func (v *victim) evictPod() error {
 
 // cut drops the laptop's packets, for a while or until somebody heals it.
 func (v *victim) cut(d time.Duration) error {
-	if out, err := clusterCommand("cut", "laptop").CombinedOutput(); err != nil {
+	if out, err := clusterCommand("cut", laptopHost).CombinedOutput(); err != nil {
 		return fmt.Errorf("cut: %w: %s", err, out)
 	}
 	if d == 0 {
 		return nil
 	}
 	time.Sleep(d)
-	if out, err := clusterCommand("heal", "laptop").CombinedOutput(); err != nil {
+	if out, err := clusterCommand("heal", laptopHost).CombinedOutput(); err != nil {
 		return fmt.Errorf("heal: %w: %s", err, out)
 	}
 	return nil

@@ -81,28 +81,15 @@ func (p lonePod) url(path string) string { return "http://" + p.address + ":8080
 // inNet runs a command in the pod's network namespace.
 func (p lonePod) inNet(t testing.TB, args ...string) string {
 	t.Helper()
-	pid := taskOf(t, p.node, strings.TrimPrefix(p.container, "containerd://"))
+	pid, err := taskOf(p.node, strings.TrimPrefix(p.container, "containerd://"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	out, err := on(p.node, append([]string{"nsenter", "--target", pid, "--net", "--"}, args...)...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v in the pod's network: %v\n%s", args, err, out)
 	}
 	return strings.TrimSpace(string(out))
-}
-
-// taskOf is the process of a container.
-func taskOf(t testing.TB, node, container string) string {
-	t.Helper()
-	out, err := on(node, "ctr", "-n", "k8s.io", "tasks", "ls").Output()
-	if err != nil {
-		t.Fatalf("ctr tasks ls: %v", err)
-	}
-	for line := range strings.Lines(string(out)) {
-		if f := strings.Fields(line); len(f) > 1 && f[0] == container {
-			return f[1]
-		}
-	}
-	t.Fatalf("no task of container %s:\n%s", container, out)
-	return ""
 }
 
 // guest is one of the pod's ephemeral containers.
@@ -272,13 +259,13 @@ func TestEphemeralDeaths(t *testing.T) {
 			poll := startPoll(t, pod.url("/report"))
 			pid := fmt.Sprint(thePodExchange(t, pod).PID)
 			at := time.Now()
-			if out, err := on("laptop", "kill", "-"+signal, pid).CombinedOutput(); err != nil {
+			if out, err := on(laptopHost, "kill", "-"+signal, pid).CombinedOutput(); err != nil {
 				t.Fatalf("kill: %v: %s", err, out)
 			}
 			death(t, poll, at, "original", 2*failOpen)
 			pod.untouched(t, deathGrace+restore)
 			t.Logf("nothing is left after %v", time.Since(at).Round(time.Second))
-			_ = on("laptop", "kill", "-KILL", pid).Run()
+			_ = on(laptopHost, "kill", "-KILL", pid).Run()
 			s.wait(patience)
 		})
 	}

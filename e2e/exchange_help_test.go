@@ -39,7 +39,7 @@ func appPorts(offset int) (to []string) {
 // laptopApp runs the sample's server on the laptop under a name.
 func laptopApp(t testing.TB, name string, offset int) *running {
 	t.Helper()
-	s := startAs(t, on("laptop", kit(t), "serve", "-name", name, "-offset", fmt.Sprint(offset)))
+	s := startAs(t, on(laptopHost, kit(t), "serve", "-name", name, "-offset", fmt.Sprint(offset)))
 	eventually(t, 10*time.Second, name+" listens", func() error {
 		_, talk, err := try("curl", "-sS", "--max-time", "1", fmt.Sprintf("http://127.0.0.1:%d/", 8080+offset))
 		if err != nil {
@@ -138,13 +138,28 @@ func nodeKubectl(args ...string) (string, error) {
 
 // clientPod is the node of the client pod, and the process there that keeps it.
 var clientPod = sync.OnceValues(func() (found [2]string, err error) {
-	node, err := nodeKubectl("get", "pod", "-n", namespace, "client", "-o", "jsonpath={.spec.nodeName}")
+	text, err := nodeKubectl("get", "pod", "-n", namespace, "client", "-o", "jsonpath={.spec.nodeName} {.status.containerStatuses[0].containerID}")
 	if err != nil {
 		return found, err
 	}
-	pid, err := on(node, "pgrep", "-o", "-f", "^sleep 1000000000").Output()
-	return [2]string{node, strings.TrimSpace(string(pid))}, err
+	node, container, _ := strings.Cut(text, " containerd://")
+	pid, err := taskOf(node, container)
+	return [2]string{node, pid}, err
 })
+
+// taskOf is the process of a container.
+func taskOf(node, container string) (pid string, err error) {
+	out, err := on(node, "ctr", "-n", "k8s.io", "tasks", "ls").Output()
+	if err != nil {
+		return "", fmt.Errorf("ctr tasks ls: %w", err)
+	}
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == container {
+			return f[1], nil
+		}
+	}
+	return "", fmt.Errorf("no task of container %s:\n%s", container, out)
+}
 
 // fromPod is kit within the client pod, for which no API server is needed.
 func fromPod(t testing.TB, args ...string) *exec.Cmd {
@@ -451,6 +466,7 @@ func sortAny(list any) {
 // coming back does to EndpointSlices.
 func asBefore(t testing.TB) (check func(within time.Duration)) {
 	t.Helper()
+	together(t)
 	objects, err := dumpObjects()
 	if err != nil {
 		t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 // alone is a Deployment of two pods behind one Service, which has had labels of
 // its own, or none.
 func alone(name, labels string) string {
-	return fmt.Sprintf(`
+	return fmt.Sprintf(here(`
 apiVersion: apps/v1
 kind: Deployment
 metadata: {name: %[1]s, namespace: shop%[2]s}
@@ -43,7 +43,7 @@ metadata: {name: %[1]s, namespace: shop}
 spec:
   selector: {app: %[1]s}
   ports: [{name: http, port: 80, targetPort: http}]
-`, name, labels)
+`), name, labels)
 }
 
 // startAlone makes it, and waits until it answers.
@@ -69,10 +69,11 @@ func podsOfApp(t testing.TB, app string) string {
 	return kubectl(t, "get", "pod", "-n", namespace, "-l", "app="+app, "-o", "name")
 }
 
-// workloadsBefore remembers what makes the pods of shop, and its Services: the
+// workloadsBefore remembers what makes the pods of our namespace, and its Services: the
 // pods themselves are others afterwards.
 func workloadsBefore(t testing.TB) (check func(within time.Duration)) {
 	t.Helper()
+	together(t)
 	dump := func() string {
 		all, err := dumpObjects()
 		if err != nil {
@@ -141,7 +142,7 @@ func TestScaleStatefulSet(t *testing.T) {
 		t.Errorf("db still runs: %s", left)
 	}
 	eventually(t, 40*time.Second, "the laptop answers", func() error { // names of pods lag behind
-		if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "20", "-close", "http://db.shop:8080/"); o.By[laptopName] != 20 {
+		if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "20", "-close", urlOf("db", ":8080/")); o.By[laptopName] != 20 {
 			return fmt.Errorf("%+v", o)
 		}
 		return nil
@@ -225,7 +226,7 @@ func TestScaleAmongOthers(t *testing.T) {
 	refused(t, culvert(nil, "exchange", "-n", namespace, "svc/sole-too", "--to", "18080", "--method", "scale"), 1, "exchanged already", strings.ReplaceAll(owner, "@", "_at_"))
 	bob := exchange(t, "svc/sole", "--to", "18080", "--header", "x-dev: bob")
 	for by, header := range map[string]string{laptopName: "x-dev: ann", "bob": "x-dev: bob"} {
-		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", "-H", header, "http://sole.shop/report"); o.By[by] != 10 {
+		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", "-H", header, urlOf("sole", "/report")); o.By[by] != 10 {
 			t.Errorf("%s: %+v", header, o)
 		}
 	}
@@ -237,7 +238,7 @@ func TestScaleAmongOthers(t *testing.T) {
 		}
 		return nil
 	})
-	if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", "http://sole.shop/report"); o.By["original"] != 10 {
+	if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", urlOf("sole", "/report")); o.By["original"] != 10 {
 		t.Errorf("%+v", o)
 	}
 	bob.stop()

@@ -27,12 +27,12 @@ func named(t testing.TB, by map[string]string) {
 func TestStandIn(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	check := asBefore(t)
-	before := map[string]string{"db-0.db": "db-0", "db-1.db": "db-1", "db-0.db.shop.svc.cluster.local": "db-0"}
+	before := map[string]string{"db-0.db": "db-0", "db-1.db": "db-1", at("db-0.db") + ".svc.cluster.local": "db-0"}
 	named(t, before)
 	pods := podsOfApp(t, "db")
 
 	s := exchange(t, "pod/db-0", "--to", "http=8080")
-	named(t, map[string]string{"db-0.db": laptopName, "db-1.db": "db-1", "db-0.db.shop.svc.cluster.local": laptopName})
+	named(t, map[string]string{"db-0.db": laptopName, "db-1.db": "db-1", at("db-0.db") + ".svc.cluster.local": laptopName})
 	for _, host := range []string{"db-0.db", "db-1.db"} { // the Service's other port goes on
 		if got := inPod(t, "kit", "dial", "tcp", host+":8081", "hello"); got != "hello" {
 			t.Errorf("%s answered %q", host, got)

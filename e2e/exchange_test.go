@@ -18,12 +18,12 @@ func TestExchange(t *testing.T) {
 	check := asBefore(t)
 	pods := kubectl(t, "get", "pod", "-n", namespace, "-l", "app=app", "-o", "jsonpath={.items[*].metadata.uid}")
 	before := service(t, "app")
-	want(t, who(t, "app.shop"), "original", byRequest, byConnection)
+	want(t, who(t, at("app")), "original", byRequest, byConnection)
 
 	s := exchange(t, append([]string{"svc/app"}, appPorts(0)...)...)
-	comes(t, laptopName, "app.shop")
+	comes(t, laptopName, at("app"))
 	t.Run("every protocol", func(t *testing.T) {
-		for _, host := range []string{"app", "app.shop.svc.cluster.local", serviceIP(t, "app")} {
+		for _, host := range []string{"app", at("app") + ".svc.cluster.local", serviceIP(t, "app")} {
 			want(t, who(t, host), laptopName, byRequest, byConnection)
 		}
 	})
@@ -39,24 +39,25 @@ func TestExchange(t *testing.T) {
 		}
 	})
 	t.Run("250 at once", func(t *testing.T) {
-		o := kitInPod[loadOutcome](t, "load", "-c", "250", "-n", "250", "http://app.shop/slow?for=1s")
+		var o loadOutcome
+		exclusively(t, func() { o = kitInPod[loadOutcome](t, "load", "-c", "250", "-n", "250", urlOf("app", "/slow?for=1s")) })
 		if o.By[laptopName] != 250 || o.Failures > 0 {
 			t.Errorf("%+v", o)
 		}
 	})
 	t.Run("100 MB both ways", func(t *testing.T) {
 		const size = 100 << 20
-		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "1", fmt.Sprintf("http://app.shop/download?bytes=%d", size))
+		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "1", urlOf("app", fmt.Sprintf("/download?bytes=%d", size)))
 		if o.Failures > 0 || o.Bytes != size {
 			t.Errorf("download: %+v", o)
 		}
-		sum := inPod(t, "sh", "-c", "head -c 104857600 /dev/zero | kit -t 60s post http://app.shop/hash")
+		sum := inPod(t, "sh", "-c", "head -c 104857600 /dev/zero | kit -t 60s post "+urlOf("app", "/hash"))
 		if sum != "104857600 20492a4d0d84f8beb1767f6616229f85d44c2827b64bdbfb260ee12fa1109e0e" {
 			t.Errorf("upload: %s", sum)
 		}
 	})
 	t.Run("13 posts of 20 MiB at once", func(t *testing.T) {
-		const post = "head -c 20971520 /dev/urandom | kit -t 60s post http://app.shop/hash | grep -c '^20971520 ' & "
+		post := "head -c 20971520 /dev/urandom | kit -t 60s post " + urlOf("app", "/hash") + " | grep -c '^20971520 ' & "
 		script := strings.Repeat(post, 13) + "wait"
 		if n := strings.Count(inPod(t, "sh", "-c", script), "1"); n != 13 {
 			t.Errorf("%d of 13 arrived whole", n)
@@ -73,7 +74,7 @@ func TestExchange(t *testing.T) {
 		}
 	})
 	leave(t, s, "svc/app")
-	want(t, who(t, "app.shop"), "original", byRequest, byConnection)
+	want(t, who(t, at("app")), "original", byRequest, byConnection)
 	if now := kubectl(t, "get", "pod", "-n", namespace, "-l", "app=app", "-o", "jsonpath={.items[*].metadata.uid}"); now != pods {
 		t.Errorf("pods %s, were %s", now, pods)
 	}
@@ -110,17 +111,17 @@ func TestExchangeTargets(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	check := asBefore(t)
 	for _, c := range []struct{ target, url, to string }{
-		{"svc/app-sticky", "http://app-sticky.shop/", "8080"},
-		{"web-nodeport", "http://web-nodeport.shop/", "80=127.0.0.1:8080"},
-		{"svc/db", "http://db.shop:8080/", "http=8080"}, // headless: names lead to pods
-		{"sts/db", "http://db.shop:8080/", "http=8080:http"},
+		{"svc/app-sticky", urlOf("app-sticky", "/"), "8080"},
+		{"web-nodeport", urlOf("web-nodeport", "/"), "80=127.0.0.1:8080"},
+		{"svc/db", urlOf("db", ":8080/"), "http=8080"}, // headless: names lead to pods
+		{"sts/db", urlOf("db", ":8080/"), "http=8080:http"},
 		{"deploy/redis", "", "6379=7002"},
 	} {
 		t.Run(c.target, func(t *testing.T) {
 			s := exchange(t, c.target, "--to", c.to)
 			if c.url == "" {
 				time.Sleep(2 * time.Second) // until the nodes have heard
-				if got := inPod(t, "kit", "dial", "tcp", "redis.shop:6379", "hello"); got != laptopName+" hello" {
+				if got := inPod(t, "kit", "dial", "tcp", at("redis")+":6379", "hello"); got != laptopName+" hello" {
 					t.Errorf("answered %q", got)
 				}
 			} else {
@@ -144,9 +145,9 @@ func TestExchangeWithConnect(t *testing.T) {
 	check := asBefore(t)
 	c := connect(t)
 	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
-	comes(t, laptopName, "-H", "x-dev: mine", "app.shop")
+	comes(t, laptopName, "-H", "x-dev: mine", at("app"))
 	for by, header := range map[string]string{"original": "x-dev: yours", laptopName: "x-dev: mine"} {
-		got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", "http://app.shop/")
+		got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", urlOf("app", "/"))
 		if got != by {
 			t.Errorf("%s: answered by %q, want %q", header, got, by)
 		}
@@ -165,7 +166,7 @@ func TestExchangeHeaders(t *testing.T) {
 	laptopApp(t, "bob", 20000)
 	check := asBefore(t)
 	ann := exchange(t, append([]string{"svc/app", "--header", "x-dev: ann"}, appPorts(10000)...)...)
-	comes(t, "ann", "-H", "x-dev: ann", "app.shop")
+	comes(t, "ann", "-H", "x-dev: ann", at("app"))
 	bob := exchange(t, append([]string{"svc/app", "--header", "x-dev: bo*", "--path", "/api"}, appPorts(20000)...)...)
 
 	t.Run("who gets what", func(t *testing.T) {
@@ -180,7 +181,7 @@ func TestExchangeHeaders(t *testing.T) {
 			{"ann", []string{"-H", "X-Dev: ann", "-path", "/api"}},
 			{"bob", []string{"-H", "x-dev: bobby", "-path", "/api"}},
 		} {
-			found := who(t, append(c.flags, "app.shop")...)
+			found := who(t, append(c.flags, at("app"))...)
 			protocols := byRequest
 			if c.by == "bob" { // a path of gRPC is its method's
 				protocols = slices.DeleteFunc(slices.Clone(byRequest), func(p string) bool { return strings.HasPrefix(p, "grpc") })
@@ -205,19 +206,19 @@ func TestExchangeHeaders(t *testing.T) {
 		if code := ann.wait(20 * time.Second); code == 0 || !strings.Contains(ann.talk.String(), "taken") {
 			t.Errorf("whose exchange was taken ended with %d\n%s", code, ann.talk.String())
 		}
-		want(t, who(t, "-H", "x-dev: ann", "app.shop"), "bob", byRequest)
+		want(t, who(t, "-H", "x-dev: ann", at("app")), "bob", byRequest)
 		cat.stop()
 	})
 	t.Run("a regular expression", func(t *testing.T) {
-		comes(t, "original", "app.shop") // the old one has put the Service back, perhaps
+		comes(t, "original", at("app")) // the old one has put the Service back, perhaps
 		cat := exchange(t, "svc/app", "--header", "cookie: /(^|; )dev=ann($|;)/", "--to", "http=18080", "--to", "grpc=19090")
-		comes(t, "ann", "-H", "Cookie: a=b; dev=ann", "app.shop")
-		want(t, who(t, "-H", "Cookie: a=b; dev=ann", "app.shop"), "ann", byRequest)
-		want(t, who(t, "-H", "Cookie: a=b; dev=anna", "app.shop"), "original", byRequest)
+		comes(t, "ann", "-H", "Cookie: a=b; dev=ann", at("app"))
+		want(t, who(t, "-H", "Cookie: a=b; dev=ann", at("app")), "ann", byRequest)
+		want(t, who(t, "-H", "Cookie: a=b; dev=anna", at("app")), "original", byRequest)
 		cat.stop()
 	})
 	t.Run("one leaves, the other stays", func(t *testing.T) {
-		want(t, who(t, "-H", "x-dev: bobby", "-path", "/api", "app.shop", "http/1.1"), "bob", []string{"http/1.1"})
+		want(t, who(t, "-H", "x-dev: bobby", "-path", "/api", at("app"), "http/1.1"), "bob", []string{"http/1.1"})
 		leave(t, bob, "--all")
 	})
 	check(30 * time.Second)
@@ -240,14 +241,14 @@ func TestExchangeMirror(t *testing.T) {
 	check := asBefore(t)
 	s := exchange(t, append([]string{"svc/app", "--mirror"}, appPorts(0)...)...)
 	eventually(t, 5*time.Second, "copies come", func() error {
-		who(t, "app.shop", "http/1.1")
+		who(t, at("app"), "http/1.1")
 		if seen := seenBy(t, 0); seen["/report"] == 0 {
 			return fmt.Errorf("%v", seen)
 		}
 		return nil
 	})
-	want(t, who(t, "app.shop"), "original", byRequest, byConnection)
-	o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "200", "-post", "http://app.shop/hash")
+	want(t, who(t, at("app")), "original", byRequest, byConnection)
+	o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "200", "-post", urlOf("app", "/hash"))
 	if o.By["original"] != 200 {
 		t.Errorf("%+v", o)
 	}
@@ -260,8 +261,8 @@ func TestExchangeMirror(t *testing.T) {
 	})
 	stopped := strings.Fields(laptop(t, "pgrep", "-x", "kit"))
 	laptop(t, append([]string{"kill", "-STOP"}, stopped...)...)
-	o = kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "200", "-post", "http://app.shop/hash")
-	big := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "8", "http://app.shop/download?bytes=5000000")
+	o = kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "200", "-post", urlOf("app", "/hash"))
+	big := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "8", urlOf("app", "/download?bytes=5000000"))
 	laptop(t, append([]string{"kill", "-CONT"}, stopped...)...)
 	if o.By["original"] != 200 || big.By["original"] != 8 || o.P99ms > 1000 {
 		t.Errorf("while the laptop hangs: %+v, %+v", o, big)
@@ -281,12 +282,15 @@ func TestExchangeLosesNothing(t *testing.T) {
 	loads := [][]string{
 		{"-c", "4"}, {"-c", "4", "-post"}, {"-c", "2", "-close"}, {"-c", "2", "-h2"},
 	}
-	all := under(t, loads, "http://"+serviceIP(t, "app")+"/report", func() {
-		for range 2 {
-			s := exchange(t, "svc/app", "--to", "http=8080")
-			time.Sleep(time.Second)
-			s.stop()
-		}
+	var all []loadOutcome
+	exclusively(t, func() {
+		all = under(t, loads, "http://"+serviceIP(t, "app")+"/report", func() {
+			for range 2 {
+				s := exchange(t, "svc/app", "--to", "http=8080")
+				time.Sleep(time.Second)
+				s.stop()
+			}
+		})
 	})
 	for i, o := range all {
 		t.Logf("%v: %d requests, %v, p99 %v ms", loads[i], o.Requests, o.By, o.P99ms)
@@ -303,7 +307,7 @@ func TestExchangeRedeploy(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	before := service(t, "app")
 	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
-	comes(t, laptopName, "-H", "x-dev: mine", "app.shop")
+	comes(t, laptopName, "-H", "x-dev: mine", at("app"))
 	loads := [][]string{{"-c", "2", "-close"}, {"-c", "2", "-H", "x-dev: mine"}}
 	all := under(t, loads, "http://"+serviceIP(t, "app")+"/report", func() {
 		kubectl(t, "rollout", "restart", "-n", namespace, "deploy/app")
@@ -335,14 +339,14 @@ func nothingOf(session string, within time.Duration) error {
 
 // another is a Service in front of the pods of app, made by kubectl apply.
 func another(name string) string {
-	return fmt.Sprintf(`
+	return fmt.Sprintf(here(`
 apiVersion: v1
 kind: Service
 metadata: {name: %s, namespace: shop}
 spec:
   selector: {app: app}
   ports: [{name: http, port: 80, targetPort: http}]
-`, name)
+`), name)
 }
 
 // A GitOps tool puts the manifest back: its word is the last one, the original
@@ -411,7 +415,7 @@ spec: {clusterIP: None, selector: {app: app}}
 
 // What cannot be done is said clearly, and changes nothing.
 func TestExchangeRefused(t *testing.T) {
-	apply(t, oddServices)
+	apply(t, here(oddServices))
 	t.Cleanup(func() { kubectl(t, "delete", "svc", "-n", namespace, "no-selector", "no-ports") })
 	check := asBefore(t)
 	for _, c := range []struct {
@@ -460,13 +464,13 @@ func TestExchangeNothingListens(t *testing.T) {
 	if said := strings.Join(talkOf(s.talk.String(), "! "), "\n"); !strings.Contains(said, "18080") {
 		t.Errorf("no line says that nothing listens on 18080:\n%s", s.talk.String())
 	}
-	o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "40", "-post", "http://app.shop/report")
+	o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "40", "-post", urlOf("app", "/report"))
 	if o.By["original"] != 40 || o.P99ms > 500 {
 		t.Errorf("nothing listens: %+v", o)
 	}
 	app := laptopApp(t, laptopName, 10000)
 	eventually(t, 5*time.Second, "the laptop answers", func() error {
-		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", "http://app.shop/report"); o.By[laptopName] != 5 {
+		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", urlOf("app", "/report")); o.By[laptopName] != 5 {
 			return fmt.Errorf("%+v", o)
 		}
 		return nil
@@ -535,7 +539,7 @@ spec:
 // router, and the router to the original.
 func TestExchangePolicies(t *testing.T) {
 	laptopApp(t, laptopName, 0)
-	apply(t, walls)
+	apply(t, here(walls))
 	t.Cleanup(func() { kubectl(t, "delete", "networkpolicy", "-n", namespace, "deny-all", "client-to-app") })
 	check := asBefore(t)
 	s := exchange(t, append([]string{"svc/app"}, appPorts(0)...)...)
@@ -575,7 +579,7 @@ func TestExchangeCommand(t *testing.T) {
 	script := "env -0 >" + file + "; exec " + kit(t) + " serve -name " + laptopName
 	s := exchange(t, "svc/app", "--to", "http=8080", "--", "sh", "-c", script)
 	eventually(t, 10*time.Second, "the process answers", func() error {
-		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", "http://app.shop/report"); o.By[laptopName] != 5 {
+		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", urlOf("app", "/report")); o.By[laptopName] != 5 {
 			return fmt.Errorf("%+v", o)
 		}
 		return nil
@@ -587,7 +591,7 @@ func TestExchangeCommand(t *testing.T) {
 	env := strings.Split(string(text), "\x00")
 	for _, want := range []string{
 		"NAME=original", "GREETING=good day", "COLOURS=red,\ngreen", "COLOUR=red,\ngreen", "DB_PASSWORD=open sesame",
-		"NAMESPACE=shop", "LABEL=app", "MEMORY=268435456", "ADDRESS=shop/app $(LABEL)",
+		"NAMESPACE=" + namespace, "LABEL=app", "MEMORY=268435456", "ADDRESS=" + namespace + "/app $(LABEL)",
 	} {
 		if !slices.Contains(env, want) {
 			t.Errorf("the process has no %q", want)
@@ -597,6 +601,6 @@ func TestExchangeCommand(t *testing.T) {
 	if code := s.wait(patience); code == 0 {
 		t.Error("the process was killed, and culvert ended with 0")
 	}
-	want(t, who(t, "app.shop", "http/1.1"), "original", []string{"http/1.1"})
+	want(t, who(t, at("app"), "http/1.1"), "original", []string{"http/1.1"})
 	check(30 * time.Second)
 }

@@ -14,7 +14,7 @@ func TestExpose(t *testing.T) {
 	s.says(exposedLine)
 	many := start(t, "expose", "-n", namespace, "80=8080", "9090", "443=8443", "7001", "7002", "7003/udp", "--as", "all-preview")
 	t.Run("HTTP", func(t *testing.T) {
-		o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "100", "http://web-preview.shop/report")
+		o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "100", urlOf("web-preview", "/report"))
 		if o.By[laptopName] != 100 {
 			t.Errorf("%+v", o)
 		}
@@ -27,13 +27,13 @@ func TestExpose(t *testing.T) {
 	})
 	t.Run("every protocol", func(t *testing.T) {
 		many.says(exposedLine)
-		want(t, who(t, "all-preview.shop"), laptopName, byRequest, byConnection)
+		want(t, who(t, at("all-preview")), laptopName, byRequest, byConnection)
 	})
 	t.Run("the laptop's process ends", func(t *testing.T) {
 		start := time.Now()
 		gone := startAs(t, culvert(nil, "expose", "-n", namespace, "18099", "--as", "nobody:80"))
 		gone.says(exposedLine)
-		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "3", "http://nobody.shop/")
+		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "3", urlOf("nobody", "/"))
 		if o.Requests > 0 {
 			t.Errorf("nothing listens, and there are answers: %+v", o)
 		}

@@ -178,7 +178,7 @@ func TestWrongImage(t *testing.T) {
 // inPrivate is culvert with mounts that only it sees.
 func inPrivate(mounts string, args ...string) *exec.Cmd {
 	script := mounts + "\nexec " + culvertBin + ` "$@"`
-	return on("laptop", append([]string{"unshare", "--mount", "--propagation=private", "sh", "-ec", script, "sh"}, args...)...)
+	return on(laptopHost, append([]string{"unshare", "--mount", "--propagation=private", "sh", "-ec", script, "sh"}, args...)...)
 }
 
 // smallEtc mounts a little /etc, with what a program needs of it, at dir on the
@@ -379,7 +379,7 @@ func TestClean(t *testing.T) {
 		}
 		for _, found := range c.Sessions {
 			alive := found.Name == living.Session
-			if found.Living != alive || found.Removed != (!alive && !dry) || found.Namespace != namespace || found.Owner != "root@laptop" || !slices.Contains(found.Objects, "lease/culvert-"+found.Name) {
+			if found.Living != alive || found.Removed != (!alive && !dry) || found.Namespace != namespace || found.Owner != "root@"+laptopHost || !slices.Contains(found.Objects, "lease/culvert-"+found.Name) {
 				t.Errorf("dry run %v: %+v", dry, found)
 			}
 		}
@@ -477,7 +477,7 @@ func TestOutput(t *testing.T) {
 	})
 	t.Run("rbac", func(t *testing.T) {
 		for _, args := range [][]string{{"-n", namespace}, {"-n", namespace, "--cluster"}} {
-			c := on("laptop", "kubectl", "apply", "--dry-run=server", "--validate=strict", "-f", "-")
+			c := on(laptopHost, "kubectl", "apply", "--dry-run=server", "--validate=strict", "-f", "-")
 			c.Stdin = strings.NewReader(rbac(t, args...))
 			out, err := c.CombinedOutput()
 			if err != nil || strings.Count(string(out), "created (server dry run)") != len(args)-1 || strings.Contains(string(out), "arning") {
@@ -502,7 +502,7 @@ func TestOutput(t *testing.T) {
 		if err != nil || !strings.HasPrefix(out, ":") {
 			t.Errorf("without a cluster: %v, %q, %q", err, out, talk)
 		}
-		c := on("laptop", "bash", "-n")
+		c := on(laptopHost, "bash", "-n")
 		c.Stdin = strings.NewReader(laptop(t, culvertBin, "completion", "bash"))
 		if out, err := c.CombinedOutput(); err != nil {
 			t.Errorf("completion bash: %v: %s", err, out)

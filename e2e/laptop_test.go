@@ -21,10 +21,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/cli"
 )
 
-const (
-	namespace = "shop"
-	patience  = 90 * time.Second // for what takes 10 s on a quiet machine
-)
+const patience = 90 * time.Second // for what takes 10 s on a quiet machine
 
 var (
 	image      = cmp.Or(os.Getenv("CULVERT_IMAGE"), "localhost/culvert-shadow:dev")
@@ -71,7 +68,7 @@ func on(machine string, args ...string) *exec.Cmd {
 
 // try runs a command on the laptop and returns what it printed and its error.
 func try(args ...string) (stdout, stderr string, err error) {
-	c := on("laptop", args...)
+	c := on(laptopHost, args...)
 	var out, talk bytes.Buffer
 	c.Stdout, c.Stderr = &out, &talk
 	err = c.Run()
@@ -96,7 +93,8 @@ func kubectl(t testing.TB, args ...string) string {
 // apply gives the cluster a manifest.
 func apply(t testing.TB, manifest string) {
 	t.Helper()
-	c := on("laptop", "kubectl", "apply", "-f", "-")
+	together(t)
+	c := on(laptopHost, "kubectl", "apply", "-f", "-")
 	c.Stdin = strings.NewReader(manifest)
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("kubectl apply: %v\n%s", err, out)
@@ -161,11 +159,12 @@ type running struct {
 // start runs culvert with args and returns at once.
 func start(t testing.TB, args ...string) *running {
 	t.Helper()
-	return startAs(t, on("laptop", append([]string{culvertBin}, args...)...))
+	return startAs(t, on(laptopHost, append([]string{culvertBin}, args...)...))
 }
 
 func startAs(t testing.TB, cmd *exec.Cmd) *running {
 	t.Helper()
+	together(t)
 	s := &running{t: t, cmd: cmd}
 	cmd.Stdout, cmd.Stderr = &s.talk, &s.talk
 	if err := cmd.Start(); err != nil {

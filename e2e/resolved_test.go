@@ -32,7 +32,7 @@ func resolvedLaptop(t *testing.T) (resolvectl string) {
 		laptop(t, "sh", "-ec", "rm -f /etc/resolv.conf; tar -C /etc -xf "+kept+"; rm -rf /run/dbus /run/systemd")
 	})
 	stop, err := program.Start(t.Context(), resolvertest.Config{
-		Enter:    []string{"nsenter", "-t", pidOf(t, "laptop"), "-m", "-n", "-p"},
+		Enter:    []string{"nsenter", "-t", pidOf(t, laptopHost), "-m", "-n", "-p"},
 		Upstream: map[string]netip.Addr{"eth0": netip.MustParseAddr("172.31.0.1")},
 		Log:      t.Output(),
 	})

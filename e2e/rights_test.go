@@ -28,14 +28,14 @@ const (
 
 // culvert is a command on the laptop with a little more environment.
 func culvert(env []string, args ...string) *exec.Cmd {
-	c := on("laptop", append([]string{culvertBin}, args...)...)
+	c := on(laptopHost, append([]string{culvertBin}, args...)...)
 	c.Env = append(c.Env, env...)
 	return c
 }
 
 // culvertAs is the same, run by a user of the laptop.
 func culvertAs(uid string, env []string, args ...string) *exec.Cmd {
-	c := clusterCommand(append([]string{"exec", "--uid", uid, "laptop", "--", culvertBin}, args...)...)
+	c := clusterCommand(append([]string{"exec", "--uid", uid, laptopHost, "--", culvertBin}, args...)...)
 	c.Env = append(append(os.Environ(), "CULVERT_IMAGE="+image), env...)
 	return c
 }
@@ -547,7 +547,7 @@ func TestExecPlugin(t *testing.T) {
 		env := plugin(t, openDir(t), certificate(t), false)
 		// What sudo itself keeps of those it refuses.
 		t.Cleanup(func() { laptop(t, "rm", "-rf", "/run/sudo") })
-		_ = clusterCommand("exec", "--uid", devUID, "laptop", "--", "sudo", "-n", "true").Run()
+		_ = clusterCommand("exec", "--uid", devUID, laptopHost, "--", "sudo", "-n", "true").Run()
 		check := noTrace(t)
 		refusal{3, []string{"root is needed"}, "sudo -v"}.check(t, culvertAs(devUID, env, "connect", "-n", namespace))
 		check(0)

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-const restarting = "TestRealWatchOutlivesTheServer" // its test restarts the API server
+// Tests that restart the API server, or change which addresses it gives.
+const restarting = "^(TestRealWatchOutlivesTheServer|TestRealSecondServiceCIDR)$"
 
 // The rooms that talk to Kubernetes bring tests of their own for a real API
 // server. They run in the network namespace of the router, which is outside of
@@ -25,6 +26,7 @@ func TestRoomsOnTheCluster(t *testing.T) {
 	}
 	run := func(t *testing.T, room string, args ...string) {
 		t.Helper()
+		together(t)
 		program := append([]string{"--net=/run/netns/culvert-router", filepath.Join(dir, room+".test"), "-test.v", "-test.timeout=10m"}, args...)
 		c := exec.Command("nsenter", program...)
 		c.Dir = filepath.Join(root, room)
@@ -37,7 +39,9 @@ func TestRoomsOnTheCluster(t *testing.T) {
 			t.Errorf("tests were skipped:\n%s", text)
 		}
 	}
-	t.Run("restart", func(t *testing.T) { run(t, "pkg/kube", "-test.run=^"+restarting+"$") })
+	t.Run("restart", func(t *testing.T) {
+		exclusively(t, func() { run(t, "pkg/kube", "-test.run="+restarting) })
+	})
 	t.Parallel() // from here on nobody else is disturbed
 	for _, room := range []string{"pkg/kube", "pkg/kube/heal"} {
 		t.Run(room, func(t *testing.T) { run(t, room, "-test.run=TestReal|TestLive", "-test.skip="+restarting) })

@@ -22,10 +22,13 @@ func dumpLaptop(t testing.TB) string {
 const kinds = "all,cm,secret,sa,role,rolebinding,lease,networkpolicy,endpointslice,pdb,pvc,ingress"
 
 // watched are the namespaces that are compared; tests with a namespace of their
-// own look at that by themselves.
-var watched = []string{"default", "kube-public", "kube-system", "shop", "other"}
+// own look at that by themselves, and so does the other half of the tests.
+var watched = map[string][]string{
+	shop: {"default", "kube-public", "kube-system", shop, "other"},
+	mall: {mall},
+}[namespace]
 
-// dumpCluster is every object of every namespace, less what changes by itself
+// dumpCluster is every object of the watched namespaces, less what changes by itself
 // and what belongs to the dead: see goesByItself.
 func dumpCluster(t testing.TB) string {
 	t.Helper()
@@ -86,6 +89,7 @@ func difference(a, b string) string {
 // that they are, within a while, as they were.
 func noTrace(t testing.TB) (check func(within time.Duration)) {
 	t.Helper()
+	together(t)
 	machine, cluster := dumpLaptop(t), dumpCluster(t)
 	return func(within time.Duration) {
 		t.Helper()
