@@ -6,6 +6,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -29,6 +31,7 @@ func main() {
 
 type suite struct {
 	out     io.Writer
+	env     []string // of go test, besides ours
 	start   time.Time
 	passed  int
 	failed  int
@@ -60,9 +63,72 @@ func (s *suite) endToEnd(run string, keep bool) {
 	if !s.make("cluster-up") || !s.make("build") {
 		return
 	}
-	s.goTest("-timeout=45m", "-run="+run, "./e2e")
+	if run != "" {
+		s.goTest("-timeout=45m", "-run="+run, "./e2e")
+	} else {
+		s.halves()
+	}
 	if !keep {
 		s.make("cluster-down")
+	}
+}
+
+// ofExchange are the tests of the second half: about as long as all others.
+const ofExchange = "^Test(Exchange|Expose|Scale|StandIn|Ephemeral)"
+
+// halves runs the end-to-end tests as two processes, which mostly wait. Each has
+// a laptop and a namespace of its own.
+func (s *suite) halves() {
+	var both sync.WaitGroup
+	var mu sync.Mutex
+	first, second := *s, *s
+	for _, h := range []struct {
+		s                        *suite
+		which, laptop, namespace string
+	}{{&first, "-skip=" + ofExchange, "laptop", "shop"}, {&second, "-run=" + ofExchange, "laptop2", "mall"}} {
+		h.s.passed, h.s.failed, h.s.skipped = 0, 0, 0
+		out := &prefixed{mu: &mu, out: s.out, prefix: fmt.Sprintf("%-8s", h.laptop)}
+		h.s.out, h.s.env = out, []string{"CULVERT_E2E_LAPTOP=" + h.laptop, "CULVERT_E2E_NAMESPACE=" + h.namespace}
+		both.Go(func() {
+			h.s.goTest("-timeout=45m", h.which, "./e2e")
+			out.flush()
+		})
+	}
+	both.Wait()
+	s.passed += first.passed + second.passed
+	s.failed += first.failed + second.failed
+	s.skipped += first.skipped + second.skipped
+}
+
+// prefixed writes whole lines, each with a prefix: several share one output.
+type prefixed struct {
+	mu     *sync.Mutex
+	out    io.Writer
+	prefix string
+	rest   []byte // of a line that has not ended
+}
+
+func (p *prefixed) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rest = append(p.rest, b...)
+	var whole []byte
+	for {
+		line, rest, ended := bytes.Cut(p.rest, []byte("\n"))
+		if !ended {
+			break
+		}
+		whole = fmt.Appendf(whole, "%s%s\n", p.prefix, line)
+		p.rest = rest
+	}
+	_, err := p.out.Write(whole)
+	return len(b), err
+}
+
+// flush ends a line that nobody has ended.
+func (p *prefixed) flush() {
+	if len(p.rest) > 0 {
+		fmt.Fprintln(p)
 	}
 }
 
@@ -109,6 +175,7 @@ type event struct {
 func (s *suite) goTest(args ...string) {
 	s.stage("go test " + strings.Join(args, " "))
 	c := exec.Command("go", append([]string{"test", "-json", "-count=1"}, args...)...)
+	c.Env = append(os.Environ(), s.env...)
 	c.Stderr = s.out
 	out, err := c.StdoutPipe()
 	if err != nil {
