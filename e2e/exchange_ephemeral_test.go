@@ -255,6 +255,7 @@ func TestEphemeralDeaths(t *testing.T) {
 	}
 	for name, signal := range map[string]string{"kill -9 culvert": "KILL", "culvert hangs": "STOP"} {
 		t.Run(name, func(t *testing.T) {
+			giveWay(t)
 			s := pod.whole(t, "--grace", deathGrace.String())
 			poll := startPoll(t, pod.url("/report"))
 			pid := fmt.Sprint(thePodExchange(t, pod).PID)
@@ -270,6 +271,7 @@ func TestEphemeralDeaths(t *testing.T) {
 		})
 	}
 	t.Run("kill -9 the shadow", func(t *testing.T) {
+		giveWay(t)
 		s := pod.whole(t)
 		poll := startPoll(t, pod.url("/report"))
 		at := time.Now()
@@ -294,6 +296,7 @@ func TestEphemeralDeaths(t *testing.T) {
 		pod.untouched(t, 5*time.Second)
 	})
 	t.Run("Ctrl-C before it is up", func(t *testing.T) {
+		giveWay(t)
 		for _, step := range []string{"making the router", "waiting for the router pod", "opening the wire"} {
 			s := start(t, "exchange", "-n", podSpace, "--method", "ephemeral", "pod/"+pod.name, "--to", "http=8080", "-v")
 			eventually(t, patience, step, func() error {
@@ -307,6 +310,7 @@ func TestEphemeralDeaths(t *testing.T) {
 		}
 	})
 	t.Run("the pod is deleted, of a deployment", func(t *testing.T) {
+		giveWay(t)
 		s := start(t, append([]string{"exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app"}, appPorts(0)...)...)
 		s.says("pod/" + pod.name + " is exchanged")
 		if _, err := nodeKubectl("delete", "pod", "-n", podSpace, pod.name); err != nil {
@@ -319,6 +323,7 @@ func TestEphemeralDeaths(t *testing.T) {
 		pod.untouched(t, 5*time.Second)
 	})
 	t.Run("the pod is deleted, by its name", func(t *testing.T) {
+		giveWay(t)
 		s := pod.whole(t)
 		if _, err := nodeKubectl("delete", "pod", "-n", podSpace, pod.name); err != nil {
 			t.Fatal(err)

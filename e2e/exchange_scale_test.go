@@ -101,6 +101,7 @@ func workloadsBefore(t testing.TB) (check func(within time.Duration)) {
 func TestScale(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	for name, labels := range map[string]string{"sole": "", "sole-labelled": ", labels: {app: sole, tier: front}"} {
+		giveWay(t)
 		startAlone(t, name, labels)
 		check := workloadsBefore(t)
 		url := "http://" + serviceIP(t, name) + "/report"
@@ -160,6 +161,7 @@ func TestScaleDeaths(t *testing.T) {
 	startAlone(t, "sole", "")
 	check := workloadsBefore(t)
 	t.Run("kill -9 culvert", func(t *testing.T) {
+		giveWay(t)
 		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale", shortGrace)
 		p := startPoll(t, "http://"+serviceIP(t, "sole")+"/")
 		if err := p.steadily(laptopName, time.Now(), 10*time.Second); err != nil {
@@ -175,6 +177,7 @@ func TestScaleDeaths(t *testing.T) {
 		check(60 * time.Second)
 	})
 	t.Run("kill -9 router", func(t *testing.T) {
+		giveWay(t)
 		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale")
 		v := &victim{status: theExchange(t, "sole")}
 		if err := v.killContainer(); err != nil {
@@ -191,6 +194,7 @@ func TestScaleDeaths(t *testing.T) {
 		check(30 * time.Second)
 	})
 	t.Run("both, and clean", func(t *testing.T) {
+		giveWay(t)
 		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale")
 		session := routerOf(t, "sole")
 		kill9(t, theExchange(t, "sole").PID)
@@ -276,6 +280,7 @@ func TestScaleEditRole(t *testing.T) {
 	startAlone(t, "sole", "")
 	check := workloadsBefore(t)
 	for _, dies := range []bool{false, true} {
+		giveWay(t)
 		s := startAs(t, culvertAs(devUID, nil, "exchange", "-n", namespace, "svc/sole", "--to", "8080", "--method", "scale", shortGrace))
 		s.says(exchangedLine)
 		if said := strings.Join(talkOf(s.talk.String(), "! "), "\n"); !strings.Contains(said, "culvert clean") {

@@ -118,6 +118,7 @@ func TestExchangeTargets(t *testing.T) {
 		{"deploy/redis", "", "6379=7002"},
 	} {
 		t.Run(c.target, func(t *testing.T) {
+			giveWay(t)
 			s := exchange(t, c.target, "--to", c.to)
 			if c.url == "" {
 				time.Sleep(2 * time.Second) // until the nodes have heard

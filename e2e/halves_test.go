@@ -89,6 +89,15 @@ func apart(t testing.TB) {
 	letGo(topOf(t), h)
 }
 
+// giveWay lets the other half be alone now, if it waits for that: in the middle
+// of a long test, where an API server that is away for a while does no harm.
+func giveWay(t testing.TB) {
+	t.Helper()
+	h := together(t)
+	h.end()
+	h.end = lock(t, unix.LOCK_SH)
+}
+
 // exclusively does what disturbs all others, or what all others disturb.
 func exclusively(t testing.TB, do func()) {
 	t.Helper()
