@@ -14,6 +14,8 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,6 +38,7 @@ type suite struct {
 	passed  int
 	failed  int
 	skipped int
+	reasons []string // of the tests that failed
 }
 
 func (s *suite) run(run string, unitOnly, keep bool) {
@@ -86,7 +89,7 @@ func (s *suite) halves() {
 		s                        *suite
 		which, laptop, namespace string
 	}{{&first, "-skip=" + ofExchange, "laptop", "shop"}, {&second, "-run=" + ofExchange, "laptop2", "mall"}} {
-		h.s.passed, h.s.failed, h.s.skipped = 0, 0, 0
+		h.s.passed, h.s.failed, h.s.skipped, h.s.reasons = 0, 0, 0, nil
 		out := &prefixed{mu: &mu, out: s.out, prefix: fmt.Sprintf("%-8s", h.laptop)}
 		h.s.out, h.s.env = out, []string{"CULVERT_E2E_LAPTOP=" + h.laptop, "CULVERT_E2E_NAMESPACE=" + h.namespace}
 		both.Go(func() {
@@ -98,6 +101,7 @@ func (s *suite) halves() {
 	s.passed += first.passed + second.passed
 	s.failed += first.failed + second.failed
 	s.skipped += first.skipped + second.skipped
+	s.reasons = slices.Concat(s.reasons, first.reasons, second.reasons)
 }
 
 // prefixed writes whole lines, each with a prefix: several share one output.
@@ -133,6 +137,9 @@ func (p *prefixed) flush() {
 }
 
 func (s *suite) close() int {
+	for _, reason := range s.reasons {
+		fmt.Fprint(s.out, reason)
+	}
 	fmt.Fprintf(s.out, "%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
 	if s.failed > 0 || s.passed == 0 {
 		return 1
@@ -230,6 +237,20 @@ func (s *suite) count(e event, said map[string][]string) {
 	}
 }
 
+// reason is what a test itself said, without what its programs did: said again
+// at the end, where the output of a long run is looked at first.
+func reason(said []string) string {
+	var own strings.Builder
+	for _, line := range said {
+		if ofTest.MatchString(line) {
+			own.WriteString(line)
+		}
+	}
+	return own.String()
+}
+
+var ofTest = regexp.MustCompile(`^ +\w+_test\.go:\d+: `)
+
 // unfinished shows the tests of a package that ended without a verdict: those
 // that ran when it crashed or its time was up. What they said has the stacks.
 func (s *suite) unfinished(pkg string, said map[string][]string) {
@@ -259,6 +280,7 @@ func (s *suite) verdict(e event, said []string) {
 	case "fail":
 		s.failed++
 		fmt.Fprintf(s.out, "FAIL %s %s\n%s", e.Package, e.Test, strings.Join(said, ""))
+		s.reasons = append(s.reasons, fmt.Sprintf("FAIL %s %s\n%s", e.Package, e.Test, reason(said)))
 	}
 	if e.Elapsed > 5 && e.Action == "pass" {
 		fmt.Fprintf(s.out, "ok   %6.1fs  %s\n", e.Elapsed, e.Test)
