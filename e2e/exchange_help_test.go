@@ -247,7 +247,7 @@ func under(t testing.TB, loads [][]string, url string, do func()) (all []loadOut
 					}
 				default:
 				}
-				all[i].add(kitInPod[loadOutcome](t, slices.Concat([]string{"load", "-d", "3s"}, args, []string{url})...))
+				all[i].add(kitInPod[loadOutcome](t, slices.Concat([]string{"load", "-d", "1s"}, args, []string{url})...))
 			}
 		})
 	}
