@@ -288,7 +288,7 @@ func TestExchangeLosesNothing(t *testing.T) {
 		all = under(t, loads, "http://"+serviceIP(t, "app")+"/report", func() {
 			for range 2 {
 				s := exchange(t, "svc/app", "--to", "http=8080")
-				time.Sleep(time.Second)
+				time.Sleep(4 * time.Second) // a lap of each load begins and ends in it
 				s.stop()
 			}
 		})
