@@ -33,6 +33,8 @@ type claim struct {
 // life is what became of a claim; the table's lock guards it.
 type life struct {
 	seen        time.Time
+	quiet       context.Context // ends when it goes unseen for too long
+	hush        context.CancelFunc
 	told        bool // that it is silent, to who waits for changes
 	tired       bool // it did not answer a dial in time, and was not seen since
 	requests    uint64
@@ -43,6 +45,14 @@ type life struct {
 // silent tells whether the original answers for a claim.
 func (c *claim) silent(now time.Time) bool {
 	return c.to == nil || c.tired || now.Sub(c.seen) > silence
+}
+
+// heard is for a sign of life of its laptop.
+func (l *life) heard(now time.Time) {
+	l.seen, l.tired = now, false
+	if l.quiet == nil || l.quiet.Err() != nil {
+		l.quiet, l.hush = context.WithCancel(context.Background())
+	}
 }
 
 // takes tells whether a claim is for a request of a route; nil is what is no HTTP.
@@ -168,7 +178,7 @@ func (t *claims) put(c Claim, to relay.Dialer, take bool) error {
 		made.life = old.life
 		t.remove(old)
 	}
-	made.seen, made.tired = time.Now(), false
+	made.heard(time.Now())
 	t.all = append(t.all, made)
 	t.change()
 	return nil
@@ -208,7 +218,7 @@ func (t *claims) see(id string) (ClaimStatus, bool) {
 	}
 	now := time.Now()
 	was := c.silent(now)
-	c.seen, c.tired = now, false
+	c.heard(now)
 	if was {
 		t.change()
 	}
@@ -259,6 +269,9 @@ func (t *claims) look() {
 			t.remove(c)
 			again = true
 		}
+		if now.Sub(c.seen) > silence {
+			c.hush()
+		}
 		if silent := c.silent(now); silent != c.told {
 			c.told, again = silent, true
 		}
@@ -293,6 +306,13 @@ func (t *claims) begin(c *claim, count *uint64) (end func(took bool)) {
 			*count--
 		}
 	}
+}
+
+// quiet is over when a claim goes unseen, which it is not yet.
+func (t *claims) quiet(c *claim) context.Context {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return c.quiet
 }
 
 // changes is closed when a choice that is made after this may be another one
@@ -332,7 +352,7 @@ func (t *claims) closed() bool { return t.closing.Err() != nil }
 
 // watch looks at the claims as time goes by.
 func (t *claims) watch(ctx context.Context) error {
-	tick := time.NewTicker(silence / 8)
+	tick := time.NewTicker(silence / 16)
 	defer tick.Stop()
 	for {
 		select {

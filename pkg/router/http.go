@@ -355,11 +355,23 @@ func (q *request) ask(c *claim, req *http.Request) (*http.Response, error) {
 	q.watch(httptrace.ContextClientTrace(req.Context()))
 	to := q.enter(c)
 	q.left = func() { q.leave(c) }
-	res, err := to.RoundTrip(req)
+	asked, answered := q.patient(c, req)
+	res, err := to.RoundTrip(asked)
+	answered()
 	if err != nil {
 		q.over(!refused(err))
 	}
 	return res, err
+}
+
+// patient is a request that is taken back from a laptop that goes silent before
+// it has answered, where the original may be asked instead.
+func (q *request) patient(c *claim, req *http.Request) (_ *http.Request, answered func() bool) {
+	if c == nil || q.route.Original == "" || !repeatable(req) {
+		return req, func() bool { return true }
+	}
+	ctx, cancel := context.WithCancel(req.Context()) // ends with the request's
+	return req.WithContext(ctx), context.AfterFunc(q.router.claims.quiet(c), cancel)
 }
 
 // watch adds to what ReverseProxy traces already.
@@ -381,7 +393,11 @@ func again(req *http.Request, err error) bool {
 	if req.Context().Err() != nil {
 		return false
 	}
-	return refused(err) || req.Body == nil && (req.Method == "GET" || req.Method == "HEAD" || req.Method == "OPTIONS")
+	return refused(err) || repeatable(req)
+}
+
+func repeatable(req *http.Request) bool {
+	return req.Body == nil && (req.Method == "GET" || req.Method == "HEAD" || req.Method == "OPTIONS")
 }
 
 // over ends the account with who was asked.

@@ -121,6 +121,41 @@ func TestUnseenLaptop(t *testing.T) {
 	}
 }
 
+// TestHangingLaptop: what was asked before a laptop went silent is asked of the
+// original; a stream that had begun is not ended.
+func TestHangingLaptop(t *testing.T) {
+	eachHTTP(t, func(t *testing.T, http2 bool) {
+		more := make(chan bool)
+		stuck := serves(t, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			if req.URL.Path == "/stream" {
+				io.WriteString(w, "be")
+				w.(http.Flusher).Flush()
+				<-more
+				io.WriteString(w, "gun")
+				return
+			}
+			<-req.Context().Done()
+		}))
+		r, at := runs(t, web80(serves(t, says("original"))))
+		claims80(t, r, "ann", &to{address: stuck}, Match{})
+		c := asks(t, http2)
+		res, err := c.Get("http://" + at[0] + "/stream")
+		must(t, err)
+		defer res.Body.Close()
+		began := time.Now()
+		if got := get(t, c, at[0]); got != "original" {
+			t.Errorf("GET answered by %q", got)
+		}
+		if took := time.Since(began); took < silence-time.Second || took > silence+time.Second {
+			t.Errorf("answered after %v, want about %v", took, silence)
+		}
+		close(more)
+		if all, err := io.ReadAll(res.Body); err != nil || string(all) != "begun" {
+			t.Errorf("the stream: %q, %v", all, err)
+		}
+	})
+}
+
 // TestDyingLaptop: what may be asked twice is, what may not is told.
 func TestDyingLaptop(t *testing.T) {
 	eachHTTP(t, func(t *testing.T, http2 bool) {
