@@ -17,20 +17,38 @@ const (
 	restore    = 30 * time.Second // after the grace time all is as it was
 )
 
-// A victim is an exchange of a Service of its own, asked every 100 ms.
+// A method of exchange: what its victims are made of, how long requests may fail
+// while nobody is there for them, and when all is as it was.
+type method struct {
+	name    string
+	prepare func(t testing.TB, all []*victim) // sets target and url
+	open    time.Duration
+	back    func(*victim) error
+}
+
+var (
+	bySelector = &method{"selector", victimServices, failOpen, (*victim).serviceBack}
+	// No original runs that could answer, until the grace time is over.
+	byScale     = &method{"scale", victimWorkloads, deathGrace + restore, (*victim).workloadBack}
+	byEphemeral = &method{"ephemeral", victimPods, failOpen, (*victim).podBack}
+)
+
+// A victim is an exchange of something of its own, asked every 100 ms.
 type victim struct {
 	way     string
-	service string
 	kill    func(*victim) error
 	resumes bool // the exchange goes on by itself
 	clean   bool // nobody may notice
 
-	port    int // of the laptop's process
+	method  *method
+	space   string
+	target  string // svc/app-0, pod/app-0-xxx
+	service string // app-0; "" of a pod
+	port    int    // of the laptop's process
 	url     string
 	app     *running
 	culvert *running
 	status  exchangeStatus
-	router  string // the session that its objects bear
 	poll    *poller
 
 	outage   outage
@@ -44,68 +62,137 @@ func (v *victim) fail(format string, args ...any) {
 	v.err = errors.Join(v.err, fmt.Errorf(format, args...))
 }
 
-// Each way in which an exchange can die, at the same time, each with a Service
-// of its own: how long until the original answers, and until all is as before.
+// Each way in which an exchange can die, by each method, each with a Service of
+// its own: how long until the original answers, and until all is as before.
 func TestExchangeDeaths(t *testing.T) {
-	victims := []*victim{
-		{way: "Ctrl-C", kill: (*victim).interrupt, clean: true},
-		{way: "kill -9 culvert", kill: (*victim).kill9},
-		{way: "culvert hangs (STOP)", kill: (*victim).freeze},
-		{way: "the process ends", kill: (*victim).stopApp, resumes: true, clean: true},
-		{way: "kill -9 router", kill: (*victim).killContainer, resumes: true},
-		{way: "delete router pod", kill: (*victim).deletePod, resumes: true},
-		{way: "delete it with no time", kill: (*victim).forcePod, resumes: true},
-		{way: "evict it (drain)", kill: (*victim).evictPod, resumes: true},
+	t.Run("selector", func(t *testing.T) {
+		deaths(t, bySelector, []*victim{
+			{way: "Ctrl-C", kill: (*victim).interrupt, clean: true},
+			{way: "kill -9 culvert", kill: (*victim).kill9},
+			{way: "culvert hangs (STOP)", kill: (*victim).freeze},
+			{way: "the process ends", kill: (*victim).stopApp, resumes: true, clean: true},
+			{way: "kill -9 router", kill: (*victim).killContainer, resumes: true},
+			{way: "delete router pod", kill: (*victim).deletePod, resumes: true},
+			{way: "delete it with no time", kill: (*victim).forcePod, resumes: true},
+			{way: "evict it (drain)", kill: (*victim).evictPod, resumes: true},
+		})
+	})
+	t.Run("scale", func(t *testing.T) {
+		deaths(t, byScale, []*victim{
+			{way: "Ctrl-C", kill: (*victim).interrupt, clean: true},
+			{way: "kill -9 culvert", kill: (*victim).kill9},
+			{way: "culvert hangs (STOP)", kill: (*victim).freeze},
+			{way: "kill -9 router", kill: (*victim).killContainer, resumes: true},
+			{way: "evict router (drain)", kill: (*victim).evictPod, resumes: true},
+		})
+	})
+	t.Run("ephemeral", func(t *testing.T) {
+		deaths(t, byEphemeral, []*victim{
+			{way: "Ctrl-C", kill: (*victim).interrupt, clean: true},
+			{way: "kill -9 culvert", kill: (*victim).kill9},
+			{way: "culvert hangs (STOP)", kill: (*victim).freeze},
+			{way: "kill -9 shadow", kill: (*victim).killContainer, resumes: true},
+		})
+	})
+}
+
+func deaths(t *testing.T, by *method, victims []*victim) {
+	giveWay(t)
+	check := begin(t, by, victims)
+	opened(t, victims)
+	var all sync.WaitGroup
+	for _, v := range victims {
+		all.Go(func() {
+			at := time.Now()
+			if err := v.kill(v); err != nil {
+				v.fail("kill: %w", err)
+				return
+			}
+			v.measure(at)
+		})
 	}
-	victimServices(t, victims)
-	check := asBefore(t)
+	all.Wait()
+	report(t, victims)
+	stop(t, victims)
+	check(30 * time.Second)
+}
+
+// begin makes what the victims exchange.
+func begin(t testing.TB, by *method, victims []*victim) (check func(time.Duration)) {
+	t.Helper()
+	for _, v := range victims {
+		v.method, v.space = by, namespace
+	}
+	by.prepare(t, victims)
+	return workloadsBefore(t)
+}
+
+func opened(t testing.TB, victims []*victim) {
+	t.Helper()
 	for i, v := range victims {
 		v.open(t, i)
 	}
 	for _, v := range victims {
 		v.settled(t)
 	}
-	var all sync.WaitGroup
-	for _, v := range victims {
-		all.Go(v.run)
-	}
-	all.Wait()
-	report(t, victims)
-	for _, v := range victims {
-		v.stop(t)
-	}
-	check(30 * time.Second)
 }
 
 // The network of the laptop goes, for a while and for good, and the API server
-// does; on one exchange, one after the other.
+// does; on one exchange of each method, one after the other.
 func TestExchangeNetworkDeaths(t *testing.T) {
 	t.Cleanup(func() { cluster(t, "heal", laptopHost) })
-	short := &victim{way: "all packets dropped, 7 s", kill: func(v *victim) error { return v.cut(7 * time.Second) }, resumes: true}
-	api := &victim{way: "API server restart", kill: (*victim).restartAPIServer, resumes: true, clean: true}
-	long := &victim{way: "all packets dropped", kill: func(v *victim) error { return v.cut(0) }}
-	victimServices(t, []*victim{short})
-	check := asBefore(t)
-	short.open(t, 0)
-	short.settled(t)
-	short.run()
-	before := short.culvert.talk.String()
-	for _, v := range []*victim{api, long} {
-		v.service, v.url, v.app, v.culvert, v.poll = short.service, short.url, short.app, short.culvert, short.poll
+	var victims []*victim
+	var checks []func(time.Duration)
+	for _, by := range []*method{bySelector, byScale, byEphemeral} {
+		v := &victim{}
+		checks = append(checks, begin(t, by, []*victim{v}))
+		victims = append(victims, v)
 	}
-	api.settled(t)
-	exclusively(t, api.run)
-	long.settled(t)
-	long.run()
-	report(t, []*victim{short, api, long})
-	if strings.Count(before, exchangedLine) < 2 {
-		t.Errorf("culvert did not say that it is back:\n%s", before)
+	opened(t, victims)
+	all := died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
+	for _, v := range victims {
+		if said := v.culvert.talk.String(); strings.Count(said, exchangedLine) < 2 {
+			t.Errorf("culvert did not say that it is back:\n%s", said)
+		}
 	}
+	exclusively(t, func() {
+		all = append(all, died(t, victims, restartAPIServer, victim{way: "API server restart", resumes: true})...)
+	})
+	all = append(all, died(t, victims, func() error { return cut(0) }, victim{way: "all packets dropped"})...)
+	report(t, all)
 	cluster(t, "heal", laptopHost)
-	short.culvert.interrupt()
-	t.Logf("culvert, back after the grace time, ended with %d", short.culvert.wait(patience))
-	short.stop(t)
-	check(60 * time.Second)
+	for _, v := range victims {
+		v.culvert.interrupt()
+	}
+	for _, v := range victims {
+		t.Logf("culvert, back after the grace time, ended with %d", v.culvert.wait(patience))
+	}
+	stop(t, victims)
+	for _, check := range checks {
+		check(60 * time.Second)
+	}
+}
+
+// died is what each victim saw of what happened to all of them.
+func died(t testing.TB, victims []*victim, kill func() error, how victim) (seen []*victim) {
+	t.Helper()
+	for _, v := range victims {
+		v.settled(t)
+		one := *v
+		one.way, one.resumes = how.way, how.resumes
+		one.clean = how.resumes && v.method == bySelector && how.way == "API server restart"
+		seen = append(seen, &one)
+	}
+	at := time.Now()
+	if err := kill(); err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for _, v := range seen {
+		all.Go(func() { v.measure(at) })
+	}
+	all.Wait()
+	return seen
 }
 
 // Ctrl-C as soon as each step of the way up has begun: nothing is left, and the
@@ -127,8 +214,7 @@ func TestExchangeInterruptAtEveryStep(t *testing.T) {
 	for i := range victims {
 		victims[i] = &victim{}
 	}
-	victimServices(t, victims)
-	check := asBefore(t)
+	check := begin(t, bySelector, victims)
 	for i, v := range victims {
 		v.culvert = start(t, "exchange", "-n", namespace, "svc/"+v.service, "--to", "8080", "-v")
 		v.way = strings.ReplaceAll(steps[i], "SERVICE", v.service)
@@ -158,43 +244,80 @@ func TestExchangeInterruptAtEveryStep(t *testing.T) {
 // victimServices makes a Service for each victim, in front of the same pods.
 func victimServices(t testing.TB, victims []*victim) {
 	t.Helper()
-	var all, names []string
-	for i, v := range victims {
-		v.service = fmt.Sprintf("app-%d", i)
-		names = append(names, v.service)
-		all = append(all, another(v.service))
-	}
-	apply(t, strings.Join(all, "---"))
+	names, manifest := ofServices("app", victims, another)
+	apply(t, manifest)
 	t.Cleanup(func() { kubectl(t, append([]string{"delete", "svc", "-n", namespace}, names...)...) })
+	for _, v := range victims {
+		v.url = "http://" + serviceIP(t, v.service) + "/"
+	}
 }
+
+// victimWorkloads makes a Deployment of one pod for each as well.
+func victimWorkloads(t testing.TB, victims []*victim) {
+	t.Helper()
+	names, manifest := ofServices("sole", victims, func(name string) string {
+		return strings.Replace(alone(name, ""), "replicas: 2", "replicas: 1", 1)
+	})
+	startAll(t, manifest, names...)
+	for _, v := range victims {
+		v.url = "http://" + serviceIP(t, v.service) + "/"
+	}
+}
+
+func ofServices(prefix string, victims []*victim, manifest func(name string) string) (names []string, all string) {
+	for i, v := range victims {
+		v.service = fmt.Sprintf("%s-%d", prefix, i)
+		v.target = "svc/" + v.service
+		names = append(names, v.service)
+		all += "---" + manifest(v.service)
+	}
+	return names, all
+}
+
+// victimPods makes a pod for each.
+func victimPods(t testing.TB, victims []*victim) {
+	t.Helper()
+	var names []string
+	for i := range victims {
+		names = append(names, fmt.Sprintf("app-%d", i))
+	}
+	find := lonePods(t, names...)
+	for i, v := range victims {
+		pod := find(names[i])
+		v.space, v.target, v.url = podSpace, "pod/"+pod.name, pod.url("/")
+	}
+}
+
+// The ports of a victim's process are these further.
+const victimPorts = 10000
 
 func (v *victim) open(t testing.TB, i int) {
 	t.Helper()
-	offset := 10000 + 100*i
+	offset := victimPorts + 100*i
 	v.port = 8080 + offset
 	v.app = laptopApp(t, laptopName, offset)
-	v.url = "http://" + serviceIP(t, v.service) + "/"
 	v.poll = startPoll(t, v.url)
-	v.culvert = start(t, "exchange", "-n", namespace, "svc/"+v.service, "--to", strconv.Itoa(v.port), fmt.Sprintf("--grace=%v", deathGrace))
+	v.culvert = start(t, "exchange", "-n", v.space, v.target, "--method", v.method.name, "--to", fmt.Sprintf("http=%d", v.port), fmt.Sprintf("--grace=%v", deathGrace))
 }
 
 func (v *victim) settled(t testing.TB) {
 	t.Helper()
 	v.culvert.says(exchangedLine)
-	v.status, v.router = theExchange(t, v.service), routerOf(t, v.service)
 	if err := v.poll.steadily(laptopName, time.Now(), 30*time.Second); err != nil {
-		t.Fatalf("%s: %v", v.service, err)
+		t.Fatalf("%s: %v", v.target, err)
 	}
+	for _, s := range exchangesHere(t, v.service) {
+		if s.Exchange.Target == v.target {
+			v.status = s
+			return
+		}
+	}
+	t.Fatalf("status does not show %s", v.target)
 }
 
-// run kills, and measures what the client saw. It calls nothing of testing.T,
-// for it runs beside others.
-func (v *victim) run() {
-	at := time.Now()
-	if err := v.kill(v); err != nil {
-		v.fail("kill: %w", err)
-		return
-	}
+// measure says what the client saw. It calls nothing of testing.T, for it runs
+// beside others.
+func (v *victim) measure(at time.Time) {
 	if v.resumes {
 		if err := v.poll.steadily(laptopName, at.Add(time.Second), 60*time.Second); err != nil {
 			v.fail("does not resume: %w", err)
@@ -218,25 +341,60 @@ func (v *victim) lastBy(by string, at time.Time) (last time.Duration) {
 
 func (v *victim) awaitRestored(at time.Time) {
 	for limit := at.Add(deathGrace + restore); ; time.Sleep(200 * time.Millisecond) {
-		text, err := nodeKubectl("get", "svc", "-n", namespace, v.service, "-o", "jsonpath={.spec.selector} {.metadata.annotations}")
-		if err == nil && !strings.Contains(text, "culvert.dev/") {
+		err := v.method.back(v)
+		if err == nil {
 			break
 		}
 		if time.Now().After(limit) {
-			v.fail("the Service is not restored: %s (%v)", text, err)
+			v.fail("not restored: %w", err)
 			return
 		}
 	}
-	if err := nothingOf(v.router, time.Until(at.Add(deathGrace+restore))); err != nil {
+	v.restored = time.Since(at)
+	if err := v.poll.steadily("original", at, patience); err != nil {
 		v.fail("%w", err)
 	}
-	v.restored = time.Since(at)
+}
+
+// serviceBack wants the Service as it was, and nothing left of its router.
+func (v *victim) serviceBack() error {
+	text, err := nodeKubectl("get", "svc", "-n", v.space, v.service, "-o", "jsonpath={.spec.selector} {.metadata.annotations}")
+	if err != nil || strings.Contains(text, "culvert.dev/") {
+		return fmt.Errorf("the Service: %s (%v)", text, err)
+	}
+	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel+"="+v.status.Session, "-o", "name")
+	if err != nil || left != "" {
+		return fmt.Errorf("left: %s (%v)", left, err)
+	}
+	return nil
+}
+
+// workloadBack wants its pods to answer again as well.
+func (v *victim) workloadBack() error {
+	text, err := nodeKubectl("get", "deploy", "-n", v.space, v.service, "-o", "jsonpath={.status.readyReplicas} {.metadata.annotations}")
+	if err != nil || !strings.HasPrefix(text, "1 ") || strings.Contains(text, "culvert.dev/") {
+		return fmt.Errorf("the Deployment: %s (%v)", text, err)
+	}
+	return v.serviceBack()
+}
+
+// podBack wants no container of ours to run in the pod, and nothing beside it.
+func (v *victim) podBack() error {
+	runs, err := nodeKubectl("get", "-n", v.space, v.target, "-o", "jsonpath={.status.ephemeralContainerStatuses[*].state.running}")
+	if err != nil || runs != "" {
+		return fmt.Errorf("a container runs: %s (%v)", runs, err)
+	}
+	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel, "-o", "name")
+	if err != nil || left != "" {
+		return fmt.Errorf("left: %s (%v)", left, err)
+	}
+	return nil
 }
 
 func (v *victim) verdict() error {
 	o := v.outage
-	if o.open > failOpen {
-		v.fail("the original answers after %v, want %v", o.open, failOpen)
+	if o.open > v.method.open {
+		v.fail("all is answered after %v, want %v", o.open, v.method.open)
 	}
 	if v.clean && o.lost > 0 {
 		v.fail("%d requests lost", o.lost)
@@ -248,16 +406,16 @@ func report(t testing.TB, victims []*victim) {
 	t.Helper()
 	var table strings.Builder
 	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "how it dies\tfails open\tlost\tslowest\tlaptop again\trestored\tanswers")
+	fmt.Fprintln(w, "method\thow it dies\tfails open\tlost\tslowest\tlaptop again\trestored\tanswers")
 	for _, v := range victims {
-		fmt.Fprintf(w, "%s\t%v\t%d\t%v\t%s\t%s\t%v\n", v.way, tenths(v.outage.open), v.outage.lost, v.outage.slowest,
+		fmt.Fprintf(w, "%s\t%s\t%v\t%d\t%v\t%s\t%s\t%v\n", v.method.name, v.way, tenths(v.outage.open), v.outage.lost, v.outage.slowest,
 			orNone(v.resumes, v.resumed), orNone(!v.resumes, v.restored), v.outage.by)
 	}
 	w.Flush()
 	t.Logf("grace %v; fails open: no request takes longer than a second any more\n%s", deathGrace, table.String())
 	for _, v := range victims {
 		if err := v.verdict(); err != nil {
-			t.Errorf("%s: %v\nculvert said:\n%s", v.way, err, v.culvert.talk.String())
+			t.Errorf("%s, %s: %v\nculvert said:\n%s", v.method.name, v.way, err, v.culvert.talk.String())
 		}
 	}
 }
@@ -272,18 +430,24 @@ func orNone(there bool, d time.Duration) string {
 }
 
 // stop ends what still runs, and whatever was left frozen.
-func (v *victim) stop(t testing.TB) {
+func stop(t testing.TB, victims []*victim) {
 	t.Helper()
-	switch {
-	case v.culvert.alive() && v.resumes:
-		v.culvert.stop()
-	case v.culvert.alive():
-		_ = v.signal("KILL")
-		v.culvert.wait(5 * time.Second)
+	for _, v := range victims {
+		switch {
+		case v.culvert.alive() && v.resumes:
+			v.culvert.interrupt()
+		case v.culvert.alive():
+			_ = v.signal("KILL")
+		}
 	}
-	if v.app.alive() {
-		v.app.interrupt()
-		v.app.wait(5 * time.Second)
+	for _, v := range victims {
+		if code := v.culvert.wait(patience); v.resumes && code != 0 {
+			t.Errorf("%s, %s: culvert ended with %d\n%s", v.method.name, v.way, code, v.culvert.talk.String())
+		}
+		if v.app.alive() {
+			v.app.interrupt()
+			v.app.wait(5 * time.Second)
+		}
 	}
 }
 
@@ -323,12 +487,15 @@ func (v *victim) stopApp() error {
 	return nil
 }
 
+// killContainer kills the shadow's, whether it is a pod's only one or its guest.
 func (v *victim) killContainer() error {
-	id, err := nodeKubectl("get", "pod", "-n", namespace, v.status.Shadow.Pod, "-o", "jsonpath={.spec.nodeName} {.status.containerStatuses[0].containerID}")
+	const columns = `{.spec.nodeName} {.status.containerStatuses[0].containerID} {.status.ephemeralContainerStatuses[*].containerID}`
+	out, err := nodeKubectl("get", "pod", "-n", v.space, v.status.Shadow.Pod, "-o", "jsonpath="+columns)
 	if err != nil {
 		return err
 	}
-	node, container, _ := strings.Cut(id, " containerd://")
+	fields := strings.Fields(out)
+	node, container := fields[0], strings.TrimPrefix(fields[len(fields)-1], "containerd://")
 	if out, err := on(node, "ctr", "-n", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", container).CombinedOutput(); err != nil {
 		return fmt.Errorf("ctr tasks kill: %w: %s", err, out)
 	}
@@ -336,20 +503,20 @@ func (v *victim) killContainer() error {
 }
 
 func (v *victim) deletePod() error {
-	_, err := nodeKubectl("delete", "pod", "-n", namespace, v.status.Shadow.Pod, "--wait=false")
+	_, err := nodeKubectl("delete", "pod", "-n", v.space, v.status.Shadow.Pod, "--wait=false")
 	return err
 }
 
 func (v *victim) forcePod() error {
-	_, err := nodeKubectl("delete", "pod", "-n", namespace, v.status.Shadow.Pod, "--force", "--grace-period=0")
+	_, err := nodeKubectl("delete", "pod", "-n", v.space, v.status.Shadow.Pod, "--force", "--grace-period=0")
 	return err
 }
 
 // evictPod is what "kubectl drain" asks for; the only node is not closed.
 func (v *victim) evictPod() error {
-	path := "/api/v1/namespaces/" + namespace + "/pods/" + v.status.Shadow.Pod + "/eviction"
+	path := "/api/v1/namespaces/" + v.space + "/pods/" + v.status.Shadow.Pod + "/eviction"
 	c := on(laptopHost, "kubectl", "create", "--raw", path, "-f", "-")
-	c.Stdin = strings.NewReader(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"` + v.status.Shadow.Pod + `","namespace":"` + namespace + `"}}`)
+	c.Stdin = strings.NewReader(`{"apiVersion":"policy/v1","kind":"Eviction","metadata":{"name":"` + v.status.Shadow.Pod + `","namespace":"` + v.space + `"}}`)
 	if out, err := c.CombinedOutput(); err != nil {
 		return fmt.Errorf("evict: %w: %s", err, out)
 	}
@@ -357,7 +524,7 @@ func (v *victim) evictPod() error {
 }
 
 // cut drops the laptop's packets, for a while or until somebody heals it.
-func (v *victim) cut(d time.Duration) error {
+func cut(d time.Duration) error {
 	if out, err := clusterCommand("cut", laptopHost).CombinedOutput(); err != nil {
 		return fmt.Errorf("cut: %w: %s", err, out)
 	}
@@ -371,7 +538,7 @@ func (v *victim) cut(d time.Duration) error {
 	return nil
 }
 
-func (v *victim) restartAPIServer() error {
+func restartAPIServer() error {
 	if out, err := clusterCommand("restart-apiserver").CombinedOutput(); err != nil {
 		return fmt.Errorf("restart: %w: %s", err, out)
 	}

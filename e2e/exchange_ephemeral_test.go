@@ -12,27 +12,27 @@ import (
 )
 
 // podSpace is a namespace whose Pod Security lets a container have NET_ADMIN.
-const podSpace = "podspace"
+var podSpace = namespace + "-pods"
 
 // A lonePod is the only pod of a deployment app, that clients know by its address.
 type lonePod struct{ name, address, node, container string }
 
-// lonePods makes the namespace, and returns a look at its pod as it is now.
-func lonePods(t testing.TB) func() lonePod {
+// lonePods makes the namespace with a Deployment of each name, and returns a look
+// at the pod of one as it is now.
+func lonePods(t testing.TB, names ...string) (find func(name string) lonePod) {
 	t.Helper()
 	t.Cleanup(func() { kubectl(t, "delete", "namespace", podSpace, "--wait=true", "--timeout=60s") })
-	apply(t, fmt.Sprintf(`
-apiVersion: v1
-kind: Namespace
-metadata: {name: %[1]s}
+	manifest := "apiVersion: v1\nkind: Namespace\nmetadata: {name: " + podSpace + "}\n"
+	for _, name := range names {
+		manifest += fmt.Sprintf(`
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata: {name: app, namespace: %[1]s}
+metadata: {name: %[2]s, namespace: %[1]s}
 spec:
-  selector: {matchLabels: {app: app}}
+  selector: {matchLabels: {app: %[2]s}}
   template:
-    metadata: {labels: {app: app}}
+    metadata: {labels: {app: %[2]s}}
     spec:
       terminationGracePeriodSeconds: 1
       securityContext: {runAsNonRoot: true, runAsUser: 65532}
@@ -51,15 +51,17 @@ spec:
         - {name: udp, containerPort: 7003, protocol: UDP}
         readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1}
         livenessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1, failureThreshold: 2}
-`, podSpace))
-	return func() lonePod { return theLonePod(t) }
+`, podSpace, name)
+	}
+	apply(t, manifest)
+	return func(name string) lonePod { return theLonePod(t, name) }
 }
 
-func theLonePod(t testing.TB) (p lonePod) {
+func theLonePod(t testing.TB, name string) (p lonePod) {
 	t.Helper()
 	const columns = `{range .items[*]}{.metadata.deletionTimestamp}|{.status.containerStatuses[0].ready}|{.metadata.name} {.status.podIP} {.spec.nodeName} {.status.containerStatuses[0].containerID}{"\n"}{end}`
-	eventually(t, patience, "a pod of podspace is ready", func() error {
-		out, err := nodeKubectl("get", "pods", "-n", podSpace, "-o", "jsonpath="+columns)
+	eventually(t, patience, "a pod of "+podSpace+" is ready", func() error {
+		out, err := nodeKubectl("get", "pods", "-n", podSpace, "-l", "app="+name, "-o", "jsonpath="+columns)
 		if err != nil {
 			return err
 		}
@@ -157,7 +159,7 @@ func (p lonePod) whole(t testing.TB, more ...string) *running {
 func TestEphemeral(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	laptopApp(t, "second", 100)
-	pod := lonePods(t)()
+	pod := lonePods(t, "app")("app")
 	t.Run("refused", func(t *testing.T) { ephemeralRefused(t, pod) })
 	check := asBefore(t)
 	s := pod.whole(t, "--grace", "20s")
@@ -236,65 +238,11 @@ func ephemeralRefused(t *testing.T, pod lonePod) {
 	}
 }
 
-// However it dies, the original answers again soon, and no rule is left.
-func TestEphemeralDeaths(t *testing.T) {
+// It ends before it is up, and its pod does. Other ways to die: TestExchangeDeaths.
+func TestEphemeralEnds(t *testing.T) {
 	laptopApp(t, laptopName, 0)
-	find := lonePods(t)
-	pod := find()
-	// death says what was lost until somebody answers everything.
-	death := func(t *testing.T, poll *poller, at time.Time, by string, within time.Duration) {
-		t.Helper()
-		if err := poll.steadily(by, at, within); err != nil {
-			t.Error(err)
-		}
-		o := outageOf(poll.after(at), at)
-		t.Logf("until all are answered %v, lost %d, slowest %v, by %v", o.open, o.lost, o.slowest, o.by)
-		if o.open > failOpen {
-			t.Errorf("the original answers after %v, want %v", o.open, failOpen)
-		}
-	}
-	for name, signal := range map[string]string{"kill -9 culvert": "KILL", "culvert hangs": "STOP"} {
-		t.Run(name, func(t *testing.T) {
-			giveWay(t)
-			s := pod.whole(t, "--grace", deathGrace.String())
-			poll := startPoll(t, pod.url("/report"))
-			pid := fmt.Sprint(thePodExchange(t, pod).PID)
-			at := time.Now()
-			if out, err := on(laptopHost, "kill", "-"+signal, pid).CombinedOutput(); err != nil {
-				t.Fatalf("kill: %v: %s", err, out)
-			}
-			death(t, poll, at, "original", 2*failOpen)
-			pod.untouched(t, deathGrace+restore)
-			t.Logf("nothing is left after %v", time.Since(at).Round(time.Second))
-			_ = on(laptopHost, "kill", "-KILL", pid).Run()
-			s.wait(patience)
-		})
-	}
-	t.Run("kill -9 the shadow", func(t *testing.T) {
-		giveWay(t)
-		s := pod.whole(t)
-		poll := startPoll(t, pod.url("/report"))
-		at := time.Now()
-		if out, err := on(pod.node, "ctr", "-n", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", pod.living(t)[0]).CombinedOutput(); err != nil {
-			t.Fatalf("ctr tasks kill: %v: %s", err, out)
-		}
-		eventually(t, failOpen, "no rule is left", func() error {
-			if tables := pod.inNet(t, "nft", "list", "tables"); tables != "" && strings.Contains(s.talk.String(), "looking for another") {
-				return nil // that of the next one
-			} else if tables != "" {
-				return errors.New(tables)
-			}
-			return nil
-		})
-		death(t, poll, at, laptopName, 30*time.Second) // it goes on, by another container
-		o := summary(poll.after(at))
-		if o["original"] == 0 {
-			t.Errorf("the original did not answer meanwhile: %v", o)
-		}
-		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest, byConnection)
-		s.stop()
-		pod.untouched(t, 5*time.Second)
-	})
+	find := lonePods(t, "app")
+	pod := find("app")
 	t.Run("Ctrl-C before it is up", func(t *testing.T) {
 		giveWay(t)
 		for _, step := range []string{"making the router", "waiting for the router pod", "opening the wire"} {
@@ -316,7 +264,7 @@ func TestEphemeralDeaths(t *testing.T) {
 		if _, err := nodeKubectl("delete", "pod", "-n", podSpace, pod.name); err != nil {
 			t.Fatal(err)
 		}
-		pod = find()
+		pod = find("app")
 		s.says("pod/" + pod.name + " is exchanged")
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest, byConnection)
 		s.stop()
@@ -331,18 +279,6 @@ func TestEphemeralDeaths(t *testing.T) {
 		if code := s.wait(patience); code != 1 || !strings.Contains(s.talk.String(), "pod/"+pod.name+" is gone") {
 			t.Errorf("culvert ended with %d:\n%s", code, s.talk.String())
 		}
-		find().untouched(t, 5*time.Second)
+		find("app").untouched(t, 5*time.Second)
 	})
-}
-
-// thePodExchange is what "culvert status" of the laptop says of a pod's exchange.
-func thePodExchange(t testing.TB, p lonePod) exchangeStatus {
-	t.Helper()
-	for _, s := range exchangesHere(t, "") {
-		if s.Exchange.Target == "pod/"+p.name {
-			return s
-		}
-	}
-	t.Fatalf("no exchange of pod %s is shown", p.name)
-	return exchangeStatus{}
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -49,24 +50,34 @@ spec:
 // startAlone makes it, and waits until it answers.
 func startAlone(t testing.TB, name, labels string) {
 	t.Helper()
-	apply(t, alone(name, labels))
-	t.Cleanup(func() {
-		kubectl(t, "delete", "deploy,svc", "-n", namespace, name, "--ignore-not-found")
-		eventually(t, 60*time.Second, "its pods end", func() error { return nothing(podsOfApp(t, name)) })
-	})
-	kubectl(t, "rollout", "status", "-n", namespace, "deploy/"+name, "--timeout=60s")
-	url := "http://" + serviceIP(t, name) + "/report"
-	eventually(t, 10*time.Second, "every node knows "+name, func() error {
-		if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "50", "-close", url); o.Failures > 0 {
-			return fmt.Errorf("%+v", o)
-		}
-		return nil
-	})
+	startAll(t, alone(name, labels), name)
 }
 
-func podsOfApp(t testing.TB, app string) string {
+// startAll makes Deployments with a Service each, and waits until they answer.
+func startAll(t testing.TB, manifest string, names ...string) {
 	t.Helper()
-	return kubectl(t, "get", "pod", "-n", namespace, "-l", "app="+app, "-o", "name")
+	apply(t, manifest)
+	t.Cleanup(func() {
+		kubectl(t, slices.Concat([]string{"delete", "deploy,svc", "-n", namespace, "--ignore-not-found"}, names)...)
+		eventually(t, 60*time.Second, "their pods end", func() error {
+			return nothing(podsOfApp(t, names...))
+		})
+	})
+	for _, name := range names {
+		kubectl(t, "rollout", "status", "-n", namespace, "deploy/"+name, "--timeout=60s")
+		url := "http://" + serviceIP(t, name) + "/report"
+		eventually(t, 10*time.Second, "every node knows "+name, func() error {
+			if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "50", "-close", url); o.Failures > 0 {
+				return fmt.Errorf("%+v", o)
+			}
+			return nil
+		})
+	}
+}
+
+func podsOfApp(t testing.TB, apps ...string) string {
+	t.Helper()
+	return kubectl(t, "get", "pod", "-n", namespace, "-l", "app in ("+strings.Join(apps, ",")+")", "-o", "name")
 }
 
 // workloadsBefore remembers what makes the pods of our namespace, and its Services: the
@@ -155,61 +166,26 @@ func TestScaleStatefulSet(t *testing.T) {
 	check(30 * time.Second)
 }
 
-// Whoever dies, the original is brought back.
-func TestScaleDeaths(t *testing.T) {
+// Laptop and router are dead, and nobody else knows: clean brings the original
+// back. Other ways to die: TestExchangeDeaths.
+func TestScaleClean(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	startAlone(t, "sole", "")
 	check := workloadsBefore(t)
-	t.Run("kill -9 culvert", func(t *testing.T) {
-		giveWay(t)
-		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale", shortGrace)
-		p := startPoll(t, "http://"+serviceIP(t, "sole")+"/")
-		if err := p.steadily(laptopName, time.Now(), 10*time.Second); err != nil {
-			t.Error(err)
-		}
-		at := time.Now()
-		kill9(t, theExchange(t, "sole").PID)
-		s.wait(10 * time.Second)
-		if err := p.steadily("original", at, deathGrace+restore); err != nil {
-			t.Error(err)
-		}
-		t.Logf("the original answers everything %v after the kill, with a grace of %s", outageOf(p.after(at), at).open.Round(100*time.Millisecond), shortGrace)
-		check(60 * time.Second)
-	})
-	t.Run("kill -9 router", func(t *testing.T) {
-		giveWay(t)
-		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale")
-		v := &victim{status: theExchange(t, "sole")}
-		if err := v.killContainer(); err != nil {
-			t.Fatal(err)
-		}
-		p := startPoll(t, "http://"+serviceIP(t, "sole")+"/")
-		if err := p.steadily(laptopName, time.Now(), 30*time.Second); err != nil {
-			t.Error(err)
-		}
-		if left := podsOfApp(t, "sole"); left != "" {
-			t.Errorf("the original runs: %s", left)
-		}
-		s.stop()
-		check(30 * time.Second)
-	})
-	t.Run("both, and clean", func(t *testing.T) {
-		giveWay(t)
-		s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale")
-		session := routerOf(t, "sole")
-		kill9(t, theExchange(t, "sole").PID)
-		s.wait(10 * time.Second)
-		kubectl(t, "delete", "lease", "-n", namespace, "culvert-"+session)
-		if err := nothingOf(session, 60*time.Second); err != nil {
-			t.Fatal(err)
-		}
-		would := laptop(t, culvertBin, "clean", "-n", namespace, "--dry-run")
-		if !strings.Contains(would, "replicas of deployment/sole") || !strings.Contains(would, "selector of service/sole") {
-			t.Errorf("clean --dry-run says\n%s", would)
-		}
-		laptop(t, culvertBin, "clean", "-n", namespace)
-		check(60 * time.Second)
-	})
+	s := exchange(t, "svc/sole", "--to", "8080", "--method", "scale")
+	session := routerOf(t, "sole")
+	kill9(t, theExchange(t, "sole").PID)
+	s.wait(10 * time.Second)
+	kubectl(t, "delete", "lease", "-n", namespace, "culvert-"+session)
+	if err := nothingOf(session, 60*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	would := laptop(t, culvertBin, "clean", "-n", namespace, "--dry-run")
+	if !strings.Contains(would, "replicas of deployment/sole") || !strings.Contains(would, "selector of service/sole") {
+		t.Errorf("clean --dry-run says\n%s", would)
+	}
+	laptop(t, culvertBin, "clean", "-n", namespace)
+	check(60 * time.Second)
 }
 
 // What others do to the workload meanwhile stays, and a second developer is told
