@@ -97,9 +97,16 @@ func TestExchangeDeaths(t *testing.T) {
 }
 
 func deaths(t *testing.T, by *method, victims []*victim) {
-	giveWay(t)
 	check := begin(t, by, victims)
 	opened(t, victims)
+	exclusively(t, func() { killed(victims) })
+	report(t, victims)
+	stop(t, victims)
+	check(30 * time.Second)
+}
+
+// killed measures them all at the same time.
+func killed(victims []*victim) {
 	var all sync.WaitGroup
 	for _, v := range victims {
 		all.Go(func() {
@@ -112,9 +119,6 @@ func deaths(t *testing.T, by *method, victims []*victim) {
 		})
 	}
 	all.Wait()
-	report(t, victims)
-	stop(t, victims)
-	check(30 * time.Second)
 }
 
 // begin makes what the victims exchange.

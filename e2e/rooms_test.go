@@ -26,7 +26,6 @@ func TestRoomsOnTheCluster(t *testing.T) {
 	}
 	run := func(t *testing.T, room string, args ...string) {
 		t.Helper()
-		together(t)
 		program := append([]string{"--net=/run/netns/culvert-router", filepath.Join(dir, room+".test"), "-test.v", "-test.timeout=10m"}, args...)
 		c := exec.Command("nsenter", program...)
 		c.Dir = filepath.Join(root, room)
@@ -42,7 +41,8 @@ func TestRoomsOnTheCluster(t *testing.T) {
 	t.Run("restart", func(t *testing.T) {
 		exclusively(t, func() { run(t, "pkg/kube", "-test.run="+restarting) })
 	})
-	t.Parallel() // from here on nobody else is disturbed
+	apart(t)
+	t.Parallel() // from here on nobody else is disturbed, nor is this by others' load
 	for _, room := range []string{"pkg/kube", "pkg/kube/heal"} {
 		t.Run(room, func(t *testing.T) { run(t, room, "-test.run=TestReal|TestLive", "-test.skip="+restarting) })
 	}
