@@ -146,12 +146,12 @@ func opened(t testing.TB, victims []*victim) {
 func TestExchangeNetworkDeaths(t *testing.T) {
 	t.Cleanup(func() { cluster(t, "heal", laptopHost) })
 	var victims []*victim
-	var checks []func(time.Duration)
 	for _, by := range []*method{bySelector, byScale, byEphemeral} {
-		v := &victim{}
-		checks = append(checks, begin(t, by, []*victim{v}))
+		v := &victim{method: by, space: namespace}
+		by.prepare(t, []*victim{v})
 		victims = append(victims, v)
 	}
+	check := workloadsBefore(t)
 	opened(t, victims)
 	all := died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
 	for _, v := range victims {
@@ -172,9 +172,7 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 		t.Logf("culvert, back after the grace time, ended with %d", v.culvert.wait(patience))
 	}
 	stop(t, victims)
-	for _, check := range checks {
-		check(60 * time.Second)
-	}
+	check(60 * time.Second)
 }
 
 // died is what each victim saw of what happened to all of them.
@@ -311,7 +309,7 @@ func (v *victim) settled(t testing.TB) {
 		t.Fatalf("%s: %v", v.target, err)
 	}
 	for _, s := range exchangesHere(t, v.service) {
-		if s.Exchange.Target == v.target {
+		if v.service != "" || s.Exchange.Target == v.target {
 			v.status = s
 			return
 		}

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
@@ -37,6 +38,7 @@ type life struct {
 	hush        context.CancelFunc
 	told        bool // that it is silent, to who waits for changes
 	tired       bool // it did not answer a dial in time, and was not seen since
+	lost        bool // it had no wire, and was not seen since
 	requests    uint64
 	connections uint64
 	open        int
@@ -47,9 +49,12 @@ func (c *claim) silent(now time.Time) bool {
 	return c.to == nil || c.tired || now.Sub(c.seen) > silence
 }
 
+// away tells whether it is, though its wire may just be opened again.
+func (c *claim) away(now time.Time) bool { return c.lost || c.silent(now) }
+
 // heard is for a sign of life of its laptop.
 func (l *life) heard(now time.Time) {
-	l.seen, l.tired = now, false
+	l.seen, l.tired, l.lost = now, false, false
 	if l.quiet == nil || l.quiet.Err() != nil {
 		l.quiet, l.hush = context.WithCancel(context.Background())
 	}
@@ -76,6 +81,7 @@ func (c *claim) status(now time.Time) ClaimStatus {
 // A choice is who takes a request or a connection.
 type choice struct {
 	claim   *claim // nil: the original
+	away    bool   // for whom it is, because that one is silent
 	mirrors []*claim
 }
 
@@ -98,9 +104,45 @@ func choose(claims []*claim, now time.Time, route string, req *http.Request) (to
 		}
 	}
 	if to.claim != nil && to.claim.silent(now) {
-		to.claim = nil
+		to.claim, to.away = nil, true
 	}
 	return to
+}
+
+// hold is how long a client waits where nobody is: the laptop, which may be back
+// soon, is silent, and there is no original, or it does not run.
+const hold = 5 * time.Second
+
+// await waits for a laptop that is away to be back, when a choice has changed.
+func (t *claims) await(ctx context.Context, changed <-chan struct{}, route string, req *http.Request) (to choice, back bool) {
+	ctx, cancel := context.WithTimeout(ctx, hold)
+	defer cancel()
+	for {
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return to, false
+		}
+		changed = t.changes()
+		if to = t.choose(route, req); !to.away {
+			return to, to.claim != nil
+		}
+	}
+}
+
+// left tells whether the laptop of a choice is away, by now.
+func (t *claims) left(to choice) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return to.away || to.claim != nil && to.claim.away(time.Now())
+}
+
+// away tells whether a claim of a route is silent.
+func (t *claims) away(route string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	return slices.ContainsFunc(t.all, func(c *claim) bool { return slices.Contains(c.Routes, route) && c.away(now) })
 }
 
 func meant(a, b *claim) int {
@@ -291,6 +333,13 @@ func (t *claims) tire(c *claim) {
 	}
 }
 
+// lose notes that a laptop has no wire.
+func (t *claims) lose(c *claim) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c.lost = true
+}
+
 // begin counts what a claim is given, in one of the counters of its life; end
 // tells whether it took it.
 func (t *claims) begin(c *claim, count *uint64) (end func(took bool)) {
@@ -386,8 +435,12 @@ func (l laptop) DialContext(ctx context.Context, network, address string) (net.C
 	limited, cancel := context.WithTimeout(ctx, dialPatience)
 	defer cancel()
 	conn, err := l.c.to.DialContext(limited, network, address)
-	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+	switch {
+	case err == nil || ctx.Err() != nil:
+	case limited.Err() != nil:
 		l.t.tire(l.c)
+	case errors.Is(err, memchan.ErrNobody):
+		l.t.lose(l.c)
 	}
 	return conn, err
 }

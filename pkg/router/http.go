@@ -276,20 +276,22 @@ func newTransport(http2 bool, dial func(context.Context) (net.Conn, error)) *htt
 // A request is one of them, on its way.
 type request struct {
 	*web
-	to     choice
-	proxy  httputil.ReverseProxy
-	copies []*spool
-	last   *claim // who was asked last
-	reused bool   // over a connection that had served before
-	whole  bool   // the answer was
-	count  func(took bool)
-	left   func() // the way to who was asked
+	to      choice
+	changed <-chan struct{} // since then
+	proxy   httputil.ReverseProxy
+	copies  []*spool
+	last    *claim // who was asked last
+	reused  bool   // over a connection that had served before
+	whole   bool   // the answer was
+	count   func(took bool)
+	left    func() // the way to who was asked
 }
 
 func (w *web) ServeHTTP(rw http.ResponseWriter, req *http.Request) {
 	w.busy.Add(1)
 	defer w.busy.Done()
-	q := &request{web: w, to: w.router.choose(w.route, req)}
+	q := &request{web: w, changed: w.router.claims.changes()}
+	q.to = w.router.choose(w.route, req)
 	q.proxy = httputil.ReverseProxy{
 		Rewrite: q.keep, Transport: q, ModifyResponse: q.answered, ErrorHandler: q.failed,
 		FlushInterval: -1, BufferPool: &w.router.buffers, ErrorLog: w.errors,
@@ -338,13 +340,20 @@ func (q *request) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.Body != nil {
 		req.Body = &body{Reader: req.Body, copies: q.copies}
 	}
-	if c := q.to.claim; c != nil {
-		res, err := q.ask(c, req)
-		if err == nil || !again(req, err) {
+	if q.to.claim != nil {
+		if res, err := q.ask(q.to.claim, req); err == nil || !again(req, err) {
 			return res, err
 		}
 	}
-	return q.ask(nil, req)
+	left := q.router.claims.left(q.to)
+	res, err := q.ask(nil, req)
+	if err == nil || !left || !refused(err) || req.Context().Err() != nil {
+		return res, err
+	}
+	if to, back := q.router.claims.await(req.Context(), q.changed, q.route.name(), req); back {
+		return q.ask(to.claim, req)
+	}
+	return res, err
 }
 
 func (q *request) ask(c *claim, req *http.Request) (*http.Response, error) {

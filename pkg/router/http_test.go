@@ -19,6 +19,8 @@ import (
 
 	http2lib "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 // eachHTTP runs a test for clients of both protocols.
@@ -152,6 +154,21 @@ func TestHangingLaptop(t *testing.T) {
 		close(more)
 		if all, err := io.ReadAll(res.Body); err != nil || string(all) != "begun" {
 			t.Errorf("the stream: %q, %v", all, err)
+		}
+	})
+}
+
+// TestNobodyThere: who asks while the laptop is away and no original runs waits
+// for the laptop, for a while.
+func TestNobodyThere(t *testing.T) {
+	eachHTTP(t, func(t *testing.T, http2 bool) {
+		r, at := runs(t, web80("127.0.0.1:1"))
+		claims80(t, r, "ann", &memchan.Network{}, Match{}) // its wire is gone
+		c := asks(t, http2)
+		began := time.Now()
+		time.AfterFunc(time.Second, func() { claims80(t, r, "ann", &to{address: serves(t, says("ann"))}, Match{}) })
+		if got := get(t, c, at[0]); got != "ann" || time.Since(began) < time.Second {
+			t.Errorf("answered by %q after %v", got, time.Since(began))
 		}
 	})
 }

@@ -115,13 +115,25 @@ func (r *Router) original(ctx context.Context, route *Route) (net.Conn, error) {
 	if route.Original == "" {
 		return nil, fmt.Errorf("dial the original of %s: there is none: %w", route.name(), syscall.ECONNREFUSED)
 	}
+	if r.claims.away(route.name()) { // it may not run: its workload is scaled down
+		limited, cancel := context.WithTimeout(ctx, dialPatience)
+		defer cancel()
+		ctx = limited
+	}
 	return r.config.Network.DialContext(ctx, route.Network, route.Original)
 }
 
 // raw hands bytes on and back that nobody looks into.
 func (r *Router) raw(ctx context.Context, c *client, route *Route, far *beginning) {
 	if far == nil {
-		conn, claim, err := r.reach(ctx, route, r.claims.choose(route.name(), nil))
+		changed := r.claims.changes()
+		to := r.claims.choose(route.name(), nil)
+		conn, claim, err := r.reach(ctx, route, to)
+		if err != nil && r.claims.left(to) {
+			if to, back := r.claims.await(ctx, changed, route.name(), nil); back {
+				conn, claim, err = r.reach(ctx, route, to)
+			}
+		}
 		if err != nil {
 			relay.Abort(c.Conn, err)
 			return

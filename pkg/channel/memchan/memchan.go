@@ -12,6 +12,7 @@ package memchan
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -80,18 +81,22 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 	return nil, &net.OpError{Op: "dial", Net: network, Addr: addr{network, address}, Err: err}
 }
 
+// ErrNobody is what a dial of an address says that has no listener: nobody has
+// refused it.
+var ErrNobody = fmt.Errorf("nobody listens: %w", syscall.ECONNREFUSED)
+
 func (n *Network) dial(ctx context.Context, at addr) (net.Conn, error) {
 	n.mu.Lock()
 	l := n.listeners[at]
 	n.mu.Unlock()
 	if l == nil {
-		return nil, syscall.ECONNREFUSED
+		return nil, ErrNobody
 	}
 	near, far, k := pair(at, origin(ctx, at.network))
 	select {
 	case l.backlog <- far:
 	case <-l.closed:
-		return nil, syscall.ECONNREFUSED
+		return nil, ErrNobody
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
