@@ -15,6 +15,7 @@ const (
 	deathGrace = 15 * time.Second
 	failOpen   = 5 * time.Second  // the original answers again
 	restore    = 30 * time.Second // after the grace time all is as it was
+	backAgain  = 6 * time.Second  // the laptop answers again, from when its network is back
 )
 
 // A method of exchange: what its victims are made of, how long requests may fail
@@ -51,6 +52,7 @@ type victim struct {
 	status  exchangeStatus
 	poll    *poller
 
+	healed   time.Time // when packets flowed again
 	outage   outage
 	resumed  time.Duration // until the laptop answers everything again
 	restored time.Duration // until the Service is as it was and nothing is left
@@ -325,6 +327,9 @@ func (v *victim) measure(at time.Time) {
 			v.fail("does not resume: %w", err)
 		}
 		v.resumed = v.lastBy("original", at)
+		if back := v.resumed - v.healed.Sub(at); !v.healed.IsZero() && back > backAgain {
+			v.fail("the laptop answers %v after the network is back, want %v", tenths(back), backAgain)
+		}
 	} else {
 		v.awaitRestored(at)
 	}
@@ -537,6 +542,7 @@ func cut(d time.Duration) error {
 	if out, err := clusterCommand("heal", laptopHost).CombinedOutput(); err != nil {
 		return fmt.Errorf("heal: %w: %s", err, out)
 	}
+	v.healed = time.Now()
 	return nil
 }
 

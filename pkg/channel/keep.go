@@ -17,13 +17,20 @@ type KeepConfig struct {
 	Open        func(ctx context.Context) (Channel, error)
 	OpenTimeout time.Duration // zero means 30 seconds
 
+	// Beside, if set, makes another wire to where the present one leads and has
+	// been silent for Silence. Its ctx ends after BesideTimeout, or earlier when
+	// the present one is heard, so that it should change nothing else. It is called
+	// again for as long as the silence lasts. Zero means 3 s and 2 s.
+	Beside                 func(ctx context.Context) (Channel, error)
+	Silence, BesideTimeout time.Duration
+
 	// Between failed attempts Keep waits, with jitter, MinBackoff at first and
 	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
 	MinBackoff, MaxBackoff time.Duration
 
-	// OnState, if set, is called when Up has changed, one call at a time: not
-	// for each attempt that fails in between, nor for those before the first
-	// wire. It must not wait for the Keep.
+	// OnState, if set, is called when Up or Reopened has changed, one call at a
+	// time: not for each attempt that fails in between, nor for those before the
+	// first wire. It must not wait for the Keep.
 	OnState func(KeepState)
 
 	Log *slog.Logger // nil: nothing is logged
@@ -42,6 +49,12 @@ type KeepState struct {
 // is down, dials wait for the next one as long as their context lets them.
 // Connections end with the wire they were made on; listeners live on and are
 // established on every new wire.
+//
+// After a network that lost everything for a while, TCP waits for about as long
+// again before it tries the next time. So a wire that is silent gets another one
+// beside it, which takes over as soon as it is open: dials under way are made
+// there, too, and listeners move. What is open on the silent one goes on should
+// it be heard again, and else ends when it is dead.
 type Keep struct {
 	cfg  KeepConfig
 	done chan struct{} // closed by Close, and when Run ends
@@ -54,13 +67,16 @@ type Keep struct {
 	wire  *keptWire     // nil while down
 	next  chan struct{} // closed when wire is set
 
-	told bool // what OnState has heard last of Up; Run's own
+	told KeepState // what OnState has heard last; Run's own
 }
 
 // keptWire is one life of the wire.
 type keptWire struct {
 	Channel
-	gone chan struct{} // closed when Wait has returned
+	present context.Context // ends when it is not the present wire any more
+	past    context.CancelFunc
+	gone    chan struct{} // closed when Wait has returned
+	err     error         // of Wait; after gone
 }
 
 var _ Channel = (*Keep)(nil)
@@ -70,6 +86,8 @@ func NewKeep(cfg KeepConfig) *Keep {
 	orDuration(&cfg.OpenTimeout, 30*time.Second)
 	orDuration(&cfg.MinBackoff, 200*time.Millisecond)
 	orDuration(&cfg.MaxBackoff, 5*time.Second)
+	orDuration(&cfg.Silence, 3*time.Second)
+	orDuration(&cfg.BesideTimeout, 2*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -125,19 +143,39 @@ func (k *Keep) reopen(ctx context.Context) {
 	}
 }
 
-// life opens one wire and waits until it is gone.
+// life opens one wire, and waits until it is gone, or the last of those that
+// took over from it.
 func (k *Keep) life(ctx context.Context) error {
-	octx, cancel := context.WithTimeout(ctx, k.cfg.OpenTimeout)
-	ch, err := k.cfg.Open(octx)
-	cancel()
+	ch, err := k.open(ctx, k.cfg.OpenTimeout, k.cfg.Open)
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
+	for {
+		w := k.begin(ctx, ch)
+		k.up(w)
+		if ch = k.beside(ctx, w); ch == nil {
+			<-w.gone
+			return w.err
+		}
+	}
+}
+
+func (k *Keep) open(ctx context.Context, limit time.Duration, how func(context.Context) (Channel, error)) (Channel, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return how(ctx)
+}
+
+// begin follows a wire to its end.
+func (k *Keep) begin(ctx context.Context, ch Channel) *keptWire {
 	w := &keptWire{Channel: ch, gone: make(chan struct{})}
-	defer close(w.gone)
-	defer context.AfterFunc(ctx, func() { ch.Close() })()
-	k.up(w)
-	return ch.Wait()
+	w.present, w.past = context.WithCancel(context.Background())
+	k.wg.Go(func() {
+		defer close(w.gone)
+		defer context.AfterFunc(ctx, func() { ch.Close() })()
+		w.err = ch.Wait()
+	})
+	return w
 }
 
 // backoff is how long to wait after so many failures; r in [0,1) is the jitter,
@@ -159,16 +197,25 @@ func wait(ctx context.Context, d time.Duration) {
 	}
 }
 
+// up makes w the present wire. One that was before it is not closed: a network
+// that was away for a few seconds is no reason to break what is open.
 func (k *Keep) up(w *keptWire) {
 	k.mu.Lock()
+	before := k.wire
 	k.wire = w
-	close(k.next)
 	if !k.state.Since.IsZero() {
 		k.state.Reopened++
 	}
-	k.state.Up, k.state.Since = true, time.Now()
+	if before == nil {
+		close(k.next)
+		k.state.Up, k.state.Since = true, time.Now()
+	}
 	s := k.state
 	k.mu.Unlock()
+	if before != nil {
+		before.past()
+		before.Channel.(Silent).Retire()
+	}
 	k.cfg.Log.Info("wire up", "reopened", s.Reopened)
 	k.tell(s)
 }
@@ -176,6 +223,7 @@ func (k *Keep) up(w *keptWire) {
 func (k *Keep) down(err error) {
 	k.mu.Lock()
 	if k.wire != nil {
+		k.wire.past()
 		k.wire, k.next = nil, make(chan struct{})
 		k.state.Up, k.state.Since = false, time.Now()
 	}
@@ -187,8 +235,8 @@ func (k *Keep) down(err error) {
 }
 
 func (k *Keep) tell(s KeepState) {
-	if k.cfg.OnState != nil && s.Up != k.told {
-		k.told = s.Up
+	if k.cfg.OnState != nil && (s.Up != k.told.Up || s.Reopened != k.told.Reopened) {
+		k.told = s
 		k.cfg.OnState(s)
 	}
 }
@@ -251,19 +299,19 @@ func (k *Keep) ended() bool {
 }
 
 // try does a thing on the current wire, and again on the next one if that wire
-// turned out to be gone.
-func (k *Keep) try(ctx context.Context, do func(*keptWire) error) error {
+// turned out to be gone, or another took over meanwhile.
+func (k *Keep) try(ctx context.Context, do func(context.Context, *keptWire) error) error {
 	for {
 		w, err := k.current(ctx)
 		if err != nil {
 			return err
 		}
-		if err = do(w); !errors.Is(err, net.ErrClosed) {
+		err = w.try(ctx, do)
+		if err == nil || w.present.Err() == nil && !errors.Is(err, net.ErrClosed) {
 			return err
 		}
 		select {
-		case <-w.gone:
-			k.forget(w)
+		case <-w.present.Done():
 		case <-k.done:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -271,20 +319,18 @@ func (k *Keep) try(ctx context.Context, do func(*keptWire) error) error {
 	}
 }
 
-// forget takes a dead wire away if Run has not come to it yet.
-func (k *Keep) forget(w *keptWire) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.wire == w {
-		k.wire, k.next = nil, make(chan struct{})
-		k.state.Up, k.state.Since = false, time.Now()
-	}
+// try does a thing for as long as w is the present wire.
+func (w *keptWire) try(ctx context.Context, do func(context.Context, *keptWire) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(w.present, cancel)()
+	return do(ctx, w)
 }
 
 // DialContext dials on the wire, or on the next one if it is down.
 func (k *Keep) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	var conn net.Conn
-	err := k.try(ctx, func(w *keptWire) (err error) {
+	err := k.try(ctx, func(ctx context.Context, w *keptWire) (err error) {
 		conn, err = w.DialContext(ctx, network, address)
 		return err
 	})

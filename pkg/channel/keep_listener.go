@@ -11,18 +11,15 @@ import (
 // that the listener stays until it is closed, and is established on every new
 // wire: at the port that was given the first time, if it was left open.
 func (k *Keep) Listen(ctx context.Context, network, address string) (net.Listener, error) {
-	l := &keptListener{k: k, network: network, conns: make(chan net.Conn), done: make(chan struct{})}
-	err := k.try(ctx, func(w *keptWire) (err error) {
-		l.now, err = w.Listen(ctx, network, address)
-		return err
-	})
+	l := &keptListener{k: k, network: network, address: address, conns: make(chan net.Conn), done: make(chan struct{})}
+	now, err := l.listen(ctx)
 	if err != nil {
 		return nil, err
 	}
-	l.addr = l.now.Addr()
+	l.now, l.addr = now, now.Addr()
 	l.address = boundAddress(address, l.addr)
 	if !k.start(l.run) {
-		l.now.Close()
+		now.Close()
 		return nil, net.ErrClosed
 	}
 	return l, nil
@@ -119,7 +116,7 @@ func (l *keptListener) run(ctx context.Context) {
 	l.mu.Lock()
 	now := l.now
 	l.mu.Unlock()
-	for now != nil && !l.ended() {
+	for now != nil {
 		l.accept(now)
 		now.Close()
 		now = l.again(ctx)
@@ -162,8 +159,10 @@ func (l *keptListener) again(ctx context.Context) net.Listener {
 		case <-ctx.Done():
 		}
 	}()
-	for failures := 0; ctx.Err() == nil; failures++ {
-		now, err := l.listen(ctx)
+	for failures := 0; ctx.Err() == nil && !l.ended(); failures++ {
+		one, stop := context.WithTimeout(ctx, 30*time.Second)
+		now, err := l.listen(one)
+		stop()
 		if err == nil {
 			return l.adopt(now)
 		}
@@ -175,14 +174,27 @@ func (l *keptListener) again(ctx context.Context) net.Listener {
 	return nil
 }
 
+// listen listens on the present wire, until another takes over.
 func (l *keptListener) listen(ctx context.Context) (now net.Listener, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	err = l.k.try(ctx, func(w *keptWire) (err error) {
-		now, err = w.Listen(ctx, l.network, l.address)
+	err = l.k.try(ctx, func(ctx context.Context, w *keptWire) error {
+		ln, err := w.Listen(ctx, l.network, l.address)
+		if err == nil {
+			now = &wireListener{ln, context.AfterFunc(w.present, func() { ln.Close() })}
+		}
 		return err
 	})
 	return now, err
+}
+
+// wireListener is closed when its wire is not the present one any more.
+type wireListener struct {
+	net.Listener
+	stop func() bool
+}
+
+func (l *wireListener) Close() error {
+	l.stop()
+	return l.Listener.Close()
 }
 
 // adopt makes a new wire's listener the present one, unless Close came first.

@@ -157,11 +157,32 @@ func (x *Exchange) dialWire(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: r.keys, Log: x.cfg.Log})
+	return x.wireTo(ctx, r, conn)
+}
+
+// dialBeside dials the same router while the wire to it is silent. Should that be
+// gone, it is for dialWire to find another.
+func (x *Exchange) dialBeside(ctx context.Context) (channel.Channel, error) {
+	r := x.attachment()
+	conn, _, err := r.place.Dial(ctx)
 	if err != nil {
-		return nil, err // not wire: a nil one in the interface is none
+		return nil, err
+	}
+	return x.wireTo(ctx, r, conn)
+}
+
+// wireTo makes a wire of a connection to r, unless another router was put in its
+// place meanwhile.
+func (x *Exchange) wireTo(ctx context.Context, r *attached, conn net.Conn) (channel.Channel, error) {
+	wire, err := wireOver(ctx, conn, r.keys, x.cfg.Log)
+	if err != nil {
+		return nil, err
 	}
 	r.set(func(r *attached) { r.wire = wire })
+	if x.attachment() != r {
+		wire.Close()
+		return nil, errors.New("the router was replaced meanwhile")
+	}
 	return wire, nil
 }
 
@@ -328,12 +349,14 @@ func (x *Exchange) another(ctx context.Context, r *attached) error {
 	return nil
 }
 
-// hold shows the router that this machine lives, and learns how the claim is.
+// hold shows the router that this machine lives, and learns how the claim is. On a
+// new wire it puts the claim again: the router then keeps nothing for later that
+// goes over the old one.
 func (x *Exchange) hold(ctx context.Context) error {
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
+	again, lost := false, false
 	for {
-		again := false
 		select {
 		case <-ctx.Done():
 			return nil
@@ -342,9 +365,10 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case <-beat.C:
 		}
 		err := x.beat(ctx)
-		lost := errors.Is(err, shadow.ErrNoClaim) || errors.Is(err, router.ErrClosing) || err == nil && !x.attachment().isTurned()
-		if lost {
-			again = true
+		if errors.Is(err, shadow.ErrNoClaim) || errors.Is(err, router.ErrClosing) || err == nil && !x.attachment().isTurned() {
+			again, lost, err = true, true, nil
+		}
+		if again && err == nil {
 			err = x.settle(ctx, false)
 		}
 		switch {
@@ -361,6 +385,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 			if lost {
 				x.emptyAgain()
 			}
+			again, lost = false, false
 		}
 	}
 }

@@ -52,7 +52,7 @@ type Exchange struct {
 	workload *kube.Workload // that is scaled down, or nil
 	keep     *channel.Keep
 	open     atomic.Int64  // connections that are being served here
-	reopened chan struct{} // the wire is up again
+	reopened chan struct{} // there is a new wire
 	finding  chan struct{} // has room for one: who finds or makes a router
 	letGo    func()        // ends hold and waits for it; nil before it began
 	pod      string        // whose environment the local process gets; "": none is read
@@ -244,7 +244,7 @@ func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
-	x.keep = x.keepOpen(x.dialWire, x.wireChanged)
+	x.keep = x.keepOpen(x.dialWire, x.dialBeside, x.wireChanged)
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}

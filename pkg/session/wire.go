@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"strings"
@@ -62,7 +63,7 @@ func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
 }
 
 func (c *Connect) openWire(ctx context.Context) (string, error) {
-	c.keep = c.keepOpen(c.dialWire, c.wireChanged)
+	c.keep = c.keepOpen(c.dialWire, c.dialBeside, c.wireChanged)
 	if err := ready(ctx, c.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the shadow: %w", err)
 	}
@@ -74,9 +75,11 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 	return fmt.Sprintf("wire open through %s", c.shadow.Way()), nil
 }
 
+type opener = func(context.Context) (channel.Channel, error)
+
 // keepOpen keeps a wire open until that is undone.
-func (c *course) keepOpen(open func(context.Context) (channel.Channel, error), changed func(channel.KeepState)) *channel.Keep {
-	keep := channel.NewKeep(channel.KeepConfig{Open: open, OpenTimeout: reopenLimit, OnState: changed, Log: c.log})
+func (c *course) keepOpen(open, beside opener, changed func(channel.KeepState)) *channel.Keep {
+	keep := channel.NewKeep(channel.KeepConfig{Open: open, OpenTimeout: reopenLimit, Beside: beside, OnState: changed, Log: c.log})
 	c.background("wire", keep.Run)
 	c.undo.add("close the wire", func(context.Context) error {
 		err := keep.Close()
@@ -121,7 +124,21 @@ func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: c.keys.laptop, Log: c.cfg.Log})
+	return wireOver(ctx, conn, c.keys.laptop, c.cfg.Log)
+}
+
+// dialBeside dials the same shadow while the wire to it is silent. Should that
+// be gone, it is for dialWire to make another.
+func (c *Connect) dialBeside(ctx context.Context) (channel.Channel, error) {
+	conn, _, err := c.shadow.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return wireOver(ctx, conn, c.keys.laptop, c.cfg.Log)
+}
+
+func wireOver(ctx context.Context, conn net.Conn, id sshchan.Identity, log *slog.Logger) (channel.Channel, error) {
+	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: id, Log: log})
 	if err != nil {
 		return nil, err // not wire: a nil one in the interface is none
 	}

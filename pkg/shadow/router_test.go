@@ -93,12 +93,15 @@ func eventually(t *testing.T, try func() error) {
 
 // get asks the Service, on a connection of its own.
 func (s *stand) get(header ...string) (string, error) {
+	return s.getBy(&http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}, header...)
+}
+
+func (s *stand) getBy(client *http.Client, header ...string) (string, error) {
 	req, _ := http.NewRequest(http.MethodGet, "http://"+s.address, nil)
 	for _, h := range header {
 		name, value, _ := strings.Cut(h, ": ")
 		req.Header.Add(name, value)
 	}
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
 	resp, err := client.Do(req)
 	if err != nil {
 		return "", err
@@ -111,6 +114,13 @@ func (s *stand) get(header ...string) (string, error) {
 func (s *stand) want(name string, header ...string) {
 	s.t.Helper()
 	if got, err := s.get(header...); got != name || err != nil {
+		s.t.Errorf("answer of %q, %v; want %q", got, err, name)
+	}
+}
+
+func (s *stand) wantBy(client *http.Client, name string) {
+	s.t.Helper()
+	if got, err := s.getBy(client); got != name || err != nil {
 		s.t.Errorf("answer of %q, %v; want %q", got, err, name)
 	}
 }
@@ -318,7 +328,8 @@ func TestLaptopRefuses(t *testing.T) {
 	s.end()
 }
 
-// TestNewWireTakesOver: a laptop is back before its old wire is known to be dead.
+// TestNewWireTakesOver: a laptop is back before its old wire is known to be dead,
+// also for a client that keeps its connection.
 func TestNewWireTakesOver(t *testing.T) {
 	t.Parallel()
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
@@ -326,9 +337,13 @@ func TestNewWireTakesOver(t *testing.T) {
 	s.lead(old, "ann", "tcp", answering(t, "before", nil))
 	s.put(old, whole("ann"), false)
 	s.want("before")
+	kept := &http.Client{Transport: &http.Transport{}, Timeout: patience}
+	defer kept.CloseIdleConnections()
+	s.wantBy(kept, "before")
 	s.lead(fresh, "ann", "tcp", answering(t, "after", nil))
 	s.put(fresh, whole("ann"), false)
 	s.want("after")
+	s.wantBy(kept, "after")
 	old.Close()
 	old.Wait()
 	s.want("after")

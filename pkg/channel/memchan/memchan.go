@@ -6,8 +6,10 @@
 // whoever dials the name here is answered by a dial that is made there. So what
 // is accepted is a channel.Pending, and DialContext returns when it is answered.
 //
-// Who listens later at an address takes it over: on a wire that broke and was
-// opened again, the new listener is there before the old one is known to be dead.
+// Who listens later at an address takes it over, for as long as he does: where a
+// wire was opened again, the new listener is there before the old one is known to
+// be dead. Should what was said over the old wire come late, and last, it does not
+// outlive that wire.
 package memchan
 
 import (
@@ -15,6 +17,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -24,7 +27,7 @@ import (
 // Network is a Network in memory. The zero value is ready.
 type Network struct {
 	mu        sync.Mutex
-	listeners map[addr]*listener
+	listeners map[addr][]*listener // the last one has the address
 }
 
 var _ channel.Network = (*Network)(nil)
@@ -86,9 +89,7 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 var ErrNobody = fmt.Errorf("nobody listens: %w", syscall.ECONNREFUSED)
 
 func (n *Network) dial(ctx context.Context, at addr) (net.Conn, error) {
-	n.mu.Lock()
-	l := n.listeners[at]
-	n.mu.Unlock()
+	l := n.listener(at)
 	if l == nil {
 		return nil, ErrNobody
 	}
@@ -106,6 +107,17 @@ func (n *Network) dial(ctx context.Context, at addr) (net.Conn, error) {
 	return near, nil
 }
 
+// listener is who has the address, or nil.
+func (n *Network) listener(at addr) *listener {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	all := n.listeners[at]
+	if len(all) == 0 {
+		return nil
+	}
+	return all[len(all)-1]
+}
+
 // Listen takes the address, also from who has it.
 func (n *Network) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	at, err := parseAddr(network, address)
@@ -119,12 +131,9 @@ func (n *Network) Listen(ctx context.Context, network, address string) (net.List
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.listeners == nil {
-		n.listeners = make(map[addr]*listener)
+		n.listeners = make(map[addr][]*listener)
 	}
-	if before := n.listeners[at]; before != nil {
-		close(before.closed)
-	}
-	n.listeners[at] = l
+	n.listeners[at] = append(n.listeners[at], l)
 	return l, nil
 }
 
@@ -132,7 +141,7 @@ type listener struct {
 	n       *Network
 	at      addr
 	backlog chan net.Conn
-	closed  chan struct{} // with n.mu held, by who takes it off the list
+	closed  chan struct{}
 }
 
 func (l *listener) Accept() (net.Conn, error) {
@@ -153,9 +162,16 @@ func (l *listener) Addr() net.Addr { return l.at }
 func (l *listener) Close() error {
 	l.n.mu.Lock()
 	defer l.n.mu.Unlock()
-	if l.n.listeners[l.at] == l {
+	all := l.n.listeners[l.at]
+	i := slices.Index(all, l)
+	if i < 0 {
+		return nil
+	}
+	close(l.closed)
+	if all = slices.Delete(all, i, i+1); len(all) > 0 {
+		l.n.listeners[l.at] = all
+	} else {
 		delete(l.n.listeners, l.at)
-		close(l.closed)
 	}
 	return nil
 }

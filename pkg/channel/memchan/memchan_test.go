@@ -165,29 +165,46 @@ func TestNobodyListens(t *testing.T) {
 	}
 }
 
-// TestTakeOver: the later listener has the address, whatever the earlier one does.
+// TestTakeOver: the later listener has the address, whatever the earlier one
+// does, which has it again when the later one is closed.
 func TestTakeOver(t *testing.T) {
 	var n Network
-	before, _ := n.Listen(t.Context(), "tcp", "web:80")
-	l, err := n.Listen(t.Context(), "tcp", "web:80")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if _, err := before.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("accept: %v, want net.ErrClosed", err)
-	}
-	before.Close()
-	go func() {
-		if c, err := l.Accept(); err == nil {
-			c.Write([]byte("x"))
+	heard := make(chan string, 10)
+	listen := func(name string) net.Listener {
+		l, err := n.Listen(t.Context(), "tcp", "web:80")
+		if err != nil {
+			t.Fatal(err)
 		}
-	}()
-	c, err := n.DialContext(t.Context(), "tcp", "web:80")
-	if err != nil {
-		t.Fatal(err)
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+				heard <- name
+				c.(channel.Pending).Answer(nil)
+			}
+		}()
+		return l
 	}
-	c.Close()
+	ask := func(want string) {
+		t.Helper()
+		c, err := n.DialContext(t.Context(), "tcp", "web:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		if name := receive(t, heard); name != want {
+			t.Errorf("%s answers, want %s", name, want)
+		}
+	}
+	first, second, third := listen("first"), listen("second"), listen("third")
+	ask("third")
+	second.Close()
+	ask("third")
+	third.Close()
+	ask("first")
+	first.Close()
+	if _, err := n.DialContext(t.Context(), "tcp", "web:80"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial: %v, want ECONNREFUSED", err)
+	}
 }
 
 func TestAddresses(t *testing.T) {

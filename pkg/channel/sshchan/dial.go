@@ -13,7 +13,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
-// Channel is the near end. It is a channel.Channel.
+// Channel is the near end. It is a channel.Silent.
 type Channel struct {
 	w *wire
 
@@ -23,7 +23,7 @@ type Channel struct {
 	listeners map[bound]*listener
 }
 
-var _ channel.Channel = (*Channel)(nil)
+var _ channel.Silent = (*Channel)(nil)
 
 // Dial makes a channel of conn, to the end that serves there, and takes conn
 // over. ctx bounds the handshake only.
@@ -54,6 +54,12 @@ func (c *Channel) Close() error {
 
 // RTT is the round trip of the last keepalive; zero before the first.
 func (c *Channel) RTT() time.Duration { return time.Duration(c.w.rtt.Load()) }
+
+// Silence is how long nothing was read from the wire.
+func (c *Channel) Silence() time.Duration { return c.w.silence() }
+
+// Retire closes the wire when the last connection over it is closed.
+func (c *Channel) Retire() { c.w.retire() }
 
 // target names both ends of a connection, as RFC 4254 does: where it goes, or
 // was accepted, and where it comes from.

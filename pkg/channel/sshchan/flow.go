@@ -63,6 +63,7 @@ func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote ne
 		pumped:  make(chan struct{}),
 		writing: make(chan struct{}, 1),
 	}
+	w.count(1)
 	f.ReadBy.Func = func() { f.passed(&f.unbounded.read) }
 	f.WriteBy.Func = func() { f.passed(&f.unbounded.write) }
 	return f
@@ -359,6 +360,7 @@ func (f *flow) writeError(err error) error {
 // Close tells the other end that all was sent, unless a write is under way.
 func (f *flow) Close() error {
 	f.once.Do(func() {
+		defer f.w.count(-1)
 		close(f.closed)
 		select {
 		case f.writing <- struct{}{}:
@@ -375,6 +377,7 @@ func (f *flow) Close() error {
 // file.
 func (f *flow) Abort(reason error) error {
 	f.once.Do(func() {
+		defer f.w.count(-1)
 		close(f.closed)
 		if f.w.ours {
 			f.ch.SendRequest(abortRequest, false, []byte(say(reason)))

@@ -49,8 +49,8 @@ type Config struct {
 	User string
 
 	// Keepalive is how often each end asks the other for a sign of life; after
-	// three times of silence the wire is dead, and a handshake has failed. Zero
-	// means 5 s.
+	// seven times of silence the wire is dead, and a handshake has failed. Zero
+	// means 2 s.
 	Keepalive time.Duration
 
 	// DialTimeout bounds one dial or listen of Serve at its network, and Idle
@@ -86,7 +86,7 @@ func (c Config) withDefaults() Config {
 	for _, d := range []struct {
 		at *time.Duration
 		or time.Duration
-	}{{&c.Keepalive, 5 * time.Second}, {&c.DialTimeout, 30 * time.Second}, {&c.Idle, 2 * time.Minute}} {
+	}{{&c.Keepalive, 2 * time.Second}, {&c.DialTimeout, 30 * time.Second}, {&c.Idle, 2 * time.Minute}} {
 		if *d.at <= 0 {
 			*d.at = d.or
 		}

@@ -24,12 +24,15 @@ type wire struct {
 	end  context.CancelFunc
 	done chan struct{} // closed when all goroutines are gone
 
-	mu   sync.Mutex
-	over bool // no goroutine is waited for any more
-	wg   sync.WaitGroup
+	mu      sync.Mutex
+	over    bool // no goroutine is waited for any more
+	wg      sync.WaitGroup
+	flows   int  // that are open
+	retired bool // it closes after the last of them
 
-	asked atomic.Bool // a keepalive has no answer yet
-	rtt   atomic.Int64
+	asked  atomic.Bool // a keepalive has no answer yet
+	rtt    atomic.Int64
+	silent atomic.Int64 // ticks
 }
 
 // handler is what an end does with what the other one asks for.
@@ -43,7 +46,7 @@ type handler interface {
 func handshake(ctx context.Context, conn net.Conn, cfg Config,
 	do func(net.Conn) (ssh.Conn, <-chan ssh.NewChannel, <-chan *ssh.Request, error), peer func(ssh.Conn) []byte,
 	h func(*wire) handler) (*wire, error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*cfg.Keepalive)
+	ctx, cancel := context.WithTimeout(ctx, keepalives*cfg.Keepalive)
 	defer cancel()
 	t := newTap(conn)
 	stop := context.AfterFunc(ctx, func() { t.Close() })
@@ -153,12 +156,14 @@ func (w *wire) tell() {
 }
 
 const (
+	keepalives        = 7 // without a sign of life
 	ticksPerKeepalive = 5
-	silentTicks       = 3*ticksPerKeepalive - 1 // and one in which it began
+	silentTicks       = keepalives*ticksPerKeepalive - 1 // and one in which it began
 )
 
 // watch ends the wire when nothing at all was read from it for too long. All
-// that was read is a sign of life.
+// that was read is a sign of life: also under load there is one with every
+// keepalive of either end, for who waits for an answer tells.
 func (w *wire) watch() {
 	t := time.NewTicker(w.cfg.Keepalive / ticksPerKeepalive)
 	defer t.Stop()
@@ -175,8 +180,9 @@ func (w *wire) watch() {
 		} else {
 			silent++
 		}
+		w.silent.Store(int64(silent))
 	}
-	w.tap.fail(errSilent(3 * w.cfg.Keepalive))
+	w.tap.fail(errSilent(keepalives * w.cfg.Keepalive))
 	w.tap.Conn.Close() // what is queued would not arrive
 }
 
@@ -196,6 +202,29 @@ func (w *wire) carries(network string) error {
 		return nil
 	}
 	return fmt.Errorf("the other end does not carry %s: %w", network, errors.ErrUnsupported)
+}
+
+// silence is counted and not timed: a process that was stopped has heard nothing.
+func (w *wire) silence() time.Duration {
+	return time.Duration(w.silent.Load()) * w.cfg.Keepalive / ticksPerKeepalive
+}
+
+// count counts the flows.
+func (w *wire) count(more int) {
+	w.mu.Lock()
+	w.flows += more
+	over := w.retired && w.flows == 0
+	w.mu.Unlock()
+	if over {
+		w.close()
+	}
+}
+
+func (w *wire) retire() {
+	w.mu.Lock()
+	w.retired = true
+	w.mu.Unlock()
+	w.count(0)
 }
 
 // close ends the wire in good order.

@@ -1,0 +1,77 @@
+package channel
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+)
+
+// Silent is a Channel that notices when nothing comes any more.
+type Silent interface {
+	Channel
+
+	// Silence is how long nothing came from the other end, which shows that it
+	// lives more often than that.
+	Silence() time.Duration
+
+	// Retire closes the wire as soon as nothing is open on it.
+	Retire()
+}
+
+// beside waits until w is gone, or was silent and another wire is open beside it.
+func (k *Keep) beside(ctx context.Context, w *keptWire) Channel {
+	s, ok := w.Channel.(Silent)
+	if !ok || k.cfg.Beside == nil {
+		return nil
+	}
+	for {
+		select {
+		case <-time.After(k.cfg.Silence - s.Silence()):
+		case <-w.gone:
+			return nil
+		}
+		if s.Silence() < k.cfg.Silence {
+			continue
+		}
+		if ch := k.attempts(ctx, w, s); ch != nil {
+			return ch
+		}
+	}
+}
+
+// attempts tries to open another wire until w is heard again, or gone. None of
+// them lasts: what TCP has said in vain it says again later and later.
+func (k *Keep) attempts(ctx context.Context, w *keptWire, s Silent) Channel {
+	k.fell(fmt.Errorf("no sign of life for %v", k.cfg.Silence))
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	k.wg.Go(func() {
+		defer cancel()
+		for ctx.Err() == nil && s.Silence() >= k.cfg.Silence {
+			select {
+			case <-time.After(k.cfg.Silence / 30):
+			case <-w.gone:
+				return
+			case <-ctx.Done():
+			}
+		}
+	})
+	for ctx.Err() == nil {
+		ch, err := k.open(ctx, k.cfg.BesideTimeout, k.cfg.Beside)
+		if err == nil {
+			return ch
+		}
+		k.cfg.Log.Debug("no wire beside the silent one", "err", err)
+		wait(ctx, backoff(0, k.cfg.MinBackoff, k.cfg.MaxBackoff, rand.Float64()))
+	}
+	return nil
+}
+
+// fell notes that the present wire is silent.
+func (k *Keep) fell(err error) {
+	k.mu.Lock()
+	k.state.Err = err
+	k.mu.Unlock()
+	k.cfg.Log.Warn("wire silent", "err", err)
+}
