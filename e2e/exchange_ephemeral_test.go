@@ -170,6 +170,9 @@ func TestEphemeral(t *testing.T) {
 		if n := seenBy(t, 0)["/ready"]; n != before {
 			t.Errorf("%d probes came to the laptop", n-before)
 		}
+		if said := s.talk.String(); strings.Contains(said, "probes") {
+			t.Errorf("culvert warns of probes:\n%s", said)
+		}
 	})
 	t.Run("status", func(t *testing.T) {
 		out := laptop(t, culvertBin, "status")
@@ -211,6 +214,21 @@ func TestEphemeral(t *testing.T) {
 		found := who(t, "-direct", "0", pod.address)
 		want(t, found, "original", byRequest, []string{"https", "banner", "line"})
 		want(t, who(t, "-direct", "0", "-H", "x-dev: mine", pod.address), laptopName, []string{"http/1.1", "h2c", "post", "websocket"})
+		s.stop()
+	})
+	t.Run("probes of what is not looked into", func(t *testing.T) {
+		before := seenBy(t, 0)["/ready"]
+		s := start(t, "exchange", "-n", podSpace, "--method", "ephemeral", "pod/"+pod.name, "--to", "http=8080:tcp")
+		s.says("is exchanged")
+		if said := s.talk.String(); !strings.Contains(said, "the kubelet's probes of port 8080 come here, too: a wrong answer restarts the original; without :tcp") {
+			t.Errorf("culvert does not warn of them:\n%s", said)
+		}
+		eventually(t, 5*time.Second, "a probe comes here", func() error {
+			if seenBy(t, 0)["/ready"] == before {
+				return errors.New("none")
+			}
+			return nil
+		})
 		s.stop()
 	})
 	pod.untouched(t, 5*time.Second)
