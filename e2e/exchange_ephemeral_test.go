@@ -336,6 +336,9 @@ func TestEphemeralDeaths(t *testing.T) {
 		}
 		pod = find()
 		s.says("pod/" + pod.name + " is exchanged")
+		if all := pod.guests(t); len(all) != 1 || strings.HasSuffix(all[0].Name, "-2") {
+			t.Errorf("the new pod has %+v", all)
+		}
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest, byConnection)
 		s.stop()
 		pod.untouched(t, 5*time.Second)

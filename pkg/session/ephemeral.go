@@ -42,7 +42,7 @@ type outpost interface {
 }
 
 const (
-	mostAdded = 5                // containers to one exchange: their entries stay in the pod
+	mostAdded = 5                // containers to one pod: their entries stay in it
 	endLimit  = 20 * time.Second // to tell a shadow to end that was not claimed yet
 )
 
@@ -154,6 +154,21 @@ func (x *Exchange) attachToPod(ctx context.Context) (*attached, error) {
 	}
 }
 
+// additions are the containers that were added to one pod.
+type additions struct {
+	pod string // its UID
+	n   int
+}
+
+// to counts one more, from 1 for each pod.
+func (a *additions) to(pod string) int {
+	if a.pod != pod {
+		*a = additions{pod: pod}
+	}
+	a.n++
+	return a.n
+}
+
 func (x *Exchange) claimedPorts() (ports []kube.ServicePort) {
 	for _, f := range x.forwards {
 		ports = append(ports, f.port)
@@ -176,7 +191,8 @@ func (x *Exchange) joinPod(p *kube.Pod) (*attached, error) {
 }
 
 func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
-	if x.added++; x.added > mostAdded {
+	n := x.added.to(p.UID)
+	if n > mostAdded {
 		return nil, fmt.Errorf("the router in %s has ended %d times: %w", x.subject(), mostAdded, errOver)
 	}
 	k, err := newKeys(x.id)
@@ -184,8 +200,8 @@ func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
 		return nil, err
 	}
 	id := routerID(x.id)
-	if x.added > 1 {
-		id += "-" + strconv.Itoa(x.added) // the entries of those before are there still
+	if n > 1 {
+		id += "-" + strconv.Itoa(n) // the entries of those before are there still
 	}
 	e := x.cfg.Cluster.NewEphemeral(kube.EphemeralConfig{
 		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: x.protocols(), Grace: x.cfg.Grace, Way: x.cfg.Way,

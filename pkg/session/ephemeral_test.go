@@ -47,3 +47,15 @@ func TestProbesHere(t *testing.T) {
 		}
 	}
 }
+
+// Another pod has no entries of containers that ended.
+func TestAdditionsArePerPod(t *testing.T) {
+	var a additions
+	var got []int
+	for _, pod := range []string{"u1", "u1", "u2", "u2", "u2", "u1"} {
+		got = append(got, a.to(pod))
+	}
+	if want := []int{1, 2, 1, 2, 3, 1}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
