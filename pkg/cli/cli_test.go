@@ -38,6 +38,7 @@ func TestExitCodes(t *testing.T) {
 		"nobody answers":       {kube.ErrUnreachable, 1, "cluster-info"},
 		"wrong credentials":    {kube.ErrUnauthorized, 1, "whoami"},
 		"no kubeconfig":        {kube.ErrKubeconfig, 1, "--kubeconfig"},
+		"a container lingers":  {fmt.Errorf("remove the router: %w: %w", session.ErrLeft, &kube.LingerError{Pod: "web-0", Err: kube.ErrLeft}), 4, "kubectl describe pod web-0 -n shop  #"},
 		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
 	} {
 		var out bytes.Buffer

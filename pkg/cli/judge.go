@@ -41,7 +41,10 @@ func judge(err error, t typed) (code int, hint string) {
 	var conflict *session.ConflictError
 	var held *router.HeldError
 	var ended *process.ExitError
+	var lingers *kube.LingerError
 	switch {
+	case errors.As(err, &lingers): // clean would find nothing
+		return exitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return exitLeftovers, "culvert clean" + t.flags
 	case errors.As(err, &wrong):

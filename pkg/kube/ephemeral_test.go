@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
@@ -235,6 +236,13 @@ func TestEphemeralEnds(t *testing.T) {
 		raw.Status.EphemeralContainerStatuses = []corev1.ContainerStatus{{Name: "culvert-x1", State: s}}
 		_, err = client.CoreV1().Pods("dev").UpdateStatus(t.Context(), raw, metav1.UpdateOptions{})
 		must(t, err)
+	}
+	status(corev1.ContainerState{Running: &corev1.ContainerStateRunning{}})
+	brief, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	var lingers *LingerError
+	if err := e.Delete(brief); !errors.As(err, &lingers) || lingers.Pod != "a" || !errors.Is(err, ErrLeft) {
+		t.Errorf("it goes on: %v", err)
 	}
 	status(corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}})
 	if err := e.WaitReady(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "no such image") {
