@@ -194,7 +194,9 @@ func TestEphemeral(t *testing.T) {
 		if strings.Count(out, "pod/"+pod.name) < 2 {
 			t.Errorf("status --cluster:\n%s", out)
 		}
-		refused(t, culvert(nil, "exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "--to", "http=8180", "-H", "x-dev: two"), 1, "X-Dev", "held by")
+		again := []string{"exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "-H", "x-dev: two", "--to", "http=8180"}
+		hint := "culvert " + strings.Join(again[:7], " ") + " 'x-dev: two' --to http=8180 --take  # "
+		refusal{1, []string{"X-Dev", "held by", " since "}, hint}.check(t, culvert(nil, again...))
 		second.stop()
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest)
 	})

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -89,6 +90,11 @@ func TestHints(t *testing.T) {
 	}
 	if _, hint := judge(kube.ErrForbidden, typed{flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
 		t.Errorf("hint %q does not name the namespace", hint)
+	}
+	held := fmt.Errorf("claim: %w", &router.HeldError{Holder: "ann@laptop"})
+	args := strings.Split("exchange|svc/web|-H|x-dev: it's|--to|80|--|go|run|.", "|")
+	if _, hint := judge(held, typed{line: lineOf(args)}); !strings.HasPrefix(hint, `culvert exchange svc/web -H 'x-dev: it'\''s' --to 80 --take -- go run .  # takes it from ann@laptop; or `) {
+		t.Errorf("hint %q", hint)
 	}
 	for line, flag := range map[string]string{"exchange svc/web --to 80": " --for exchange ", "exchange svc/web --to 80 --method=scale": " --for exchange,scale "} {
 		if _, hint := judge(kube.ErrForbidden, typed{line: line}); !strings.Contains(hint, flag) {

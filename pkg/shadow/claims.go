@@ -271,7 +271,7 @@ func (s *Shadow) cease(w http.ResponseWriter, r *http.Request, drain func(contex
 		return
 	}
 	if held := s.router.Claims(); len(held) > 0 {
-		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Since: held[0].Since, Match: held[0].Match})
 		return
 	}
 	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {
