@@ -252,6 +252,14 @@ func TestClaimsOfSeveral(t *testing.T) {
 	if err := PutClaim(t.Context(), bob, other, false); !errors.As(err, &held) || held.Holder != "ann@laptop" || held.Match.String() != mine.Match.String() || !held.Since.Equal(mine.Since) {
 		t.Fatalf("put: %v (%+v)", err, held)
 	}
+	mirror := other
+	mirror.ID, mirror.Mirror = "copy", true
+	for _, alone := range []bool{true, false} {
+		if info, err := GetClaim(t.Context(), ann, "ann"); err != nil || info.Alone != alone {
+			t.Errorf("alone: %v, want %v (%v)", info.Alone, alone, err)
+		}
+		s.put(bob, mirror, false)
+	}
 	s.put(bob, other, true)
 	s.want("bob", "x-dev: ann")
 	if _, err := GetClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
