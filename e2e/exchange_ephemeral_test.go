@@ -172,6 +172,9 @@ func TestEphemeral(t *testing.T) {
 		if n := seenBy(t, 0)["/ready"]; n != before {
 			t.Errorf("%d probes came to the laptop", n-before)
 		}
+		if said := s.talk.String(); strings.Contains(said, "probes") {
+			t.Errorf("culvert warns of probes:\n%s", said)
+		}
 	})
 	t.Run("status", func(t *testing.T) {
 		out := laptop(t, culvertBin, "status")
@@ -193,7 +196,9 @@ func TestEphemeral(t *testing.T) {
 		if strings.Count(out, "pod/"+pod.name) < 2 {
 			t.Errorf("status --cluster:\n%s", out)
 		}
-		refused(t, culvert(nil, "exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "--to", "http=8180", "-H", "x-dev: two"), 1, "X-Dev", "held by")
+		again := []string{"exchange", "-n", podSpace, "--method", "ephemeral", "deploy/app", "-H", "x-dev: two", "--to", "http=8180"}
+		hint := "culvert " + strings.Join(again[:7], " ") + " 'x-dev: two' --to http=8180 --take  # "
+		refusal{1, []string{"X-Dev", "held by", " since "}, hint}.check(t, culvert(nil, again...))
 		second.stop()
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest)
 	})
@@ -213,6 +218,21 @@ func TestEphemeral(t *testing.T) {
 		found := who(t, "-direct", "0", pod.address)
 		want(t, found, "original", byRequest, []string{"https", "banner", "line"})
 		want(t, who(t, "-direct", "0", "-H", "x-dev: mine", pod.address), laptopName, []string{"http/1.1", "h2c", "post", "websocket"})
+		s.stop()
+	})
+	t.Run("probes of what is not looked into", func(t *testing.T) {
+		before := seenBy(t, 0)["/ready"]
+		s := start(t, "exchange", "-n", podSpace, "--method", "ephemeral", "pod/"+pod.name, "--to", "http=8080:tcp")
+		s.says("is exchanged")
+		if said := s.talk.String(); !strings.Contains(said, "the kubelet's probes of port 8080 come here, too: a wrong answer restarts the original; without :tcp") {
+			t.Errorf("culvert does not warn of them:\n%s", said)
+		}
+		eventually(t, 5*time.Second, "a probe comes here", func() error {
+			if seenBy(t, 0)["/ready"] == before {
+				return errors.New("none")
+			}
+			return nil
+		})
 		s.stop()
 	})
 	pod.untouched(t, 5*time.Second)
@@ -266,6 +286,9 @@ func TestEphemeralEnds(t *testing.T) {
 		}
 		pod = find("app")
 		s.says("pod/" + pod.name + " is exchanged")
+		if all := pod.guests(t); len(all) != 1 || strings.HasSuffix(all[0].Name, "-2") {
+			t.Errorf("the new pod has %+v", all)
+		}
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest, byConnection)
 		s.stop()
 		pod.untouched(t, 5*time.Second)

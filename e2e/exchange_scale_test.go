@@ -205,6 +205,13 @@ func TestScaleAmongOthers(t *testing.T) {
 	refused(t, culvert(nil, "exchange", "-n", namespace, "svc/sole", "--to", "18080", "--method", "scale"), 1, "exchanged already", owner)
 	refused(t, culvert(nil, "exchange", "-n", namespace, "svc/sole-too", "--to", "18080", "--method", "scale"), 1, "exchanged already", strings.ReplaceAll(owner, "@", "_at_"))
 	bob := exchange(t, "svc/sole", "--to", "18080", "--header", "x-dev: bob")
+	held := map[string]string{}
+	for _, one := range heldElsewhere(t) {
+		held[one.Exchange.Service+" "+one.Exchange.Match] = one.Kind + " by " + one.Exchange.Method
+	}
+	if want := map[string]string{"sole ": "exchange by scale", "sole X-Dev: bob": "exchange by selector"}; fmt.Sprint(held) != fmt.Sprint(want) {
+		t.Errorf("held is %v", held)
+	}
 	for by, header := range map[string]string{laptopName: "x-dev: ann", "bob": "x-dev: bob"} {
 		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", "-H", header, urlOf("sole", "/report")); o.By[by] != 10 {
 			t.Errorf("%s: %+v", header, o)

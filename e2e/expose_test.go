@@ -40,6 +40,11 @@ func TestExpose(t *testing.T) {
 		t.Log(fmt.Sprint(o.Errors), time.Since(start).Round(time.Millisecond))
 		gone.stop()
 	})
+	for _, one := range heldElsewhere(t) {
+		if one.Kind != "expose" {
+			t.Errorf("held is %+v", one)
+		}
+	}
 	many.stop()
 	leave(t, s, "svc/web-preview")
 	check(30 * time.Second)

@@ -17,7 +17,10 @@ const cleanLong = `Find what sessions that died left behind, on this machine and
 and remove it. Living sessions are spared, whoever's they are.
 
 Another machine's session is held for dead when its lease has not been renewed
-while culvert looked on for as long as the lease lasts, so this may take a minute.`
+while culvert looked on for as long as the lease lasts, so this may take a minute.
+
+Ephemeral containers are not looked for: each ends by itself, and what is left then,
+its entry in the pod, goes with the pod and not before.`
 
 func (a *app) cleanCommand() *cobra.Command {
 	var o cleanOptions

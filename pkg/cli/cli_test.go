@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -38,6 +39,7 @@ func TestExitCodes(t *testing.T) {
 		"nobody answers":       {kube.ErrUnreachable, 1, "cluster-info"},
 		"wrong credentials":    {kube.ErrUnauthorized, 1, "whoami"},
 		"no kubeconfig":        {kube.ErrKubeconfig, 1, "--kubeconfig"},
+		"a container lingers":  {fmt.Errorf("remove the router: %w: %w", session.ErrLeft, &kube.LingerError{Pod: "web-0", Err: kube.ErrLeft}), 4, "kubectl describe pod web-0 -n shop  #"},
 		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
 	} {
 		var out bytes.Buffer
@@ -88,6 +90,11 @@ func TestHints(t *testing.T) {
 	}
 	if _, hint := judge(kube.ErrForbidden, typed{flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
 		t.Errorf("hint %q does not name the namespace", hint)
+	}
+	held := fmt.Errorf("claim: %w", &router.HeldError{Holder: "ann@laptop"})
+	args := strings.Split("exchange|svc/web|-H|x-dev: it's|--to|80|--|go|run|.", "|")
+	if _, hint := judge(held, typed{line: lineOf(args)}); !strings.HasPrefix(hint, `culvert exchange svc/web -H 'x-dev: it'\''s' --to 80 --take -- go run .  # takes it from ann@laptop; or `) {
+		t.Errorf("hint %q", hint)
 	}
 	for line, flag := range map[string]string{"exchange svc/web --to 80": " --for exchange ", "exchange svc/web --to 80 --method=scale": " --for exchange,scale "} {
 		if _, hint := judge(kube.ErrForbidden, typed{line: line}); !strings.Contains(hint, flag) {

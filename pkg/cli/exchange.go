@@ -32,7 +32,8 @@ Service or not: a container is added to that pod, which listens before the origi
 It is for a pod, or the only pod of a deployment or statefulset. It needs the right to
 add it and one to NET_ADMIN, and the original then sees its pod's address as the
 client's. The container ends with the exchange, or after the grace time; that it was
-there stays listed in the pod, and with it the keys that led to it.`
+there stays listed in the pod. Its keys are there, too: while it runs, whoever may
+read the pod can take the same traffic.`
 
 func (a *app) exchangeCommand() *cobra.Command {
 	var o exchangeOptions

@@ -3,6 +3,7 @@ package cli
 import (
 	"errors"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -18,6 +19,28 @@ import (
 type typed struct {
 	line  string // all of it, without the program's name
 	flags string // which cluster and namespace, with a blank before each
+}
+
+// lineOf is what a shell takes for these arguments.
+func lineOf(args []string) string {
+	words := slices.Clone(args)
+	for i, word := range words {
+		if !bare.MatchString(word) {
+			words[i] = "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+var bare = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
+
+// with is the line with a further flag: before -- and the command after it.
+func (t typed) with(flag string) string {
+	before, command, found := strings.Cut(t.line, " -- ")
+	if found {
+		command = " -- " + command
+	}
+	return before + " " + flag + command
 }
 
 // need is the flag of rbac for what was typed; connect's needs none.
@@ -41,7 +64,10 @@ func judge(err error, t typed) (code int, hint string) {
 	var conflict *session.ConflictError
 	var held *router.HeldError
 	var ended *process.ExitError
+	var lingers *kube.LingerError
 	switch {
+	case errors.As(err, &lingers): // clean would find nothing
+		return exitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return exitLeftovers, "culvert clean" + t.flags
 	case errors.As(err, &wrong):
@@ -51,7 +77,7 @@ func judge(err error, t typed) (code int, hint string) {
 	case errors.As(err, &ended):
 		return ended.Code, ""
 	case errors.As(err, &held):
-		return exitFailed, "culvert " + t.line + " --take  # from " + held.Holder
+		return exitFailed, "culvert " + t.with("--take") + "  # takes it from " + held.Holder + "; or match other requests with --header, or ask them to leave"
 	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):
 		return exitFailed, "kubectl get services" + t.flags
 	case errors.Is(err, kube.ErrExchanged):
@@ -93,5 +119,5 @@ func makeWay(conflicts []tun.Conflict, t typed) string {
 			exclude = append(exclude, taken.String())
 		}
 	}
-	return "culvert " + t.line + " --exclude " + strings.Join(exclude, ",")
+	return "culvert " + t.with("--exclude "+strings.Join(exclude, ","))
 }

@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -52,7 +51,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	err := root.ExecuteContext(ctx)
-	return explain(a.err, err, typed{line: strings.Join(args, " "), flags: a.clusterFlags()})
+	return explain(a.err, err, typed{line: lineOf(args), flags: a.clusterFlags()})
 }
 
 // clusterFlags are those of the flags typed that say which cluster and namespace.

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -23,7 +24,7 @@ func (a *app) statusCommand() *cobra.Command {
 		Args:  noArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return a.status(c, output, wide) },
 	}
-	c.Flags().BoolVar(&wide, "cluster", false, "also what others hold of the namespace's Services")
+	c.Flags().BoolVar(&wide, "cluster", false, "also what others hold of the namespace's Services and pods")
 	outputFlag(c, &output)
 	return c
 }
@@ -69,13 +70,13 @@ func (a *app) tableOfHeld(held []session.Status, looked bool) {
 	}
 	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
 	defer w.Flush()
-	fmt.Fprintln(w, "TARGET\tHOLDER\tSINCE\tMATCH\tWIRE\tREQUESTS")
+	fmt.Fprintln(w, "TARGET\tHOLDER\tSINCE\tWHAT\tWIRE\tREQUESTS")
 	for _, s := range held {
 		wire := "silent"
 		if s.Wire.Up {
 			wire = "up"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", plain(s.Exchange.Subject()), plain(s.Owner), time.Since(s.Since).Round(time.Second), plain(matchWords(s.Exchange.Match)), wire, s.Exchange.Requests)
+		fmt.Fprintf(w, "%s\t%s\t%v\t%s\t%s\t%d\n", plain(s.Exchange.Subject()), plain(s.Owner), time.Since(s.Since).Round(time.Second), plain(whatComes(*s.Exchange)), wire, s.Exchange.Requests)
 	}
 }
 
@@ -122,11 +123,16 @@ func plain(text string) string {
 	}, text)
 }
 
-func matchWords(match string) string {
-	if match == "" {
-		return "everything"
+// whatComes is which of the traffic, and how.
+func whatComes(e session.ExchangeStatus) string {
+	which := cmp.Or(e.Match, "everything")
+	if e.Mirror {
+		which = "copies of " + which
 	}
-	return match
+	if e.Method != "" && e.Method != session.BySelector {
+		which += ", by method " + string(e.Method)
+	}
+	return which
 }
 
 func rowsOfConnect(row func(key, format string, args ...any), s session.Status) {
@@ -140,14 +146,7 @@ func rowsOfConnect(row func(key, format string, args ...any), s session.Status) 
 }
 
 func rowsOfExchange(row func(key, format string, args ...any), kind string, e session.ExchangeStatus) {
-	which := matchWords(e.Match)
-	if e.Mirror {
-		which = "copies of " + which
-	}
-	if e.Method != "" && e.Method != session.BySelector {
-		which += ", by method " + string(e.Method)
-	}
-	row(kind, "%s, %s", e.Subject(), which)
+	row(kind, "%s, %s", e.Subject(), whatComes(e))
 	for _, f := range e.Forwards {
 		row("forward", "%s\t%s", f.Port, f.Address)
 	}

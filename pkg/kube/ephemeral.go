@@ -332,8 +332,18 @@ func (e *Ephemeral) Look(context.Context) (string, error) { return heal.Ours, ni
 // Restore has nothing to do: the shadow puts back what it took, by itself.
 func (e *Ephemeral) Restore(context.Context) error { return nil }
 
+// A LingerError is of an ephemeral container that was told to end, and has not.
+// Nobody can remove it; it is ErrLeft all the same.
+type LingerError struct {
+	Pod string
+	Err error
+}
+
+func (e *LingerError) Error() string { return e.Err.Error() }
+func (e *LingerError) Unwrap() error { return e.Err }
+
 // Delete waits until the shadow has ended, which it must have been told to. One that
-// goes on is ErrLeft, though it leads to the pod's own program and not for long.
+// goes on is a *LingerError, though it leads to the pod's own program and not for long.
 func (e *Ephemeral) Delete(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, departLimit)
 	defer cancel()
@@ -343,8 +353,8 @@ func (e *Ephemeral) Delete(ctx context.Context) error {
 			return nil
 		}
 		if err = errors.Join(err, pause(ctx, ephemeralEvery)); err != nil {
-			return fmt.Errorf("%w: ephemeral container %s of pod %s leads to the original, and ends by itself when no laptop was heard for %v: %w",
-				ErrLeft, e.name(), e.Pod(), e.cfg.Grace, err)
+			return &LingerError{e.Pod(), fmt.Errorf("%w: ephemeral container %s of pod %s leads to the original, and ends by itself when no laptop was heard for %v: %w",
+				ErrLeft, e.name(), e.Pod(), e.cfg.Grace, err)}
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"strings"
@@ -83,15 +84,25 @@ func TestFindPod(t *testing.T) {
 
 func TestDeclaredAndProbed(t *testing.T) {
 	always := corev1.ContainerRestartPolicyAlways
+	get := func(port intstr.IntOrString, scheme corev1.URIScheme, headers ...corev1.HTTPHeader) *corev1.Probe {
+		return &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Port: port, Scheme: scheme, HTTPHeaders: headers}}}
+	}
 	p := lonePod("a", func(p *corev1.Pod) {
 		p.Spec.InitContainers = []corev1.Container{
 			{Ports: []corev1.ContainerPort{{ContainerPort: 1}}},
 			{RestartPolicy: &always, Ports: []corev1.ContainerPort{{ContainerPort: 9443, Name: "tls"}, {ContainerPort: 8080}},
-				LivenessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Port: intstr.FromString("tls"), Scheme: corev1.URISchemeHTTPS}}}},
+				LivenessProbe: get(intstr.FromString("tls"), corev1.URISchemeHTTPS)},
 		}
 		c := &p.Spec.Containers[0]
 		c.Ports = append(c.Ports, corev1.ContainerPort{ContainerPort: 5, Protocol: corev1.ProtocolSCTP})
-		c.ReadinessProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Port: intstr.FromInt32(8080)}}}
+		c.StartupProbe = &corev1.Probe{ProbeHandler: corev1.ProbeHandler{TCPSocket: &corev1.TCPSocketAction{Port: intstr.FromInt32(8080)}}}
+		c.ReadinessProbe = get(intstr.FromInt32(8080), corev1.URISchemeHTTP)
+		p.Spec.Containers = append(p.Spec.Containers,
+			corev1.Container{
+				LivenessProbe:  get(intstr.FromInt32(8081), "", corev1.HTTPHeader{Name: "user-agent", Value: "me"}),
+				ReadinessProbe: &corev1.Probe{ProbeHandler: corev1.ProbeHandler{GRPC: &corev1.GRPCAction{Port: 9090}}},
+				StartupProbe:   &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{}}},
+			})
 	})
 	var routes []string
 	for _, port := range declaredPorts(p) {
@@ -100,8 +111,13 @@ func TestDeclaredAndProbed(t *testing.T) {
 	if !slices.Equal(routes, []string{"udp/53", "tcp/8080", "tcp/9443"}) {
 		t.Errorf("ports %v", routes)
 	}
-	if ports := probedUnseen(p); !slices.Equal(ports, []int{9443}) {
-		t.Errorf("probed %v", ports)
+	want := []Probe{
+		{Port: 9443, Restarts: true},
+		{Port: 8080, Connects: true, Restarts: true}, {Port: 8080, Named: true},
+		{Port: 8081, Restarts: true}, {Port: 9090, Named: true},
+	}
+	if got := probes(p); !slices.Equal(got, want) {
+		t.Errorf("probes %+v", got)
 	}
 }
 
@@ -220,6 +236,13 @@ func TestEphemeralEnds(t *testing.T) {
 		raw.Status.EphemeralContainerStatuses = []corev1.ContainerStatus{{Name: "culvert-x1", State: s}}
 		_, err = client.CoreV1().Pods("dev").UpdateStatus(t.Context(), raw, metav1.UpdateOptions{})
 		must(t, err)
+	}
+	status(corev1.ContainerState{Running: &corev1.ContainerStateRunning{}})
+	brief, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	var lingers *LingerError
+	if err := e.Delete(brief); !errors.As(err, &lingers) || lingers.Pod != "a" || !errors.Is(err, ErrLeft) {
+		t.Errorf("it goes on: %v", err)
 	}
 	status(corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}})
 	if err := e.WaitReady(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "no such image") {

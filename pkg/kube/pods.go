@@ -21,10 +21,21 @@ type Pod struct {
 	Name  string
 	Ports []ServicePort // that its containers declare; any other may be taken as well
 
-	Probed  []int // ports whose probes by the kubelet cannot be told from other traffic
-	Returns bool  // should it be deleted, another comes by its name
+	UID     string  // another pod by its name has another
+	Probed  []Probe // what the kubelet asks its ports
+	Returns bool    // should it be deleted, another comes by its name
 
 	raw *corev1.Pod
+}
+
+// A Probe is how the kubelet asks at a port of a pod how its program is. Where it
+// comes from does not tell it from other traffic: what pods in the node's network
+// send comes from there, too, and what came to a NodePort or a load balancer.
+type Probe struct {
+	Port     int
+	Named    bool // it says who asks, in HTTP or gRPC: a router that looks into the port sees it
+	Connects bool // it only connects, and asks nothing
+	Restarts bool // a wrong answer restarts the container; else it takes the pod out of its Services
 }
 
 // FindPod finds the pod of a target: the one that is named, or the only one of a
@@ -43,32 +54,47 @@ func (c *Cluster) FindPod(ctx context.Context, t Target) (*Pod, error) {
 	}
 	owner := metav1.GetControllerOf(raw)
 	return &Pod{
-		Name: raw.Name, Ports: declaredPorts(raw), Probed: probedUnseen(raw), Returns: owner != nil && owner.Kind == "StatefulSet", raw: raw,
+		Name: raw.Name, UID: string(raw.UID), Ports: declaredPorts(raw), Probed: probes(raw),
+		Returns: owner != nil && owner.Kind == "StatefulSet", raw: raw,
 	}, nil
 }
 
-// probedUnseen are ports that the kubelet asks over TLS: a router does not look
-// into that. Of HTTP and gRPC it sees who asks, and a probe that only connects is
-// answered by whoever there is.
-func probedUnseen(p *corev1.Pod) (ports []int) {
+// probes are those of all containers that go to a port.
+func probes(p *corev1.Pod) (all []Probe) {
 	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
-		for _, probe := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe, c.StartupProbe} {
-			if probe == nil || probe.HTTPGet == nil || probe.HTTPGet.Scheme != corev1.URISchemeHTTPS {
-				continue
-			}
-			at := probe.HTTPGet.Port
-			number := int(at.IntVal)
-			for _, have := range c.Ports {
-				if at.Type == intstr.String && have.Name == at.StrVal {
-					number = int(have.ContainerPort)
-				}
-			}
-			if !slices.Contains(ports, number) {
-				ports = append(ports, number)
+		for _, probe := range []*corev1.Probe{c.LivenessProbe, c.StartupProbe, c.ReadinessProbe} {
+			if one := probeOf(c, probe); one.Port > 0 {
+				one.Restarts = probe != c.ReadinessProbe
+				all = append(all, one)
 			}
 		}
 	}
-	return ports
+	return all
+}
+
+// probeOf is without a port where none is asked.
+func probeOf(c corev1.Container, probe *corev1.Probe) Probe {
+	switch {
+	case probe == nil:
+	case probe.HTTPGet != nil:
+		own := slices.ContainsFunc(probe.HTTPGet.HTTPHeaders, func(h corev1.HTTPHeader) bool { return strings.EqualFold(h.Name, "User-Agent") })
+		return Probe{Port: probed(c, probe.HTTPGet.Port), Named: probe.HTTPGet.Scheme != corev1.URISchemeHTTPS && !own}
+	case probe.GRPC != nil:
+		return Probe{Port: int(probe.GRPC.Port), Named: true}
+	case probe.TCPSocket != nil:
+		return Probe{Port: probed(c, probe.TCPSocket.Port), Connects: true}
+	}
+	return Probe{}
+}
+
+// probed is the number of a port that may be named.
+func probed(c corev1.Container, at intstr.IntOrString) int {
+	for _, have := range c.Ports {
+		if at.Type == intstr.String && have.Name == at.StrVal {
+			return int(have.ContainerPort)
+		}
+	}
+	return int(at.IntVal)
 }
 
 func (c *Cluster) findPod(ctx context.Context, t Target) (*corev1.Pod, error) {

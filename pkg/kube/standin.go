@@ -196,6 +196,9 @@ func (s *Shadow) podSelector(pod string) string {
 // StandsFor is the only pod whose traffic the router takes, "" for all of them.
 func (s *Shadow) StandsFor() string { return s.pod }
 
+// Scales tells whether who made the router has scaled a workload to nothing.
+func (s *Shadow) Scales() bool { return s.workload != nil }
+
 // standing are the pods that have a stand-in, the claimed one last; "" is a
 // router of all.
 func (s *Shadow) standing() []string {

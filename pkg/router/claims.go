@@ -211,7 +211,7 @@ func (t *claims) put(c Claim, to relay.Dialer, take bool) error {
 	}
 	by := held(t.all, made.Claim)
 	if len(by) > 0 && !take {
-		return &HeldError{Holder: by[0].Holder, Match: by[0].Match}
+		return &HeldError{Holder: by[0].Holder, Since: by[0].Since, Match: by[0].Match}
 	}
 	for _, o := range by {
 		t.remove(o)

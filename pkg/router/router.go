@@ -43,11 +43,12 @@ var ErrClosing = errors.New("the router is closing: its service is being put bac
 // A HeldError answers a claim whose match another holder has already.
 type HeldError struct {
 	Holder string
+	Since  time.Time
 	Match  Match
 }
 
 func (e *HeldError) Error() string {
-	return fmt.Sprintf("%s is held by %s", e.Match, e.Holder)
+	return fmt.Sprintf("%s is held by %s since %s", e.Match, e.Holder, e.Since.Local().Format(time.DateTime))
 }
 
 // A Route is one port of the Service.

@@ -295,7 +295,7 @@ func (x *Exchange) settle(ctx context.Context, take bool) error {
 		case err == nil:
 			r.set(func(r *attached) {
 				if r.turned.IsZero() {
-					r.turned = time.Now()
+					r.turned, r.led = time.Now(), false
 				}
 			})
 			return nil
@@ -407,10 +407,13 @@ func over(err error) bool {
 
 // beat asks the router for the claim, which is how it knows that we live.
 func (x *Exchange) beat(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	soon, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
 	r := x.attachment()
-	info, err := shadow.GetClaim(ctx, x.keep, x.id)
+	info, err := shadow.GetClaim(soon, x.keep, x.id)
+	if unanswered(err) {
+		x.standAside(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -419,7 +422,7 @@ func (x *Exchange) beat(ctx context.Context) error {
 	x.mu.Unlock()
 	state := info.Service
 	if state == "" { // the router may not look
-		if state, err = r.place.Look(ctx); err != nil {
+		if state, err = r.place.Look(soon); err != nil {
 			return err
 		}
 	}

@@ -42,7 +42,7 @@ type outpost interface {
 }
 
 const (
-	mostAdded = 5                // containers to one exchange: their entries stay in the pod
+	mostAdded = 5                // containers to one pod: their entries stay in it
 	endLimit  = 20 * time.Second // to tell a shadow to end that was not claimed yet
 )
 
@@ -66,20 +66,45 @@ func (x *Exchange) findPod(ctx context.Context) error {
 		return err
 	}
 	if e == nil {
-		x.warnOfContainer(p, name)
+		x.warn(name + " gets an ephemeral container: that needs the right to patch pods/ephemeralcontainers, and NET_ADMIN, which Pod Security baseline and restricted refuse")
+		x.warn("its keys are in the pod: while it runs, whoever may read the pod can take the same traffic, and dial from there; its entry stays for as long as there is the pod")
+	}
+	if matchText(x.cfg.Match) == "" && !x.cfg.Mirror {
+		x.warnAll(probesHere(p.Probed, x.forwards))
 	}
 	return nil
 }
 
-// warnOfContainer says what a container in the pod means, before there is one.
-func (x *Exchange) warnOfContainer(p *kube.Pod, name string) {
-	x.warn(name + " gets an ephemeral container: that needs the right to patch pods/ephemeralcontainers, and NET_ADMIN, which Pod Security baseline and restricted refuse")
-	x.warn("when it has ended its entry stays in the pod, until there is another pod; whoever may read the pod may read its keys")
-	for _, port := range p.Probed {
-		if slices.ContainsFunc(x.forwards, func(f forwarded) bool { return f.port.Target == port }) {
-			x.warn(fmt.Sprintf("the kubelet's probes of port %d come here, too, and a wrong answer restarts the original", port))
+// probesHere has a line for each port whose probes by the kubelet come here: the
+// original keeps those that a router sees to be probes.
+func probesHere(probed []kube.Probe, forwards []forwarded) (lines []string) {
+	for _, f := range forwards {
+		looked := f.Protocol != "tcp"
+		here := slices.DeleteFunc(slices.Clone(probed), func(p kube.Probe) bool {
+			return f.port.Network != "tcp" || p.Port != f.port.Target || looked && (p.Named || p.Connects)
+		})
+		if len(here) == 0 {
+			continue
 		}
+		line := fmt.Sprintf("the kubelet's probes of port %d come here, too: %s", f.port.Target, meaning(here))
+		if slices.ContainsFunc(here, func(p kube.Probe) bool { return p.Named }) {
+			line += "; without :tcp the original gets them"
+		}
+		lines = append(lines, line)
 	}
+	return lines
+}
+
+// meaning is the worst that a process here can do to the pod.
+func meaning(here []kube.Probe) string {
+	asks := func(p kube.Probe) bool { return !p.Connects }
+	switch {
+	case slices.ContainsFunc(here, func(p kube.Probe) bool { return asks(p) && p.Restarts }):
+		return "a wrong answer restarts the original"
+	case slices.ContainsFunc(here, asks):
+		return "a wrong answer takes the pod out of its Services"
+	}
+	return "they succeed, however the original is"
 }
 
 // portsFor are a pod's ports, and what of it is named by number: a pod need not
@@ -129,6 +154,21 @@ func (x *Exchange) attachToPod(ctx context.Context) (*attached, error) {
 	}
 }
 
+// additions are the containers that were added to one pod.
+type additions struct {
+	pod string // its UID
+	n   int
+}
+
+// to counts one more, from 1 for each pod.
+func (a *additions) to(pod string) int {
+	if a.pod != pod {
+		*a = additions{pod: pod}
+	}
+	a.n++
+	return a.n
+}
+
 func (x *Exchange) claimedPorts() (ports []kube.ServicePort) {
 	for _, f := range x.forwards {
 		ports = append(ports, f.port)
@@ -151,7 +191,8 @@ func (x *Exchange) joinPod(p *kube.Pod) (*attached, error) {
 }
 
 func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
-	if x.added++; x.added > mostAdded {
+	n := x.added.to(p.UID)
+	if n > mostAdded {
 		return nil, fmt.Errorf("the router in %s has ended %d times: %w", x.subject(), mostAdded, errOver)
 	}
 	k, err := newKeys(x.id)
@@ -159,8 +200,8 @@ func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
 		return nil, err
 	}
 	id := routerID(x.id)
-	if x.added > 1 {
-		id += "-" + strconv.Itoa(x.added) // the entries of those before are there still
+	if n > 1 {
+		id += "-" + strconv.Itoa(n) // the entries of those before are there still
 	}
 	e := x.cfg.Cluster.NewEphemeral(kube.EphemeralConfig{
 		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: x.protocols(), Grace: x.cfg.Grace, Way: x.cfg.Way,

@@ -70,7 +70,7 @@ type Exchange struct {
 	seen     shadow.ClaimInfo
 
 	// of ByEphemeral; these are of whoever attaches, one at a time
-	added     int  // containers
+	added     additions
 	comesBack bool // should the pod be deleted, there will be another
 }
 

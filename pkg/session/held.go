@@ -37,12 +37,16 @@ func heldBehind(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *
 	var all []Status
 	var errs []error
 	for _, s := range services {
-		claims, err := claimsOf(ctx, c, s.Exchange.Session, rights, log)
+		method, claims, err := claimsOf(ctx, c, s.Exchange.Session, rights, log)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("ask the router of svc/%s: %w", s.Name, err))
 		}
-		of := ExchangeStatus{Service: s.Name, Target: "svc/" + s.Name, Method: BySelector}
-		all = append(all, heldStatuses(c, *s.Exchange, of, claims, err)...)
+		kind := "exchange"
+		if s.Exposed {
+			kind = "expose"
+		}
+		of := ExchangeStatus{Service: s.Name, Target: "svc/" + s.Name, Method: method}
+		all = append(all, heldStatuses(c, kind, *s.Exchange, of, claims, err)...)
 	}
 	return all, errors.Join(errs...)
 }
@@ -50,9 +54,6 @@ func heldBehind(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *
 // heldWithin is what is held of pods.
 func heldWithin(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *slog.Logger) ([]Status, error) {
 	pods, err := c.TakenPods(ctx, rights)
-	if errors.Is(err, kube.ErrForbidden) {
-		return nil, nil // who may not see pods holds none
-	}
 	if err != nil {
 		return nil, err
 	}
@@ -64,33 +65,43 @@ func heldWithin(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *
 			errs = append(errs, fmt.Errorf("ask the router in pod/%s: %w", p.Pod, err))
 		}
 		of := ExchangeStatus{Pod: p.Pod, Target: "pod/" + p.Pod, Method: ByEphemeral}
-		all = append(all, heldStatuses(c, p.Mark, of, claims, err)...)
+		all = append(all, heldStatuses(c, "exchange", p.Mark, of, claims, err)...)
 	}
 	return all, errors.Join(errs...)
 }
 
 // heldStatuses has one for each claim, or one for a router that does not answer.
-func heldStatuses(c *kube.Cluster, mark kube.ExchangeMark, of ExchangeStatus, claims []shadow.ClaimInfo, err error) (all []Status) {
+func heldStatuses(c *kube.Cluster, kind string, mark kube.ExchangeMark, of ExchangeStatus, claims []shadow.ClaimInfo, err error) (all []Status) {
 	if err != nil {
 		all = append(all, Status{
-			Kind: "exchange", Session: mark.Session, Owner: mark.By, Since: mark.Since, Context: c.Context,
+			Kind: kind, Session: mark.Session, Owner: mark.By, Since: mark.Since, Context: c.Context,
 			Namespace: c.Namespace, Server: c.Server, Exchange: &of,
 		})
 	}
 	for _, info := range claims {
-		all = append(all, heldStatus(c, of, info))
+		one := of
+		if of.Method == ByScale && routerID(info.ID) != mark.Session {
+			one.Method = BySelector // of who joined: another has scaled the original down
+		}
+		all = append(all, heldStatus(c, kind, one, info))
 	}
 	return all
 }
 
-func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube.Rights, log *slog.Logger) ([]shadow.ClaimInfo, error) {
+// claimsOf asks a Service's router. The method is who made it's; "": it is not known.
+func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube.Rights, log *slog.Logger) (Method, []shadow.ClaimInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
 	s, k, err := c.OpenRouter(ctx, session, "", rights)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	return claimsAt(ctx, s, k, log)
+	method := BySelector
+	if s.Scales() {
+		method = ByScale
+	}
+	claims, err := claimsAt(ctx, s, k, log)
+	return method, claims, err
 }
 
 func claimsAt(ctx context.Context, s outpost, k kube.RouterKeys, log *slog.Logger) ([]shadow.ClaimInfo, error) {
@@ -123,11 +134,11 @@ func overWire(ctx context.Context, s outpost, id sshchan.Identity, log *slog.Log
 	return ask(wire)
 }
 
-func heldStatus(c *kube.Cluster, of ExchangeStatus, info shadow.ClaimInfo) Status {
+func heldStatus(c *kube.Cluster, kind string, of ExchangeStatus, info shadow.ClaimInfo) Status {
 	of.Match, of.Mirror = matchText(info.Match), info.Mirror
 	of.Requests, of.Connections, of.Open = info.Requests, info.Connections, info.Open
 	s := Status{
-		Kind: "exchange", Session: info.ID, Owner: info.Holder, Since: info.Since,
+		Kind: kind, Session: info.ID, Owner: info.Holder, Since: info.Since,
 		Context: c.Context, Namespace: c.Namespace, Server: c.Server, Wire: WireStatus{Up: !info.Silent},
 		Exchange: &of,
 	}

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
 // A Status is what a running session says of itself. Its JSON form is a
@@ -132,7 +134,8 @@ const (
 
 // ending is what a session that was asked to leave says when it has.
 type ending struct {
-	Error string `json:"error,omitempty"`
+	Error   string `json:"error,omitempty"`
+	Lingers string `json:"lingers,omitempty"` // of a kube.LingerError: the pod
 }
 
 // serveStatus answers each connection of l until ctx is done. It takes l over.
@@ -179,6 +182,9 @@ func (c *course) answer(conn net.Conn, now func() Status) error {
 	var end ending
 	if c.result != nil {
 		end.Error = c.result.Error()
+	}
+	if lingers := (*kube.LingerError)(nil); errors.As(c.result, &lingers) {
+		end.Lingers = lingers.Pod
 	}
 	if err := conn.SetDeadline(time.Now().Add(statusPatient)); err != nil {
 		return err
@@ -270,8 +276,12 @@ func leave(ctx context.Context, s Status) error {
 	if err := errors.Join(d.Decode(new(Status)), d.Decode(&end)); err != nil {
 		return fmt.Errorf("session %s did not say how it ended: %w", s.Session, err)
 	}
-	if end.Error != "" {
-		return fmt.Errorf("session %s: %w: %s", s.Session, ErrLeft, end.Error)
+	if end.Error == "" {
+		return nil
 	}
-	return nil
+	err = fmt.Errorf("session %s: %w: %s", s.Session, ErrLeft, end.Error)
+	if end.Lingers != "" {
+		return &kube.LingerError{Pod: end.Lingers, Err: err}
+	}
+	return err
 }

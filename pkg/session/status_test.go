@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
 // aCourse is one that only tells its status.
@@ -49,7 +51,10 @@ func TestStatusOfRunningSessions(t *testing.T) {
 // TestLeave: who asks a session to leave hears how it ended.
 func TestLeave(t *testing.T) {
 	defer goleak.VerifyNone(t)
-	for name, result := range map[string]error{"test-well": nil, "test-badly": errors.New("the lamp is on")} {
+	for name, result := range map[string]error{
+		"test-well": nil, "test-badly": errors.New("the lamp is on"),
+		"test-lingers": &kube.LingerError{Pod: "web-0", Err: errors.New("it goes on")},
+	} {
 		c, stop := aCourse(t, name)
 		go func() {
 			<-c.asked
@@ -65,6 +70,10 @@ func TestLeave(t *testing.T) {
 			t.Errorf("%s: %d sessions left", name, len(left))
 		}
 		if (err == nil) != (result == nil) || result != nil && !(errors.Is(err, ErrLeft) && strings.Contains(err.Error(), result.Error())) {
+			t.Errorf("%s: %v", name, err)
+		}
+		var lingers *kube.LingerError
+		if errors.As(err, &lingers) != errors.As(result, new(*kube.LingerError)) || lingers != nil && lingers.Pod != "web-0" {
 			t.Errorf("%s: %v", name, err)
 		}
 		if err := stop(); err != nil {

@@ -38,6 +38,7 @@ var ErrNoClaim = errors.New("no such claim")
 type ClaimInfo struct {
 	router.ClaimStatus
 	Service string `json:"service,omitempty"`
+	Alone   bool   `json:"alone,omitempty"` // nobody else claims anything of the router
 }
 
 // claimSuffix ends the hosts at which laptops listen for what they claim.
@@ -210,7 +211,7 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
-	info := ClaimInfo{status, s.service.told()}
+	info := ClaimInfo{status, s.service.told(), len(s.router.Claims()) == 1}
 	if info.Service == heal.PutBack && s.lapsing.Load() { // by ourselves: there is no coming back to this router
 		refuse(w, router.ErrClosing)
 		return
@@ -221,8 +222,9 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 
 func (s *Shadow) allClaims(w http.ResponseWriter, _ *http.Request) {
 	all := []ClaimInfo{}
-	for _, status := range s.router.Claims() {
-		all = append(all, ClaimInfo{status, s.service.told()})
+	claims := s.router.Claims()
+	for _, status := range claims {
+		all = append(all, ClaimInfo{status, s.service.told(), len(claims) == 1})
 	}
 	respondJSON(w, all)
 }
@@ -271,7 +273,7 @@ func (s *Shadow) cease(w http.ResponseWriter, r *http.Request, drain func(contex
 		return
 	}
 	if held := s.router.Claims(); len(held) > 0 {
-		refuse(w, &router.HeldError{Holder: held[0].Holder, Match: held[0].Match})
+		refuse(w, &router.HeldError{Holder: held[0].Holder, Since: held[0].Since, Match: held[0].Match})
 		return
 	}
 	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit + controlLimit)); err != nil {

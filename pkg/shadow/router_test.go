@@ -250,16 +250,25 @@ func TestClaimsOfSeveral(t *testing.T) {
 	s.lead(ann, "ann", "tcp", answering(t, "ann", nil))
 	s.lead(bob, "bob", "tcp", answering(t, "bob", nil))
 	mine := whole("ann")
+	mine.Since = time.Now().Add(-time.Hour)
 	mine.Match.Headers = []router.Header{{Name: "x-dev", Kind: "exact", Value: "ann"}}
 	s.put(ann, mine, false)
 	s.want("original")
 	s.want("ann", "x-dev: ann")
 
 	other := mine
-	other.ID, other.Holder = "bob", "bob@laptop"
+	other.ID, other.Holder, other.Since = "bob", "bob@laptop", time.Now()
 	var held *router.HeldError
-	if err := PutClaim(t.Context(), bob, other, false); !errors.As(err, &held) || held.Holder != "ann@laptop" || held.Match.String() != mine.Match.String() {
+	if err := PutClaim(t.Context(), bob, other, false); !errors.As(err, &held) || held.Holder != "ann@laptop" || held.Match.String() != mine.Match.String() || !held.Since.Equal(mine.Since) {
 		t.Fatalf("put: %v (%+v)", err, held)
+	}
+	mirror := other
+	mirror.ID, mirror.Mirror = "copy", true
+	for _, alone := range []bool{true, false} {
+		if info, err := GetClaim(t.Context(), ann, "ann"); err != nil || info.Alone != alone {
+			t.Errorf("alone: %v, want %v (%v)", info.Alone, alone, err)
+		}
+		s.put(bob, mirror, false)
 	}
 	s.put(bob, other, true)
 	s.want("bob", "x-dev: ann")
