@@ -21,9 +21,7 @@ func TestExchange(t *testing.T) {
 	pods := kubectl(t, "get", "pod", "-n", namespace, "-l", "app=app", "-o", "jsonpath={.items[*].metadata.uid}")
 	before := service(t, "app-dual")
 	addresses := serviceIPs(t, "app-dual")
-	for _, ip := range addresses {
-		want(t, who(t, ip), "original", byRequest, byConnection)
-	}
+	want(t, who(t, at("app-dual")), "original", byRequest, byConnection)
 
 	s := exchange(t, append([]string{"svc/app-dual"}, appPorts(0)...)...)
 	for _, ip := range addresses {
@@ -160,7 +158,7 @@ func TestExchangeWithConnect(t *testing.T) {
 	addresses := serviceIPs(t, "app-dual6")
 	for _, ip := range addresses {
 		comes(t, laptopName, "-H", "x-dev: mine", ip)
-		want(t, who(t, ip), "original", byRequest, byConnection)
+		want(t, who(t, ip, "http/1.1", "grpc bidi", "line", "udp"), "original", []string{"http/1.1", "grpc bidi", "line", "udp"})
 	}
 	for by, header := range map[string]string{"original": "x-dev: yours", laptopName: "x-dev: mine"} {
 		for _, ip := range addresses {
