@@ -3,7 +3,10 @@ package e2e
 import (
 	"bytes"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,9 +28,20 @@ func serviceIP(t testing.TB, name string) string {
 	return kubectl(t, "get", "svc", "-n", namespace, name, "-o", "jsonpath={.spec.clusterIP}")
 }
 
-func podIPs(t testing.TB, label string) []string {
+// serviceIPs are of both families, as the Service has them.
+func serviceIPs(t testing.TB, name string) []string {
 	t.Helper()
-	return strings.Fields(kubectl(t, "get", "pod", "-n", namespace, "-l", label, "--field-selector=status.phase=Running", "-o", "jsonpath={.items[*].status.podIP}"))
+	return strings.Fields(kubectl(t, "get", "svc", "-n", namespace, name, "-o", "jsonpath={.spec.clusterIPs[*]}"))
+}
+
+func podIPs(t testing.TB, label string) []string { return podAddresses(t, label, ".podIP") }
+
+// podIPs6 are the pods' IPv6 addresses: IPv4 is the cluster's first family.
+func podIPs6(t testing.TB, label string) []string { return podAddresses(t, label, ".podIPs[1].ip") }
+
+func podAddresses(t testing.TB, label, field string) []string {
+	t.Helper()
+	return strings.Fields(kubectl(t, "get", "pod", "-n", namespace, "-l", label, "--field-selector=status.phase=Running", "-o", "jsonpath={.items[*].status"+field+"}"))
 }
 
 func curl(t testing.TB, url string) string {
@@ -38,13 +52,25 @@ func curl(t testing.TB, url string) string {
 // One session, looked at from every side.
 func TestConnect(t *testing.T) {
 	check := noTrace(t)
+	notReached(t)
 	s := connect(t)
 
 	t.Run("pod IP", func(t *testing.T) {
-		for _, ip := range podIPs(t, "app=web") {
-			if page := curl(t, "http://"+ip+":8080/"); !strings.Contains(page, `"pod":"web-`) {
+		for _, ip := range slices.Concat(podIPs(t, "app=web"), podIPs6(t, "app=web")) {
+			if page := curl(t, "http://"+net.JoinHostPort(ip, "8080")+"/"); !strings.Contains(page, `"pod":"web-`) {
 				t.Errorf("%s: %s", ip, page)
 			}
+		}
+	})
+	t.Run("both families", func(t *testing.T) {
+		protocols := []string{"http/1.1", "https h2", "grpc bidi", "banner", "line", "udp"}
+		for _, host := range append(serviceIPs(t, "app-dual"), "app-dual", "app-six", "app-dual6.shop.svc.cluster.local") {
+			var found map[string]verdict
+			out := laptop(t, slices.Concat([]string{kit(t), "-t", "15s", "check", host}, protocols)...)
+			if err := json.Unmarshal([]byte(out), &found); err != nil {
+				t.Fatalf("%s: %v in %s", host, err, out)
+			}
+			want(t, found, "original", protocols)
 		}
 	})
 	t.Run("every form of the name", func(t *testing.T) {
@@ -62,9 +88,9 @@ func TestConnect(t *testing.T) {
 		}
 	})
 	t.Run("names as a pod resolves them", func(t *testing.T) {
-		for _, name := range []string{"web", "web.shop", "web.shop.svc", "web.shop.svc.cluster.local", "db", "db-0.db", "web.other", "kubernetes.default", "web-alias", "named.sub"} {
+		for _, name := range []string{"web", "web.shop", "web.shop.svc", "web.shop.svc.cluster.local", "db", "db-0.db", "web.other", "kubernetes.default", "web-alias", "named.sub", "app-dual", "app-six.shop"} {
 			want := lines(inPod(t, "kit", "dns", name))
-			got := lines(laptop(t, "sh", "-c", "getent ahostsv4 "+name+" | awk '{print $1}' | sort -u"))
+			got := lines(laptop(t, "sh", "-c", "getent ahosts "+name+" | awk '{print $1}' | sort -u"))
 			if !slices.Equal(got, want) {
 				t.Errorf("%s: the laptop gets %v, a pod %v", name, got, want)
 			}
@@ -96,16 +122,15 @@ func TestConnect(t *testing.T) {
 		}
 	})
 	t.Run("ping", func(t *testing.T) {
-		ip := podIPs(t, "app=web")[0]
-		laptop(t, "ping", "-c", "2", "-W", "3", ip)
+		laptop(t, "ping", "-c", "2", "-W", "3", podIPs(t, "app=web")[0])
+		laptop(t, "ping", "-c", "1", "-W", "3", podIPs6(t, "app=web")[0])
 		// An address that no pod has: nobody answers, so nobody may answer here.
 		if out, _, err := try("ping", "-c", "1", "-W", "2", "10.244.0.253"); err == nil {
 			t.Errorf("an address without a pod answers: %s", out)
 		}
 	})
 	t.Run("refused", func(t *testing.T) {
-		ip := podIPs(t, "app=web")[0]
-		for _, to := range []string{ip + ":9999", serviceIP(t, "empty") + ":80"} {
+		for _, to := range []string{podIPs(t, "app=web")[0] + ":9999", "[" + podIPs6(t, "app=web")[0] + "]:9999", serviceIP(t, "empty") + ":80"} {
 			start := time.Now()
 			_, _, err := try("curl", "-sS", "--max-time", "10", "http://"+to)
 			if code := exitCode(err); code != 7 { // curl(1): failed to connect
@@ -135,14 +160,73 @@ func TestConnect(t *testing.T) {
 		if !strings.HasPrefix(st.Shadow.Pod, "culvert-"+st.Session) {
 			t.Errorf("shadow pod %q of session %s", st.Shadow.Pod, st.Session)
 		}
-		var found []string
-		for _, r := range st.Routes {
-			found = append(found, r.Prefix+" "+r.Source)
-		}
-		sort.Strings(found)
-		t.Log(found)
 	})
+	t.Run("routes", everyRange)
 
+	s.stop()
+	check(30 * time.Second)
+}
+
+// notReached: without a session the laptop knows no way to pods and Services.
+func notReached(t *testing.T) {
+	t.Helper()
+	for _, ip := range slices.Concat(serviceIPs(t, "app-dual"), podIPs(t, "app=app")[:1], podIPs6(t, "app=app")[:1]) {
+		if out, _, err := try("curl", "-sS", "--max-time", "2", "http://"+net.JoinHostPort(ip, "80")); exitCode(err) != 7 {
+			t.Errorf("%s is not refused: %v %s", ip, err, out)
+		}
+	}
+}
+
+// everyRange wants the exact ranges of the cluster, of both families, and
+// nothing that is only guessed.
+func everyRange(t *testing.T) {
+	want := map[string]string{} // prefix to source
+	for _, p := range strings.Fields(kubectl(t, "get", "servicecidr", "kubernetes", "-o", "jsonpath={.spec.cidrs[*]}")) {
+		want[p] = "ServiceCIDR kubernetes"
+	}
+	nodes := kubectl(t, "get", "nodes", "-o", `jsonpath={range .items[*]}{.metadata.name} {.spec.podCIDRs[*]}{"\n"}{end}`)
+	for line := range strings.Lines(nodes) {
+		fields := strings.Fields(line)
+		for _, p := range fields[1:] {
+			want[p] = "node " + fields[0] + " podCIDR"
+		}
+	}
+	if len(want) < 4 {
+		t.Fatalf("the cluster says only %v", want)
+	}
+	routes := theStatus(t).Routes
+	for p, source := range want {
+		p := netip.MustParsePrefix(p)
+		if !slices.ContainsFunc(routes, func(r struct{ Prefix, Source string }) bool {
+			route := netip.MustParsePrefix(r.Prefix) // of neighbours joined
+			return route.Overlaps(p) && route.Bits() <= p.Bits() && strings.Contains(r.Source, source)
+		}) {
+			t.Errorf("no route to %v by %s: %v", p, source, routes)
+		}
+	}
+	if len(routes) > len(want) || strings.Contains(fmt.Sprint(routes), "observed") {
+		t.Errorf("routes %v, the cluster has %v", routes, want)
+	}
+}
+
+// Where a new device has no IPv6 that part of the cluster is left out, and told.
+func TestWithoutIPv6(t *testing.T) {
+	const knob = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
+	t.Cleanup(func() { laptop(t, "sh", "-c", "echo 0 >"+knob) })
+	laptop(t, "sh", "-c", "echo 1 >"+knob)
+	check := noTrace(t)
+	s := connect(t)
+	if said := s.talk.String(); !strings.Contains(said, "! this machine has no IPv6") {
+		t.Error(said)
+	}
+	for _, r := range theStatus(t).Routes {
+		if netip.MustParsePrefix(r.Prefix).Addr().Is6() {
+			t.Errorf("%+v", r)
+		}
+	}
+	for _, host := range []string{serviceIP(t, "app-dual"), "app-dual.shop"} { // whose other address is refused
+		curl(t, "http://"+host+"/")
+	}
 	s.stop()
 	check(30 * time.Second)
 }

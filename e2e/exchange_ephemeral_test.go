@@ -15,7 +15,7 @@ import (
 var podSpace = namespace + "-pods"
 
 // A lonePod is the only pod of a deployment app, that clients know by its address.
-type lonePod struct{ name, address, node, container string }
+type lonePod struct{ name, address, address6, node, container string }
 
 // lonePods makes the namespace with a Deployment of each name, and returns a look
 // at the pod of one as it is now.
@@ -59,7 +59,7 @@ spec:
 
 func theLonePod(t testing.TB, name string) (p lonePod) {
 	t.Helper()
-	const columns = `{range .items[*]}{.metadata.deletionTimestamp}|{.status.containerStatuses[0].ready}|{.metadata.name} {.status.podIP} {.spec.nodeName} {.status.containerStatuses[0].containerID}{"\n"}{end}`
+	const columns = `{range .items[*]}{.metadata.deletionTimestamp}|{.status.containerStatuses[0].ready}|{.metadata.name} {.status.podIPs[*].ip} {.spec.nodeName} {.status.containerStatuses[0].containerID}{"\n"}{end}`
 	eventually(t, patience, "a pod of "+podSpace+" is ready", func() error {
 		out, err := nodeKubectl("get", "pods", "-n", podSpace, "-l", "app="+name, "-o", "jsonpath="+columns)
 		if err != nil {
@@ -67,7 +67,7 @@ func theLonePod(t testing.TB, name string) (p lonePod) {
 		}
 		for line := range strings.Lines(out) {
 			if rest, found := strings.CutPrefix(strings.TrimSpace(line), "|true|"); found {
-				if _, err := fmt.Sscan(rest, &p.name, &p.address, &p.node, &p.container); err == nil {
+				if _, err := fmt.Sscan(rest, &p.name, &p.address, &p.address6, &p.node, &p.container); err == nil {
 					return nil
 				}
 			}
@@ -165,6 +165,7 @@ func TestEphemeral(t *testing.T) {
 	s := pod.whole(t, "--grace", "20s")
 	t.Run("every protocol", func(t *testing.T) {
 		want(t, who(t, "-direct", "0", pod.address), laptopName, byRequest, byConnection)
+		want(t, who(t, "-direct", "0", pod.address6), laptopName, byRequest, byConnection)
 	})
 	t.Run("the probes stay the original's", func(t *testing.T) {
 		before := seenBy(t, 0)["/ready"]
@@ -204,19 +205,19 @@ func TestEphemeral(t *testing.T) {
 	})
 	t.Run("leave under load", func(t *testing.T) {
 		loads := [][]string{{"-c", "4"}, {"-c", "2", "-close"}}
-		for i, o := range under(t, loads, pod.url("/report"), func() { leave(t, s, "pod/"+pod.name) }) {
+		for i, o := range under(t, loads, "http://["+pod.address6+"]:8080/report", func() { leave(t, s, "pod/"+pod.name) }) {
 			if o.Failures > 0 || o.By["original"] == 0 || o.By[laptopName] == 0 {
 				t.Errorf("load %v: %+v", loads[i], o)
 			}
 		}
 	})
 	pod.untouched(t, 5*time.Second)
+	want(t, who(t, "-direct", "0", pod.address6, "http/1.1", "line", "udp"), "original", []string{"http/1.1", "line", "udp"})
 	check(30 * time.Second)
 	t.Run("some ports by name of the workload", func(t *testing.T) {
 		s := start(t, "exchange", "-n", podSpace, "--method=ephemeral", "deploy/app", "--to", "http=8080", "--to", "7003=7003/udp", "-H", "x-dev: mine")
 		s.says("pod/" + pod.name + " is exchanged")
-		found := who(t, "-direct", "0", pod.address)
-		want(t, found, "original", byRequest, []string{"https", "banner", "line"})
+		want(t, who(t, "-direct", "0", pod.address6), "original", byRequest, []string{"https", "banner", "line"})
 		want(t, who(t, "-direct", "0", "-H", "x-dev: mine", pod.address), laptopName, []string{"http/1.1", "h2c", "post", "websocket"})
 		s.stop()
 	})

@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,25 +12,29 @@ import (
 	"time"
 )
 
-// Everything that a Service carries comes to the laptop and goes back to where
-// it was, and nothing else of the cluster is touched.
+// Everything that a Service carries, on its addresses of both families, comes to
+// the laptop and goes back to where it was, and nothing else of the cluster is
+// touched.
 func TestExchange(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	check := asBefore(t)
 	pods := kubectl(t, "get", "pod", "-n", namespace, "-l", "app=app", "-o", "jsonpath={.items[*].metadata.uid}")
-	before := service(t, "app")
-	want(t, who(t, at("app")), "original", byRequest, byConnection)
+	before := service(t, "app-dual")
+	addresses := serviceIPs(t, "app-dual")
+	want(t, who(t, at("app-dual")), "original", byRequest, byConnection)
 
-	s := exchange(t, append([]string{"svc/app"}, appPorts(0)...)...)
-	comes(t, laptopName, at("app"))
+	s := exchange(t, append([]string{"svc/app-dual"}, appPorts(0)...)...)
+	for _, ip := range addresses {
+		comes(t, laptopName, ip)
+	}
 	t.Run("every protocol", func(t *testing.T) {
-		for _, host := range []string{"app", at("app") + ".svc.cluster.local", serviceIP(t, "app")} {
+		for _, host := range append(addresses, "app-dual", at("app-dual")+".svc.cluster.local") {
 			want(t, who(t, host), laptopName, byRequest, byConnection)
 		}
 	})
 	t.Run("the Service is the same but for whom it selects", func(t *testing.T) {
-		now := service(t, "app")
-		for _, part := range []string{"ports", "clusterIPs", "ipFamilies", "type", "sessionAffinity"} {
+		now := service(t, "app-dual")
+		for _, part := range []string{"ports", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "type", "sessionAffinity"} {
 			if a, b := fmt.Sprint(before.Spec[part]), fmt.Sprint(now.Spec[part]); a != b {
 				t.Errorf("%s is %s, was %s", part, b, a)
 			}
@@ -40,41 +45,45 @@ func TestExchange(t *testing.T) {
 	})
 	t.Run("250 at once", func(t *testing.T) {
 		var o loadOutcome
-		exclusively(t, func() { o = kitInPod[loadOutcome](t, "load", "-c", "250", "-n", "250", urlOf("app", "/slow?for=1s")) })
+		exclusively(t, func() {
+			o = kitInPod[loadOutcome](t, "load", "-c", "250", "-n", "250", urlOf("app-dual", "/slow?for=1s"))
+		})
 		if o.By[laptopName] != 250 || o.Failures > 0 {
 			t.Errorf("%+v", o)
 		}
 	})
 	t.Run("100 MB both ways", func(t *testing.T) {
 		const size = 100 << 20
-		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "1", urlOf("app", fmt.Sprintf("/download?bytes=%d", size)))
+		o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "1", urlOf("app-dual", fmt.Sprintf("/download?bytes=%d", size)))
 		if o.Failures > 0 || o.Bytes != size {
 			t.Errorf("download: %+v", o)
 		}
-		sum := inPod(t, "sh", "-c", "head -c 104857600 /dev/zero | kit -t 60s post "+urlOf("app", "/hash"))
+		sum := inPod(t, "sh", "-c", "head -c 104857600 /dev/zero | kit -t 60s post "+urlOf("app-dual", "/hash"))
 		if sum != "104857600 20492a4d0d84f8beb1767f6616229f85d44c2827b64bdbfb260ee12fa1109e0e" {
 			t.Errorf("upload: %s", sum)
 		}
 	})
 	t.Run("13 posts of 20 MiB at once", func(t *testing.T) {
-		post := "head -c 20971520 /dev/urandom | kit -t 60s post " + urlOf("app", "/hash") + " | grep -c '^20971520 ' & "
+		post := "head -c 20971520 /dev/urandom | kit -t 60s post " + urlOf("app-dual", "/hash") + " | grep -c '^20971520 ' & "
 		script := strings.Repeat(post, 13) + "wait"
 		if n := strings.Count(inPod(t, "sh", "-c", script), "1"); n != 13 {
 			t.Errorf("%d of 13 arrived whole", n)
 		}
 	})
 	t.Run("status", func(t *testing.T) {
-		st := theExchange(t, "app")
+		st := theExchange(t, "app-dual")
 		if st.Kind != "exchange" || !st.Wire.Up || st.Exchange.Requests < 250 || st.Exchange.Connections == 0 || st.Exchange.Match != "" || st.Since == "" {
 			t.Errorf("%+v", st)
 		}
 		table := laptop(t, culvertBin, "status")
-		if !strings.Contains(table, "app") || !strings.Contains(table, st.Owner) {
+		if !strings.Contains(table, "app-dual") || !strings.Contains(table, st.Owner) {
 			t.Errorf("the table:\n%s", table)
 		}
 	})
-	leave(t, s, "svc/app")
-	want(t, who(t, at("app")), "original", byRequest, byConnection)
+	leave(t, s, "svc/app-dual")
+	for _, ip := range addresses {
+		want(t, who(t, ip), "original", byRequest, byConnection)
+	}
 	if now := kubectl(t, "get", "pod", "-n", namespace, "-l", "app=app", "-o", "jsonpath={.items[*].metadata.uid}"); now != pods {
 		t.Errorf("pods %s, were %s", now, pods)
 	}
@@ -140,17 +149,23 @@ func TestExchangeTargets(t *testing.T) {
 }
 
 // Both ways at once: what the laptop asks of the Service by connect comes back
-// to it by exchange.
+// to it by exchange. The Service's first family is IPv6, so is its original's.
 func TestExchangeWithConnect(t *testing.T) {
 	laptopApp(t, laptopName, 0)
 	check := asBefore(t)
 	c := connect(t)
-	s := exchange(t, "svc/app", "--header", "x-dev: mine", "--to", "http=8080")
-	comes(t, laptopName, "-H", "x-dev: mine", at("app"))
+	s := exchange(t, "svc/app-dual6", "--header", "x-dev: mine", "--to", "http=8080")
+	addresses := serviceIPs(t, "app-dual6")
+	for _, ip := range addresses {
+		comes(t, laptopName, "-H", "x-dev: mine", ip)
+		want(t, who(t, ip, "http/1.1", "grpc bidi", "line", "udp"), "original", []string{"http/1.1", "grpc bidi", "line", "udp"})
+	}
 	for by, header := range map[string]string{"original": "x-dev: yours", laptopName: "x-dev: mine"} {
-		got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", urlOf("app", "/"))
-		if got != by {
-			t.Errorf("%s: answered by %q, want %q", header, got, by)
+		for _, ip := range addresses {
+			got := laptop(t, "curl", "-sS", "--max-time", "10", "-H", header, "-o", "/dev/null", "-w", "%header{x-served-by}", "http://"+net.JoinHostPort(ip, "80"))
+			if got != by {
+				t.Errorf("%s: %s answered by %q, want %q", header, ip, got, by)
+			}
 		}
 	}
 	if all := laptop(t, culvertBin, "status"); strings.Count(all, "session") < 2 {

@@ -13,6 +13,12 @@ func TestExpose(t *testing.T) {
 	s := start(t, "expose", "-n", namespace, "8080", "--as", "web-preview:80")
 	s.says(exposedLine)
 	many := start(t, "expose", "-n", namespace, "80=8080", "9090", "443=8443", "7001", "7002", "7003/udp", "--as", "all-preview")
+	t.Run("of the cluster's first family", func(t *testing.T) {
+		spec := service(t, "web-preview").Spec
+		if got := fmt.Sprint(spec["ipFamilies"], " ", spec["ipFamilyPolicy"]); got != "[IPv4] SingleStack" {
+			t.Error(got)
+		}
+	})
 	t.Run("HTTP", func(t *testing.T) {
 		o := kitInPod[loadOutcome](t, "load", "-c", "4", "-n", "100", urlOf("web-preview", "/report"))
 		if o.By[laptopName] != 100 {

@@ -191,8 +191,8 @@ func makeOddNames(t *testing.T) {
 		}
 		return nil
 	})
-	eventually(t, patience, "the pod that is never ready has an address", func() error {
-		if len(strings.Fields(kubectl(t, "get", "endpointslices", "-n", oddNamespace, "-l", "kubernetes.io/service-name=published", "-o", "jsonpath={.items[*].endpoints[*].addresses[0]}"))) == 0 {
+	eventually(t, patience, "the pod that is never ready has its addresses", func() error {
+		if len(strings.Fields(kubectl(t, "get", "endpointslices", "-n", oddNamespace, "-l", "kubernetes.io/service-name=published", "-o", "jsonpath={.items[*].endpoints[*].addresses[0]}"))) < 2 {
 			return errors.New("not yet")
 		}
 		return nil

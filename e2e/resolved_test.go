@@ -123,16 +123,17 @@ func TestResolved(t *testing.T) {
 
 var resolvedNames = []string{
 	"web", "web.shop", "web.shop.svc", "web.shop.svc.cluster.local", "db", "db-0.db", "db-1.db.shop", "web.other", "web-alias", "named.sub.shop.svc.cluster.local",
+	"app-dual", "app-six.shop",
 }
 
 // resolvedForms asks through libc and with dig, and wants what a pod gets.
 func resolvedForms(t *testing.T) {
 	for _, name := range resolvedNames {
 		want := lines(inPod(t, "kit", "dns", name))
-		if got := lines(laptop(t, "sh", "-c", "getent ahostsv4 "+name+" | awk '{print $1}'")); !slices.Equal(got, want) {
+		if got := lines(laptop(t, "sh", "-c", "getent ahosts "+name+" | awk '{print $1}'")); !slices.Equal(got, want) {
 			t.Errorf("%s: libc finds %v, a pod %v", name, got, want)
 		}
-		if got := lines(laptop(t, "sh", "-c", "dig +short +search +ndots=5 @127.0.0.53 "+name+" | grep -v '\\.$'")); !slices.Equal(got, want) {
+		if got := lines(laptop(t, "sh", "-c", "dig +short +search +ndots=5 @127.0.0.53 "+name+" A "+name+" AAAA | grep -v '\\.$'")); !slices.Equal(got, want) {
 			t.Errorf("%s: dig finds %v, a pod %v", name, got, want)
 		}
 	}
@@ -142,7 +143,7 @@ func resolvedForms(t *testing.T) {
 }
 
 func resolvedAddresses(t *testing.T) {
-	for _, ip := range append(podIPs(t, "app=db"), serviceIP(t, "web"), podIPs(t, "app=web")[0]) {
+	for _, ip := range slices.Concat(podIPs(t, "app=db"), serviceIPs(t, "web"), podIPs(t, "app=web")[:1], serviceIPs(t, "app-dual6"), podIPs6(t, "app=app")[:1]) {
 		want := lines(string(must(on("node1", "dig", "+short", "@10.96.0.10", "-x", ip).Output())))
 		if got := lines(laptop(t, "dig", "+short", "@127.0.0.53", "-x", ip)); !slices.Equal(got, want) || len(got) == 0 {
 			t.Errorf("%s: %v, in the cluster %v", ip, got, want)
@@ -214,8 +215,8 @@ func madeAfterwards(t *testing.T) {
 
 // twoSessions share the machine: one leads to Services, the other to pods.
 func twoSessions(t *testing.T, order []int) {
-	first := connect(t, "-n", "shop", "--exclude=10.244.0.0/16")
-	second := connect(t, "-n", "other", "--exclude=10.96.0.0/16")
+	first := connect(t, "-n", "shop", "--exclude=10.244.0.0/16,fd00:10:244::/56")
+	second := connect(t, "-n", "other", "--exclude=10.96.0.0/16,fd00:10:96::/112")
 	stop := []func(){first.stop, second.stop}
 	work := func(alive ...int) {
 		t.Helper()

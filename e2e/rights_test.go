@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -144,17 +145,22 @@ func TestNamespacedRole(t *testing.T) {
 	s := connectWith(t, dev, "-n", namespace)
 
 	forms := []string{serviceIP(t, "web"), "web", "web.shop", "web.shop.svc", "web.shop.svc.cluster.local"}
-	for _, ip := range podIPs(t, "app=web") {
-		forms = append(forms, ip+":8080")
+	for _, ip := range slices.Concat(podIPs(t, "app=web"), podIPs6(t, "app=web")) {
+		forms = append(forms, net.JoinHostPort(ip, "8080"))
 	}
 	for _, host := range forms {
 		if page := curl(t, "http://"+host+"/"); !strings.Contains(page, `"pod":"web-`) {
 			t.Errorf("%s: %s", host, page)
 		}
 	}
-	for _, name := range []string{"db", "db-0.db", "named.sub", "web-alias", "web.other", "web.other.svc.cluster.local", "kubernetes.default"} {
+	for _, host := range append(serviceIPs(t, "app-dual"), "app-six") {
+		if out := laptop(t, kit(t), "check", host, "line", "udp"); strings.Count(out, `"original"`) != 2 {
+			t.Errorf("%s: %s", host, out)
+		}
+	}
+	for _, name := range []string{"db", "db-0.db", "named.sub", "web-alias", "web.other", "web.other.svc.cluster.local", "kubernetes.default", "app-dual", "app-six"} {
 		want := lines(inPod(t, "kit", "dns", name))
-		got := lines(laptop(t, "sh", "-c", "getent ahostsv4 "+name+" | awk '{print $1}' | sort -u"))
+		got := lines(laptop(t, "sh", "-c", "getent ahosts "+name+" | awk '{print $1}' | sort -u"))
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: the laptop gets %v, a pod %v", name, got, want)
 		}

@@ -5,6 +5,9 @@
 //	                                                                \-veth-- node2 172.30.0.12
 //	pods 10.244.0.0/16, Services 10.96.0.0/16, DNS 10.96.0.10, API server https://172.30.0.11:6443
 //
+// All of it has IPv6 too: hosts fd00:30::/64 and fd00:31::/64, pods fd00:10:244::/56,
+// Services fd00:10:96::/112, for those that ask; IPv4 is the cluster's first family.
+//
 // A second laptop, laptop2, is 172.31.1.2: so two halves of the tests run at the
 // same time. A laptop reaches the API server and NodePorts and nothing else of the
 // cluster: pods and Services are refused at once. The router plays the world

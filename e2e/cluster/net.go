@@ -8,22 +8,28 @@ import (
 	"strings"
 )
 
-// Addresses. A laptop also has IPv6, to show that it stays as it was.
+// Addresses. All hosts and pods have both families; IPv4 is the cluster's
+// first, which a Service has that does not ask for more.
 const (
-	apiIP       = "172.30.0.11" // node1
-	nodeGateway = "172.30.0.1"
-	nodeNet     = "172.30.0.0/24"
-	laptopNet   = "172.31.0.0/16" // of all laptops
-	outsideIP   = "172.31.0.1"    // the router, as the laptop sees it
-	outsideIP6  = "fd00:31::1"
-	podCIDR     = "10.244.0.0/16"
-	serviceCIDR = "10.96.0.0/16"
-	serviceIP   = "10.96.0.1"
-	dnsIP       = "10.96.0.10"
-	nodePorts   = "30000:32767"
+	apiIP        = "172.30.0.11" // node1
+	nodeGateway  = "172.30.0.1"
+	nodeGateway6 = "fd00:30::1"
+	nodeNet      = "172.30.0.0/24"
+	laptopNet    = "172.31.0.0/16" // of all laptops
+	outsideIP    = "172.31.0.1"    // the router, as the laptop sees it
+	outsideIP6   = "fd00:31::1"
+	podCIDR      = "10.244.0.0/16"
+	podCIDR6     = "fd00:10:244::/56"
+	serviceCIDR  = "10.96.0.0/16"
+	serviceCIDR6 = "fd00:10:96::/112"
+	serviceIP    = "10.96.0.1"
+	dnsIP        = "10.96.0.10"
+	nodePorts    = "30000:32767"
 )
 
 func nodeIP(name string) string { return "172.30.0.1" + strings.TrimPrefix(name, "node") }
+
+func nodeIP6(name string) string { return "fd00:30::1" + strings.TrimPrefix(name, "node") }
 
 // laptops are alike, each on a wire and in a network of its own: two people, who
 // do not disturb each other.
@@ -43,6 +49,7 @@ func makeNetwork(nodes []string) error {
 	if err := commands(`
 		ip -n culvert-router link add br0 type bridge
 		ip -n culvert-router addr add ` + nodeGateway + `/24 dev br0
+		ip -n culvert-router addr add ` + nodeGateway6 + `/64 dev br0 nodad
 		ip -n culvert-router link set br0 up
 		ip -n culvert-router route add default dev br0
 		ip -n culvert-router -6 route add default dev br0`); err != nil {
@@ -58,8 +65,10 @@ func makeNetwork(nodes []string) error {
 			ip -n culvert-router link add %[1]s type veth peer name eth0 netns culvert-%[1]s
 			ip -n culvert-router link set %[1]s master br0 up
 			ip -n culvert-%[1]s addr add %[2]s/24 dev eth0
+			ip -n culvert-%[1]s addr add %[3]s/64 dev eth0 nodad
 			ip -n culvert-%[1]s link set eth0 up
-			ip -n culvert-%[1]s route add default via %[3]s`, node, nodeIP(node), nodeGateway)); err != nil {
+			ip -n culvert-%[1]s route add default via %[4]s
+			ip -n culvert-%[1]s route add default via %[5]s`, node, nodeIP(node), nodeIP6(node), nodeGateway, nodeGateway6)); err != nil {
 			return err
 		}
 	}
@@ -90,7 +99,7 @@ func firewall() error {
 		return err
 	}
 	// Where bridged packets do not pass iptables, that is what is wanted here.
-	_ = sysctls("net/bridge/bridge-nf-call-iptables=0")
+	_ = sysctls("net/bridge/bridge-nf-call-iptables=0", "net/bridge/bridge-nf-call-ip6tables=0")
 	return commands(strings.NewReplacer("LAPTOP", laptopNet, "NODES", nodeNet, "API", apiIP, "PORTS", nodePorts).Replace(`
 		iptables -w -P FORWARD DROP
 		iptables -w -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
@@ -168,11 +177,15 @@ func joinPods(p paths, nodes []string) error {
 			if from == to {
 				continue
 			}
-			cidr, err := kubectl(p, "get", "node", to, "-o", "jsonpath={.spec.podCIDR}")
-			if err == nil {
-				err = command("ip", "-n", nsPrefix+from, "route", "replace", cidr, "via", nodeIP(to))
-			}
+			cidrs, err := kubectl(p, "get", "node", to, "-o", "jsonpath={.spec.podCIDRs[*]}")
 			errs = append(errs, err)
+			for _, cidr := range strings.Fields(cidrs) {
+				via := nodeIP(to)
+				if strings.Contains(cidr, ":") {
+					via = nodeIP6(to)
+				}
+				errs = append(errs, command("ip", "-n", nsPrefix+from, "route", "replace", cidr, "via", via))
+			}
 		}
 	}
 	return errors.Join(errs...)

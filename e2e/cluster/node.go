@@ -46,7 +46,7 @@ func (h host) node() error {
 	}
 	kubeconfig := filepath.Join(h.run, "pki", "kubelet-"+h.name+".kubeconfig")
 	h.supervise(h.bin+"/kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig="+kubeconfig,
-		"--hostname-override="+h.name, "--node-ip="+nodeIP(h.name))
+		"--hostname-override="+h.name, "--node-ip="+nodeIP(h.name)+","+nodeIP6(h.name))
 	h.supervise(h.bin+"/kube-proxy", "--config=/etc/kubernetes/kube-proxy.yaml")
 	return nil
 }
@@ -65,7 +65,7 @@ func (h host) config(name string) string {
 	}
 	return strings.NewReplacer(
 		"$NODE_GATEWAY", nodeGateway, "$NODE", h.name, "$IP", nodeIP(h.name), "$PKI", filepath.Join(h.run, "pki"),
-		"$CGROUP", cgroup, "$POD_CIDR", podCIDR, "$SERVICE_CIDR", serviceCIDR, "$DNS_IP", dnsIP,
+		"$CGROUP", cgroup, "$POD_CIDRS", podCIDR+","+podCIDR6, "$SERVICE_CIDRS", serviceCIDR+","+serviceCIDR6, "$DNS_IP", dnsIP,
 		"$PROXY_MODE", os.Getenv("PROXY_MODE"), "$OUTSIDE_IP6", outsideIP6, "$OUTSIDE_IP", outsideIP, "$CONFIG", h.disk,
 	).Replace(string(b))
 }
@@ -120,14 +120,16 @@ func (h host) ownSys() error {
 }
 
 func (h host) nodeNetwork() error {
-	if err := sysctls("net/ipv4/ip_forward=1"); err != nil {
+	if err := sysctls("net/ipv4/ip_forward=1", "net/ipv6/conf/all/forwarding=1"); err != nil {
 		return err
 	}
-	if err := sysctls("net/bridge/bridge-nf-call-iptables=1"); err != nil {
+	if err := sysctls("net/bridge/bridge-nf-call-iptables=1", "net/bridge/bridge-nf-call-ip6tables=1"); err != nil {
 		return fmt.Errorf("%w (try: modprobe br_netfilter)", err)
 	}
 	// What pods send out of the pod network leaves under the node's address.
-	return command("iptables", "-w", "-t", "nat", "-A", "POSTROUTING", "-s", podCIDR, "!", "-d", podCIDR, "-j", "MASQUERADE")
+	return commands(strings.NewReplacer("PODS4", podCIDR, "PODS6", podCIDR6).Replace(`
+		iptables -w -t nat -A POSTROUTING -s PODS4 ! -d PODS4 -j MASQUERADE
+		ip6tables -w -t nat -A POSTROUTING -s PODS6 ! -d PODS6 -j MASQUERADE`))
 }
 
 // nodeConfig writes the configuration files, and hides from the kubelet the

@@ -242,17 +242,20 @@ func TestRealCIDRs(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("admin: %q", lines(routes))
-	services, pods := netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("10.244.0.0/24")
-	if !has(routes, "service", "ServiceCIDR kubernetes", services) || !has(routes, "pod", "node ", pods) || len(missing) > 0 {
-		t.Errorf("admin: %q, missing %q", lines(routes), missing)
+	for service, pod := range map[string]string{"10.96.0.0/16": "10.244.0.0/24", "fd00:10:96::/112": "fd00:10:244::/64"} {
+		services, pods := netip.MustParsePrefix(service), netip.MustParsePrefix(pod)
+		if !has(routes, "service", "ServiceCIDR kubernetes", services) || !has(routes, "pod", "node ", pods) || len(missing) > 0 {
+			t.Errorf("admin: %q, missing %q", lines(routes), missing)
+		}
 	}
 
 	namespace := realNamespace(t, admin)
 	asker := admin.as(t, namespace, rule("", "services", "list", "create"))
-	routes, missing, err = asker.CIDRs(t.Context(), Hint{Pods: addrs("10.244.0.9")})
+	routes, missing, err = asker.CIDRs(t.Context(), Hint{Pods: addrs("10.244.0.9", "fd00:10:244::9")})
 	want := []string{"list nodes", "list pods in all namespaces"}
 	if err != nil || !slices.Equal(missing, want) || !slices.Equal(lines(routes), []string{
-		"service 10.96.0.0/16 dry-run answer", "pod 10.244.0.0/24 observed: 1 pod",
+		"service 10.96.0.0/16 dry-run answer", "service fd00:10:96::/112 dry-run answer",
+		"pod 10.244.0.0/24 observed: 1 pod", "pod fd00:10:244::/64 observed: 1 pod",
 	}) {
 		t.Errorf("asker: %q, missing %q, %v", lines(routes), missing, err)
 	}
