@@ -191,8 +191,10 @@ func died(t testing.TB, victims []*victim, kill func() error, how victim) (seen 
 	if err := kill(); err != nil {
 		t.Fatal(err)
 	}
+	healed := time.Now()
 	var all sync.WaitGroup
 	for _, v := range seen {
+		v.healed = healed
 		all.Go(func() { v.measure(at) })
 	}
 	all.Wait()
@@ -542,7 +544,6 @@ func cut(d time.Duration) error {
 	if out, err := clusterCommand("heal", laptopHost).CombinedOutput(); err != nil {
 		return fmt.Errorf("heal: %w: %s", err, out)
 	}
-	v.healed = time.Now()
 	return nil
 }
 
