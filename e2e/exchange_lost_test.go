@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -20,13 +21,19 @@ func TestExchangeRouterLost(t *testing.T) {
 	if err := p.steadily(laptopName, time.Now(), 20*time.Second); err != nil {
 		t.Fatal(err)
 	}
-	at := time.Now()
 	heal := cutPod(t, theExchange(t, "app").Shadow.Pod)
-	if err := p.steadily("original", at.Add(time.Second), standAside); err != nil {
+	at := time.Now()
+	eventually(t, standAside, "the original answers", func() error {
+		if seen := summary(p.after(at)); seen["original"] == 0 {
+			return fmt.Errorf("%v", seen)
+		}
+		return nil
+	})
+	t.Logf("the original answers after %v", time.Since(at).Round(100*time.Millisecond))
+	s.says("the router does not answer")
+	if err := p.steadily("original", time.Now(), 20*time.Second); err != nil { // who asked before waits for a while
 		t.Error(err)
 	}
-	t.Logf("the original answers everything for a second after %v", time.Since(at).Round(100*time.Millisecond))
-	s.says("the router does not answer")
 	heal()
 	if err := p.steadily(laptopName, time.Now(), 30*time.Second); err != nil {
 		t.Error(err)

@@ -143,7 +143,7 @@ func (x *Exchange) use(r *attached) {
 	x.group.Go(func() { _ = r.place.Renew(ctx) }) // ends with ctx only
 	x.mu.Lock()
 	before := x.router
-	x.router = r
+	x.router, x.seen.Alone = r, false // until it says so
 	x.mu.Unlock()
 	if before != nil {
 		before.stop()

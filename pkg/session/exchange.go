@@ -261,6 +261,9 @@ func (x *Exchange) claim(ctx context.Context) (string, error) {
 	if err := x.settle(ctx, x.cfg.Take); err != nil {
 		return "", err
 	}
+	if err := x.beat(ctx); over(err) {
+		return "", x.why(err)
+	}
 	x.awaitProxies(ctx)
 	x.letGo = x.alongside(func(ctx context.Context) {
 		if err := x.hold(ctx); err != nil {
