@@ -61,7 +61,11 @@ func (x *Exchange) empty(ctx context.Context, progress func(string)) error {
 	if err := pause(ctx, nodesLimit); err != nil {
 		return err
 	}
-	return x.attachment().shadow.ScaleDown(ctx, progress)
+	left, err := x.attachment().shadow.ScaleDown(ctx, progress)
+	if len(left) > 0 {
+		x.warn(fmt.Sprintf("%s had the time to end and did not: it may go on beside this machine, and answers who knows its address", strings.Join(left, ", ")))
+	}
+	return err
 }
 
 // emptyAgain is for an exchange that goes on after it was lost: the cluster had
@@ -92,7 +96,7 @@ func (x *Exchange) scaleUp(ctx context.Context) error {
 	if letScale != nil {
 		letScale()
 	}
-	if err := x.attachment().shadow.ScaleUp(ctx, x.cfg.Reporter.Progress); err != nil {
+	if _, err := x.attachment().shadow.ScaleUp(ctx, x.cfg.Reporter.Progress); err != nil {
 		x.cfg.Log.Warn("workload not scaled up, trying again", "err", err) // removeRouter does, and tells
 		return nil
 	}
