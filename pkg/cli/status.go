@@ -148,6 +148,13 @@ func rowsOfExchange(row func(key, format string, args ...any), kind string, e se
 		which += ", by method " + string(e.Method)
 	}
 	row(kind, "%s, %s", e.Subject(), which)
+	switch w := e.Workload; {
+	case w == nil:
+	case w.Replicas > 0:
+		row("workload", "%s runs, scaled to %d by somebody else: its pods answer what does not come here", w.Name, w.Replicas)
+	default:
+		row("workload", "%s does not run", w.Name)
+	}
 	for _, f := range e.Forwards {
 		row("forward", "%s\t%s", f.Port, f.Address)
 	}

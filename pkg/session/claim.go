@@ -111,7 +111,7 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By}
+	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By, session: mark.Session}
 	x.use(r)
 	return r, nil
 }
@@ -356,11 +356,10 @@ func (x *Exchange) hold(ctx context.Context) error {
 			x.warn(fmt.Sprintf("%s is not exchanged now, trying again: %v", x.subject(), err))
 		case err != nil:
 			x.cfg.Log.Debug("claim not held", "err", err)
+		case lost && x.workload != nil:
+			x.emptyAgain()
 		case again:
 			x.cfg.Reporter.Say(x.told())
-			if lost {
-				x.emptyAgain()
-			}
 		}
 	}
 }
