@@ -30,7 +30,8 @@ answered what it had begun; a second Ctrl-C interrupts it at once. A command tha
 from the terminal has Ctrl-C for itself, and the exchange ends when the command does.
 
 With --method scale the original does not run meanwhile, so that nobody answers in
-this machine's stead; at the end it runs again before the traffic goes there.
+this machine's stead; at the end it runs again before the traffic goes there. What
+somebody else scales meanwhile stays, and is said.
 
 With --method ephemeral what is sent to a pod's own address comes here, through a
 Service or not: a container is added to that pod, which listens before the original.
