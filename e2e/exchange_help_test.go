@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -14,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -69,6 +73,33 @@ func exchange(t testing.TB, args ...string) *running {
 	return s
 }
 
+// typeAt starts culvert on a terminal, at whose other end one types.
+func typeAt(t testing.TB, args ...string) (s *running, keys *os.File) {
+	t.Helper()
+	keys, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.IoctlSetPointerInt(int(keys.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(keys.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tty.Close()
+	cmd := on(laptopHost, append([]string{"setsid", "--ctty", culvertBin}, args...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	t.Cleanup(func() { keys.Close() })
+	s = startAs(t, cmd)
+	go func() { _, _ = io.Copy(&s.talk, keys) }() // until nobody has the other end
+	return s, keys
+}
+
 // says waits until culvert has said it.
 func (s *running) says(line string) {
 	s.t.Helper()
@@ -93,9 +124,13 @@ type exchangeStatus struct {
 		Reopened int
 	}
 	Exchange struct {
-		Service, Target, Match      string
-		Method                      string
-		Mirror                      bool
+		Service, Target, Match string
+		Method                 string
+		Mirror                 bool
+		Workload               struct {
+			Name     string
+			Replicas int
+		}
 		Requests, Connections, Open uint64
 	}
 	Missing []string

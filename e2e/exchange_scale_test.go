@@ -217,8 +217,19 @@ func TestScaleAmongOthers(t *testing.T) {
 			t.Errorf("%s: %+v", header, o)
 		}
 	}
+	if st := scaler(t).Exchange.Workload; st.Name != "deployment/sole" || st.Replicas != 0 {
+		t.Errorf("status: %+v", st)
+	}
 	kubectl(t, "scale", "-n", namespace, "deploy/sole", "--replicas=1")
-	s.stop() // bob goes on; who scaled it down brings it up
+	s.says("somebody else has scaled deployment/sole to 1")
+	if st := scaler(t).Exchange.Workload; st.Replicas != 1 {
+		t.Errorf("status: %+v", st)
+	}
+	if err := (&victim{status: scaler(t)}).killContainer(); err != nil {
+		t.Fatal(err)
+	}
+	s.says("beside deployment/sole, which somebody else has scaled to 1") // and not that it does not run
+	s.stop()                                                              // bob goes on; who scaled it down brings it up
 	eventually(t, 30*time.Second, "theirs stays", func() error {
 		if text := kubectl(t, "get", "-n", namespace, "deploy/sole", "-o", "jsonpath={.spec.replicas} {.metadata.labels}"); text != "1" && text != "1 " {
 			return errors.New(text)
@@ -232,6 +243,18 @@ func TestScaleAmongOthers(t *testing.T) {
 	kubectl(t, "scale", "-n", namespace, "deploy/sole", "--replicas=2")
 	kubectl(t, "rollout", "status", "-n", namespace, "deploy/sole", "--timeout=60s")
 	check(30 * time.Second)
+}
+
+// scaler is the exchange of sole that has scaled it down.
+func scaler(t testing.TB) exchangeStatus {
+	t.Helper()
+	for _, s := range exchangesHere(t, "sole") {
+		if s.Exchange.Method == "scale" {
+			return s
+		}
+	}
+	t.Fatal("nobody here has scaled sole down")
+	return exchangeStatus{}
 }
 
 // What cannot be scaled down is said clearly, and changes nothing.
@@ -255,27 +278,76 @@ func TestScaleRefused(t *testing.T) {
 	check(5 * time.Second)
 }
 
-// With the built-in role edit nobody brings the original back but who runs clean.
+// autoscaler looks after sole, without a metric to go by.
+const autoscaler = `
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata: {name: sole, namespace: shop}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: sole}
+  minReplicas: 1
+  maxReplicas: 4
+  metrics: [{type: Resource, resource: {name: cpu, target: {type: Utilization, averageUtilization: 80}}}]
+`
+
+// With the built-in role edit the router brings nothing back. Who scaled it down
+// does, or else another laptop that holds the Service. An autoscaler looks on, and
+// goes on afterwards.
 func TestScaleEditRole(t *testing.T) {
 	t.Cleanup(func() { kubectl(t, "delete", "rolebinding", "-n", namespace, "dev-edit") })
 	kubectl(t, "create", "rolebinding", "-n", namespace, "dev-edit", "--clusterrole=edit", "--user=dev")
 	laptopApp(t, laptopName, 0)
+	laptopApp(t, "bob", 10000)
 	startAlone(t, "sole", "")
 	check := workloadsBefore(t)
+	apply(t, here(autoscaler))
+	t.Cleanup(func() { kubectl(t, "delete", "hpa", "-n", namespace, "sole", "--ignore-not-found") })
+	asDev := func(args ...string) *running {
+		s := startAs(t, culvertAs(devUID, nil, append([]string{"exchange", "-n", namespace, "svc/sole", shortGrace}, args...)...))
+		s.says(exchangedLine)
+		return s
+	}
 	for _, dies := range []bool{false, true} {
 		giveWay(t)
-		s := startAs(t, culvertAs(devUID, nil, "exchange", "-n", namespace, "svc/sole", "--to", "8080", "--method", "scale", shortGrace))
-		s.says(exchangedLine)
+		s := asDev("--to", "8080", "--method", "scale")
 		if said := strings.Join(talkOf(s.talk.String(), "! "), "\n"); !strings.Contains(said, "culvert clean") {
 			t.Errorf("nothing is said of clean:\n%s", s.talk.String())
 		}
-		if dies {
-			kill9(t, theExchange(t, "sole").PID)
-			s.wait(10 * time.Second)
-			laptop(t, culvertBin, "clean", "-n", namespace)
-		} else {
+		if !dies {
 			s.stop()
+			continue
 		}
-		check(60 * time.Second)
+		bob := asDev("--to", "18080", "--header", "x-dev: bob")
+		kill9(t, scaler(t).PID)
+		s.wait(10 * time.Second)
+		autoscales(t, "ScalingDisabled")
+		if left := podsOfApp(t, "sole"); left != "" {
+			t.Errorf("sole runs: %s", left)
+		}
+		at := time.Now()
+		bob.says("deployment/sole runs again")
+		t.Logf("said %v after", time.Since(at))
+		for by, header := range map[string]string{"original": "x-dev: ann", "bob": "x-dev: bob"} {
+			if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "10", "-H", header, urlOf("sole", "/report")); o.By[by] != 10 {
+				t.Errorf("%s: %+v", header, o)
+			}
+		}
+		bob.stop()
+		autoscales(t, "FailedGetResourceMetric")
 	}
+	kubectl(t, "delete", "hpa", "-n", namespace, "sole")
+	check(60 * time.Second)
+}
+
+// autoscales waits until the autoscaler says why it does nothing.
+func autoscales(t testing.TB, why string) {
+	t.Helper()
+	begin := time.Now()
+	eventually(t, 30*time.Second, "the autoscaler says "+why, func() error {
+		if is := kubectl(t, "get", "hpa", "-n", namespace, "sole", "-o", `jsonpath={.status.conditions[?(@.type=="ScalingActive")].reason}`); is != why {
+			return errors.New(is)
+		}
+		return nil
+	})
+	t.Logf("the autoscaler says %s after %v", why, time.Since(begin).Round(100*time.Millisecond))
 }

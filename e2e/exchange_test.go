@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -586,37 +588,85 @@ func TestExchangePolicies(t *testing.T) {
 	check(30 * time.Second)
 }
 
-// The process runs with the environment of the original's container, and ends
-// with the exchange; so does the exchange with it.
+// The process runs with the environment and the files of the original's container.
+// Ctrl-C leads the traffic back before it ends the process, and the exchange ends
+// with the process, too.
 func TestExchangeCommand(t *testing.T) {
 	dir := t.TempDir()
-	file := filepath.Join(dir, "env")
+	saw, file, mounts := filepath.Join(dir, "env"), filepath.Join(dir, "env-file"), filepath.Join(dir, "mounts")
 	check := asBefore(t)
-	script := "env -0 >" + file + "; exec " + kit(t) + " serve -name " + laptopName
-	s := exchange(t, "svc/app", "--to", "http=8080", "--", "sh", "-c", script)
-	eventually(t, 10*time.Second, "the process answers", func() error {
+	serves := func() error {
 		if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", urlOf("app", "/report")); o.By[laptopName] != 5 {
 			return fmt.Errorf("%+v", o)
 		}
 		return nil
-	})
-	text, err := os.ReadFile(file)
+	}
+	script := "env -0 >" + saw + "; exec " + kit(t) + " serve -name " + laptopName
+	s, keys := typeAt(t, "exchange", "-n", namespace, "svc/app", "--to", "http=8080", "--env-file", file, "--mounts", mounts, "--", "sh", "-c", script)
+	eventually(t, patience, "the process answers", serves)
+	text, err := os.ReadFile(saw)
 	if err != nil {
 		t.Fatal(err)
 	}
 	env := strings.Split(string(text), "\x00")
 	for _, want := range []string{
 		"NAME=original", "GREETING=good day", "COLOURS=red,\ngreen", "COLOUR=red,\ngreen", "DB_PASSWORD=open sesame",
-		"NAMESPACE=" + namespace, "LABEL=app", "MEMORY=268435456", "ADDRESS=" + namespace + "/app $(LABEL)",
+		"NAMESPACE=" + namespace, "LABEL=app", "MEMORY=268435456", "ADDRESS=" + namespace + "/app $(LABEL)", "CULVERT_MOUNTS=" + mounts,
 	} {
 		if !slices.Contains(env, want) {
 			t.Errorf("the process has no %q", want)
 		}
 	}
+	wantFile(t, file, 0o600, "\nGREETING=\"good day\"\n")
+	wantFile(t, mounts+"/etc/app/greeting", 0o644, "good day")
+	wantFile(t, mounts+"/etc/app/more/colours", 0o444, "red,\ngreen")
+	wantFile(t, mounts+"/etc/app/namespace", 0o644, namespace)
+	wantFile(t, mounts+"/etc/app/PASSWORD", 0o600, "open sesame")
+	wantFile(t, mounts+"/run/password", 0o400, "open sesame")
+
+	slow := make(chan loadOutcome, 1)
+	go func() {
+		defer close(slow)
+		slow <- kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "1", urlOf("app", "/slow?for=2s"))
+	}()
+	eventually(t, 10*time.Second, "a request is under way", func() error {
+		if seenBy(t, 0)["/slow"] == 0 {
+			return errors.New("not seen")
+		}
+		return nil
+	})
+	fmt.Fprint(keys, "\x03")
+	if o := <-slow; o.By[laptopName] != 1 {
+		t.Errorf("the request that was under way: %+v", o)
+	}
+	if code := s.wait(patience); code != 0 {
+		t.Errorf("culvert ended with %d after Ctrl-C", code)
+	}
+	for _, path := range []string{file, mounts} {
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there (%v)", path, err)
+		}
+	}
+
+	s = exchange(t, "svc/app", "--to", "http=8080", "--", "sh", "-c", script)
+	eventually(t, 10*time.Second, "the process answers", serves)
 	laptop(t, "sh", "-c", "kill -9 $(pgrep -x kit)")
 	if code := s.wait(patience); code == 0 {
 		t.Error("the process was killed, and culvert ended with 0")
 	}
 	want(t, who(t, at("app"), "http/1.1"), "original", []string{"http/1.1"})
 	check(30 * time.Second)
+}
+
+// wantFile looks for a mode, and a part of what is in it.
+func wantFile(t testing.TB, path string, mode fs.FileMode, part string) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != mode || !strings.Contains(string(text), part) {
+		t.Errorf("%s has mode %v, want %v, and %q, want %q (%v)", path, info.Mode(), mode, text, part, err)
+	}
 }

@@ -166,7 +166,9 @@ func startAs(t testing.TB, cmd *exec.Cmd) *running {
 	t.Helper()
 	together(t)
 	s := &running{t: t, cmd: cmd}
-	cmd.Stdout, cmd.Stderr = &s.talk, &s.talk
+	if cmd.Stdout == nil { // it is on no terminal
+		cmd.Stdout, cmd.Stderr = &s.talk, &s.talk
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -59,5 +59,7 @@
 // whoever closed it. In the cluster everything hangs from one object; session
 // deletes it, or the shadow does when the laptop has been silent for the grace
 // time, or "culvert clean" from any machine. An exchanged Service bears its
-// original selector; the same three put it back (kube/heal judges how).
+// original selector; the same three put it back (kube/heal judges how). A workload
+// that was scaled to nothing bears its number, and whoever still holds the exchange
+// puts it back, too.
 package pkg

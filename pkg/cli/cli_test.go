@@ -1,13 +1,16 @@
 package cli
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
@@ -130,4 +133,32 @@ func TestBytes(t *testing.T) {
 			t.Errorf("%d: %q, want %q", n, got, want)
 		}
 	}
+}
+
+// The first signal ends what goes on; a second Ctrl-C is told to who can hurry, but
+// not what a terminal says that closes.
+func TestInterruptible(t *testing.T) {
+	r, w := io.Pipe()
+	defer r.Close()
+	ctx, hurry, stop := interruptible(w)
+	defer stop()
+	self, err := os.FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	talk := bufio.NewScanner(r)
+	for n, s := range []os.Signal{syscall.SIGHUP, syscall.SIGHUP, syscall.SIGHUP, os.Interrupt} {
+		select {
+		case <-hurry:
+			t.Error("hurry, without a Ctrl-C")
+		default:
+		}
+		if err := self.Signal(s); err != nil {
+			t.Skipf("no signals here: %v", err)
+		}
+		if <-ctx.Done(); n > 0 && !talk.Scan() {
+			t.Fatal(talk.Err())
+		}
+	}
+	<-hurry
 }

@@ -24,8 +24,14 @@ at the address, the original answers; after the grace time the cluster puts the
 Service back by itself. With --header and --path only matching requests come
 here, and several people can share a Service. Needs no root.
 
+After -- is a command that serves it: it gets the environment of the original's
+container. Ctrl-C leads the traffic back first, then interrupts the command, which has
+answered what it had begun; a second Ctrl-C interrupts it at once. A command that reads
+from the terminal has Ctrl-C for itself, and the exchange ends when the command does.
+
 With --method scale the original does not run meanwhile, so that nobody answers in
-this machine's stead; at the end it runs again before the traffic goes there.
+this machine's stead; at the end it runs again before the traffic goes there. What
+somebody else scales meanwhile stays, and is said.
 
 With --method ephemeral what is sent to a pod's own address comes here, through a
 Service or not: a container is added to that pod, which listens before the original.
@@ -233,7 +239,7 @@ func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
 	defer outliveReaders()()
 	steps := a.steps()
 	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
-	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr = os.Stdin, a.out, a.err
+	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr, cfg.Local.Hurry = os.Stdin, a.out, a.err, a.hurry
 	err = session.NewExchange(cfg).Run(c.Context())
 	if err != nil {
 		steps.Fail()

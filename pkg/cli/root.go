@@ -24,7 +24,8 @@ type app struct {
 	version  string
 	out      io.Writer
 	err      io.Writer
-	terminal bool // err is one
+	terminal bool            // err is one
+	hurry    <-chan struct{} // closed by a second Ctrl-C
 
 	kubeconfig string
 	context    string
@@ -40,8 +41,9 @@ func Main(version string, args []string) int {
 		version: version, out: os.Stdout, err: os.Stderr,
 		terminal: term.IsTerminal(int(os.Stderr.Fd())),
 	}
-	ctx, stop := interruptible(a.err)
+	ctx, hurry, stop := interruptible(a.err)
 	defer stop()
+	a.hurry = hurry
 	return a.run(ctx, args)
 }
 
@@ -66,23 +68,29 @@ func (a *app) clusterFlags() string {
 }
 
 // interruptible is cancelled by the first Ctrl-C, SIGTERM or SIGHUP. A second
-// one is only answered: what was changed is being put back, and that is bounded.
-func interruptible(w io.Writer) (context.Context, func()) {
+// one is answered, and told to who can hurry: what was changed is being put back,
+// and that is bounded.
+func interruptible(w io.Writer) (ctx context.Context, hurry <-chan struct{}, stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
+	again, told := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
 		for first := true; ; first = false {
-			if _, ok := <-signals; !ok {
+			s, ok := <-signals
+			if !ok {
 				return
 			}
 			if !first {
 				fmt.Fprintln(w, "culvert: still putting things back, a moment")
 			}
+			if !first && s == os.Interrupt { // a terminal that closes says it twice, too
+				told()
+			}
 			cancel()
 		}
 	}()
-	return ctx, func() { signal.Stop(signals); close(signals); cancel() }
+	return ctx, again.Done(), func() { signal.Stop(signals); close(signals); cancel(); told() }
 }
 
 func (a *app) root() *cobra.Command {

@@ -147,6 +147,13 @@ func rowsOfConnect(row func(key, format string, args ...any), s session.Status) 
 
 func rowsOfExchange(row func(key, format string, args ...any), kind string, e session.ExchangeStatus) {
 	row(kind, "%s, %s", e.Subject(), whatComes(e))
+	switch w := e.Workload; {
+	case w == nil:
+	case w.Replicas > 0:
+		row("workload", "%s runs, scaled to %d by somebody else: its pods answer what does not come here", w.Name, w.Replicas)
+	default:
+		row("workload", "%s does not run", w.Name)
+	}
 	for _, f := range e.Forwards {
 		row("forward", "%s\t%s", f.Port, f.Address)
 	}

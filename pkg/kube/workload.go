@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -35,9 +34,15 @@ func (w *Workload) resource() string { return w.Kind + "s" }
 // annWorkload is on the Lease of a router: what it stands in for, "deployment/web".
 const annWorkload = "culvert.dev/workload"
 
-// readyLimit is how long pods may take to be ready before the exchange goes back
-// to what there is of them.
-const readyLimit = 60 * time.Second
+const (
+	// readyLimit is how long pods may take to be ready before the exchange goes
+	// back to what there is of them.
+	readyLimit = 60 * time.Second
+
+	// endSlack is how long a pod may take to be gone beyond the time it has to
+	// end. What still is there then may be so for ever, as on a dead node.
+	endSlack = 30 * time.Second
+)
 
 // liveWorkload is a workload as it is now.
 type liveWorkload struct {
@@ -122,7 +127,8 @@ func heldBy(w *liveWorkload) error {
 	return fmt.Errorf("%w: %s was scaled down by %s, session %s", ErrExchanged, w, w.live.Labels[heal.OwnerLabel], w.live.Labels[heal.WorkloadLabel])
 }
 
-// onlyOf looks for a pod behind the Service that another thing made.
+// onlyOf looks for pods behind the Service that another thing made: they would go
+// on answering.
 func (c *Cluster) onlyOf(ctx context.Context, s *Service, w liveWorkload) error {
 	selector, err := metav1.LabelSelectorAsSelector(w.selector)
 	if err != nil {
@@ -132,12 +138,24 @@ func (c *Cluster) onlyOf(ctx context.Context, s *Service, w liveWorkload) error 
 	if err != nil {
 		return err
 	}
+	var others []string
 	for _, p := range pods {
 		if p.DeletionTimestamp == nil && !(w.made(&p) && selector.Matches(labels.Set(p.Labels))) {
-			return fmt.Errorf("%w: pod %s is not of %s", ErrNoWorkload, p.Name, &w)
+			others = append(others, podOf(&p))
 		}
 	}
+	if slices.Sort(others); len(others) > 0 {
+		return fmt.Errorf("%w: not of %s, and would go on answering: %s", ErrNoWorkload, &w, strings.Join(others, ", "))
+	}
 	return nil
+}
+
+// podOf names a pod and what made it.
+func podOf(p *corev1.Pod) string {
+	if by := metav1.GetControllerOf(p); by != nil {
+		return fmt.Sprintf("pod/%s (of %s/%s)", p.Name, strings.ToLower(by.Kind), by.Name)
+	}
+	return "pod/" + p.Name
 }
 
 // alsoLeading are other Services in front of the same pods.
@@ -213,55 +231,85 @@ func (c *Cluster) patchWorkload(ctx context.Context, namespace string, w Workloa
 }
 
 // ScaleDown scales the workload that the router stands in for to nothing, and
-// waits until its last pod is gone, however long that takes: what must not meet
-// the original must not meet the rest of it. The Service must lead to the router
-// by then. Done again it changes nothing, also if somebody scaled the workload
-// up meanwhile.
-func (s *Shadow) ScaleDown(ctx context.Context, progress func(string)) error {
+// waits until its last pod is gone: what must not meet the original must not meet
+// the rest of it. The Service must lead to the router by then. It returns the pods
+// that had long enough to end and have not. Done again it changes nothing, also if
+// somebody scaled the workload up meanwhile, whose pods are not waited for: see
+// Scaled.
+func (s *Shadow) ScaleDown(ctx context.Context, progress func(string)) (left []string, err error) {
 	if s.workload == nil {
-		return nil
+		return nil, nil
 	}
-	err := s.scaleDown(ctx, progress)
+	left, err = s.scaleDown(ctx, progress)
 	if err != nil {
-		return fmt.Errorf("scale %s in namespace %s down: %w", s.workload, s.cluster.Namespace, sorted(err))
+		return nil, fmt.Errorf("scale %s in namespace %s down: %w", s.workload, s.cluster.Namespace, sorted(err))
 	}
-	return nil
+	return left, nil
 }
 
-func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) error {
+func (s *Shadow) scaleDown(ctx context.Context, progress func(string)) (left []string, err error) {
 	var live liveWorkload
-	err := tried(conflicts, func() (err error) {
+	err = tried(conflicts, func() (err error) {
 		live, err = s.scaleDownOnce(ctx)
 		return err
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	selector, err := metav1.LabelSelectorAsSelector(live.selector)
-	if err != nil {
-		return err
-	}
-	for said := ""; ; {
-		left, err := s.cluster.podsMade(ctx, selector, live)
-		if err == nil && len(left) == 0 {
-			return nil
-		}
-		now, werr := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload)
-		if err = cmp.Or(err, werr); err != nil && !passing(err) {
-			return err
-		}
-		if werr == nil && now.Replicas > 0 {
-			return nil // somebody scaled it up
+	for end, said := time.Now().Add(live.patience()), ""; ; {
+		left, err := s.stillThere(ctx, live)
+		late := time.Now().After(end)
+		switch {
+		case err == nil && (len(left) == 0 || late):
+			return left, nil
+		case err != nil && (late || !passing(err)):
+			return nil, err
 		}
 		if words := "waiting for the end of " + strings.Join(left, ", "); err == nil && words != said {
 			progress(words)
 			said = words
 		}
 		if err := pause(ctx, 200*time.Millisecond); err != nil {
-			return err
+			return nil, err
 		}
 	}
 }
+
+// patience is how long the pods may take to be gone.
+func (w *liveWorkload) patience() time.Duration {
+	if s := w.template.Spec.TerminationGracePeriodSeconds; s != nil {
+		return time.Duration(*s)*time.Second + endSlack
+	}
+	return corev1.DefaultTerminationGracePeriodSeconds*time.Second + endSlack
+}
+
+// stillThere are the pods whose end is waited for; none if somebody scaled the
+// workload up.
+func (s *Shadow) stillThere(ctx context.Context, live liveWorkload) ([]string, error) {
+	selector, err := metav1.LabelSelectorAsSelector(live.selector)
+	if err != nil {
+		return nil, err
+	}
+	left, err := s.cluster.podsMade(ctx, selector, live)
+	if err != nil || len(left) == 0 {
+		return nil, err
+	}
+	if n, _, err := s.Scaled(ctx); err != nil || n > 0 {
+		return nil, err
+	}
+	return left, nil
+}
+
+// Scaled tells how many pods are asked for of the workload that the router stands
+// in for, and whether it is still marked as scaled to nothing by this session. If
+// so, and the number is not 0, somebody else has scaled it since.
+func (s *Shadow) Scaled(ctx context.Context) (to int, marked bool, err error) {
+	live, err := s.cluster.getWorkload(ctx, s.cluster.Namespace, *s.workload)
+	return live.Replicas, live.live.Labels[heal.WorkloadLabel] == s.cfg.Session, err
+}
+
+// Workload is what the router stands in for, nil if it leaves that running.
+func (s *Shadow) Workload() *Workload { return s.workload }
 
 // passing tells of an error after which the next call may succeed.
 func passing(err error) bool {
@@ -269,7 +317,8 @@ func passing(err error) bool {
 }
 
 // made tells whether a pod is of the workload, and not, say, of a DaemonSet with
-// the same labels. The ReplicaSets of a Deployment begin with its name.
+// the same labels. The ReplicaSets of a Deployment are named after it and the
+// template that they are for.
 func (w *liveWorkload) made(p *corev1.Pod) bool {
 	by := metav1.GetControllerOf(p)
 	switch {
@@ -278,7 +327,7 @@ func (w *liveWorkload) made(p *corev1.Pod) bool {
 	case w.Kind == "statefulset":
 		return by.Kind == "StatefulSet" && by.Name == w.Name
 	}
-	return by.Kind == "ReplicaSet" && strings.HasPrefix(by.Name, w.Name+"-")
+	return by.Kind == "ReplicaSet" && by.Name == w.Name+"-"+p.Labels[appsv1.DefaultDeploymentUniqueLabelKey]
 }
 
 // podsMade are those that a selector takes and the workload made.
@@ -319,18 +368,19 @@ func (s *Shadow) scaleDownOnce(ctx context.Context) (liveWorkload, error) {
 }
 
 // ScaleUp gives the workload its pods again, and waits until as many are ready as
-// were before, but not for long. It may be called at any time and more than once.
-func (s *Shadow) ScaleUp(ctx context.Context, progress func(string)) error {
+// were before, but not for long. It may be called at any time and more than once,
+// and tells whether there was anything to do.
+func (s *Shadow) ScaleUp(ctx context.Context, progress func(string)) (changed bool, err error) {
 	if s.workload == nil {
-		return nil
+		return false, nil
 	}
 	for {
-		changed, err := s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session)
+		changed, err = s.cluster.restoreWorkload(ctx, s.cluster.Namespace, *s.workload, s.cfg.Session)
 		if changed {
 			s.awaitPods(ctx, progress)
 		}
 		if err == nil || refused(err) || pause(ctx, restoreEvery) != nil {
-			return err
+			return changed, err
 		}
 	}
 }

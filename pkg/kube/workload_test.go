@@ -44,6 +44,9 @@ func testStatefulSet(name, app string, n int32) *appsv1.StatefulSet {
 // madePod is one that a controller made.
 func madePod(name, app, kind, by string) *corev1.Pod {
 	p, yes := testPod(name, app, 8080), true
+	if kind == "ReplicaSet" {
+		p.Labels[appsv1.DefaultDeploymentUniqueLabelKey] = by[strings.LastIndex(by, "-")+1:]
+	}
 	p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: by, Controller: &yes}}
 	return p
 }
@@ -57,7 +60,7 @@ func TestFindWorkload(t *testing.T) {
 		testService("volatile"), volatile,
 		testService("web"), testService("web-too", selects(map[string]string{"app": "web"})), testDeployment("web", "web", 2), madePod("web-a", "web", "ReplicaSet", "web-1"),
 		testService("db"), testStatefulSet("db", "db", 3), madePod("db-0", "db", "StatefulSet", "db"),
-		testService("mixed"), testDeployment("mixed", "mixed", 1), testPod("by-hand", "mixed", 8080),
+		testService("mixed"), testDeployment("mixed", "mixed", 1), testPod("by-hand", "mixed", 8080), madePod("other", "mixed", "ReplicaSet", "mixed-too-1"),
 		testService("watched"), testDeployment("watched", "watched", 1), madePod("agent", "watched", "DaemonSet", "agent"),
 		testService("two"), testDeployment("one", "two", 1), testStatefulSet("other", "two", 1),
 		testService("idle"), testDeployment("idle", "idle", 0), testService("none"), testService("held"), held,
@@ -71,8 +74,8 @@ func TestFindWorkload(t *testing.T) {
 		{service: "web", found: "deployment/web", replicas: 2, others: "web-too"},
 		{service: "db", found: "statefulset/db", replicas: 3},
 		{service: "volatile", err: ErrNoWorkload, says: "would delete its volumes"},
-		{service: "mixed", err: ErrNoWorkload, says: "pod by-hand is not of deployment/mixed"},
-		{service: "watched", err: ErrNoWorkload, says: "pod agent is not of deployment/watched"},
+		{service: "mixed", err: ErrNoWorkload, says: "not of deployment/mixed, and would go on answering: pod/by-hand, pod/other (of replicaset/mixed-too-1)"},
+		{service: "watched", err: ErrNoWorkload, says: "not of deployment/watched, and would go on answering: pod/agent (of daemonset/agent)"},
 		{service: "two", err: ErrNoWorkload, says: "deployment/one, statefulset/other"},
 		{service: "idle", err: ErrNoWorkload, says: "no replicas"},
 		{service: "none", err: ErrNoWorkload},
@@ -153,7 +156,7 @@ func TestScaleDownAndUp(t *testing.T) {
 				if kind == "statefulset" {
 					ours = madePod("web-a", "web", "StatefulSet", "web")
 				}
-				for _, p := range []*corev1.Pod{ours, madePod("agent-1", "web", "DaemonSet", "agent")} { // of which one stays
+				for _, p := range []*corev1.Pod{ours, madePod("agent-1", "web", "DaemonSet", "agent"), madePod("other", "web", "ReplicaSet", "web-too-1")} { // of which two stay
 					if _, err := pods.Create(t.Context(), p, metav1.CreateOptions{}); err != nil {
 						t.Fatal(err)
 					}
@@ -168,14 +171,14 @@ func TestScaleDownAndUp(t *testing.T) {
 				var said []string
 				say := func(line string) { said = append(said, line) }
 				begin := time.Now()
-				if err := s.ScaleDown(t.Context(), say); err != nil || time.Since(begin) < 5*time.Second || time.Since(begin) > 6*time.Second {
-					t.Fatalf("after %v: %v", time.Since(begin), err)
+				if left, err := s.ScaleDown(t.Context(), say); err != nil || len(left) > 0 || time.Since(begin) < 5*time.Second || time.Since(begin) > 6*time.Second {
+					t.Fatalf("after %v: %v, %v", time.Since(begin), left, err)
 				}
 				if w := now(); w.Replicas != 0 || w.live.Labels[heal.WorkloadLabel] != "x1" || w.live.Labels[heal.ReplicasLabel] != "2" {
 					t.Errorf("%+v", w)
 				}
-				if err := s.ScaleDown(t.Context(), say); err != nil { // again
-					t.Error(err)
+				if left, err := s.ScaleDown(t.Context(), say); err != nil || len(left) > 0 { // again
+					t.Error(left, err)
 				}
 				after, least, most := 3*time.Second, 3*time.Second, 4*time.Second
 				if late {
@@ -183,8 +186,8 @@ func TestScaleDownAndUp(t *testing.T) {
 				}
 				timer := time.AfterFunc(after, func() { setReady(t, client, kind, 2) })
 				begin = time.Now()
-				if err := s.ScaleUp(t.Context(), say); err != nil || time.Since(begin) < least || time.Since(begin) > most {
-					t.Errorf("after %v: %v", time.Since(begin), err)
+				if changed, err := s.ScaleUp(t.Context(), say); err != nil || !changed || time.Since(begin) < least || time.Since(begin) > most {
+					t.Errorf("after %v: %v, %v", time.Since(begin), changed, err)
 				}
 				timer.Stop()
 				if w := now(); w.Replicas != before.Replicas || len(w.live.Labels) != 0 {
@@ -194,8 +197,8 @@ func TestScaleDownAndUp(t *testing.T) {
 					t.Errorf("%q", said)
 				}
 				begin = time.Now()
-				if err := s.ScaleUp(t.Context(), say); err != nil || time.Since(begin) > 0 {
-					t.Errorf("again: after %v: %v", time.Since(begin), err)
+				if changed, err := s.ScaleUp(t.Context(), say); err != nil || changed || time.Since(begin) > 0 {
+					t.Errorf("again: after %v: %v, %v", time.Since(begin), changed, err)
 				}
 			})
 		}
@@ -216,37 +219,91 @@ func TestScaleMeetsOthers(t *testing.T) {
 		}
 	}
 	say := func(string) {}
-	if err := s.ScaleDown(t.Context(), say); err != nil {
+	down := func(s *Shadow) error {
+		t.Helper()
+		left, err := s.ScaleDown(t.Context(), say)
+		if len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+		return err
+	}
+	up := func(s *Shadow) error { _, err := s.ScaleUp(t.Context(), say); return err }
+	scaled := func(want int, mark bool) {
+		t.Helper()
+		if to, marked, err := s.Scaled(t.Context()); err != nil || to != want || marked != mark {
+			t.Errorf("scaled to %d, marked %v, want %d, %v; %v", to, marked, want, mark, err)
+		}
+	}
+	if err := down(s); err != nil {
 		t.Fatal(err)
 	}
+	scaled(0, true)
 	other := s.cfg
 	other.Session = "x2"
 	second := s.cluster.NewShadow(other, routerRights(ByDeployment))
-	if err := second.ScaleDown(t.Context(), say); !errors.Is(err, ErrExchanged) || !strings.Contains(err.Error(), labelValue(Self().Owner())) {
+	if err := down(second); !errors.Is(err, ErrExchanged) || !strings.Contains(err.Error(), labelValue(Self().Owner())) {
 		t.Errorf("the second: %v", err)
 	}
-	if err := second.ScaleUp(t.Context(), say); err != nil || now().Replicas != 0 {
+	if err := up(second); err != nil || now().Replicas != 0 {
 		t.Errorf("%+v, %v", now(), err)
 	}
 	scale(5)
-	if err := s.ScaleDown(t.Context(), say); err != nil || now().Replicas != 5 {
+	scaled(5, true)
+	if _, err := client.CoreV1().Pods("dev").Create(t.Context(), madePod("web-b", "web", "ReplicaSet", "web-1"), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err) // one that is not waited for
+	}
+	if err := down(s); err != nil || now().Replicas != 5 {
 		t.Errorf("%+v, %v", now(), err)
 	}
-	if err := s.ScaleUp(t.Context(), say); err != nil || now().Replicas != 5 || len(now().live.Labels) != 0 {
+	if err := up(s); err != nil || now().Replicas != 5 || len(now().live.Labels) != 0 {
 		t.Errorf("%+v, %v", now(), err)
+	}
+	scaled(5, false)
+	if err := client.CoreV1().Pods("dev").Delete(t.Context(), "web-b", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	scale(0)
-	if err := s.ScaleDown(t.Context(), say); err != nil || len(now().live.Labels) != 0 {
+	if err := down(s); err != nil || len(now().live.Labels) != 0 {
 		t.Errorf("%+v, %v", now(), err)
 	}
 	if err := client.AppsV1().Deployments("dev").Delete(t.Context(), "web", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.ScaleUp(t.Context(), say); err != nil {
+	if err := up(s); err != nil {
 		t.Error(err)
 	}
-	if err := s.ScaleDown(t.Context(), say); !errors.Is(err, ErrNoTarget) {
+	if err := down(s); !errors.Is(err, ErrNoTarget) {
 		t.Error(err)
+	}
+}
+
+// A pod that does not end, as on a dead node, is waited for as long as it has to
+// end, and then named.
+func TestScaleDownIsBounded(t *testing.T) {
+	for _, grace := range []*int64{nil, new(int64)} {
+		synctest.Test(t, func(t *testing.T) {
+			s, client, _ := scaleRouter(t, "deployment")
+			d, err := client.AppsV1().Deployments("dev").Get(t.Context(), "web", metav1.GetOptions{})
+			if err == nil {
+				d.Spec.Template.Spec.TerminationGracePeriodSeconds = grace
+				_, err = client.AppsV1().Deployments("dev").Update(t.Context(), d, metav1.UpdateOptions{})
+			}
+			if err == nil {
+				_, err = client.CoreV1().Pods("dev").Create(t.Context(), madePod("web-a", "web", "ReplicaSet", "web-1"), metav1.CreateOptions{})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := endSlack
+			if grace == nil {
+				want += 30 * time.Second
+			}
+			begin := time.Now()
+			left, err := s.ScaleDown(t.Context(), func(string) {})
+			if took := time.Since(begin); err != nil || !slices.Equal(left, []string{"web-a"}) || took < want || took > want+time.Second {
+				t.Errorf("left %v after %v: %v", left, took, err)
+			}
+		})
 	}
 }
 
@@ -257,10 +314,9 @@ func TestScaleIsUndone(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			s, client, now := scaleRouter(t, "deployment")
 			client.PrependReactor("create", "services", withAddress)
-			for _, err := range []error{s.Create(t.Context(), nil), s.Swap(t.Context()), s.ScaleDown(t.Context(), func(string) {})} {
-				if err != nil {
-					t.Fatal(err)
-				}
+			err := errors.Join(s.Create(t.Context(), nil), s.Swap(t.Context()))
+			if _, serr := s.ScaleDown(t.Context(), func(string) {}); err != nil || serr != nil {
+				t.Fatal(err, serr)
 			}
 			role, err := client.RbacV1().Roles("dev").Get(t.Context(), "culvert-x1", metav1.GetOptions{})
 			if err != nil || !slices.ContainsFunc(role.Rules, func(r rbacv1.PolicyRule) bool {
@@ -381,7 +437,7 @@ func methodFailing(t *testing.T, mode Mode, method string, n int) (failed bool) 
 		err = s.Swap(t.Context())
 	}
 	if err == nil {
-		err = s.ScaleDown(t.Context(), func(string) {})
+		_, err = s.ScaleDown(t.Context(), func(string) {})
 	}
 	what := fmt.Sprintf("%s, %s, call %d fails", mode, method, n)
 	if failed != (err != nil) {

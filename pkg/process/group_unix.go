@@ -27,18 +27,18 @@ func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (exit, erro
 		return exit{}, err
 	}
 	defer guard.dismiss()
-	g := &group{patience: patience, terminal: terminalOf(cmd.Stdin, cmd.Stdout)}
+	g := &group{patience: patience, terminal: terminalOf(cmd.Stdin)}
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	dieWithParent(cmd.SysProcAttr)
-	g.terminal.handOver(cmd.SysProcAttr)
+	said, hush := g.terminal.listen()
+	defer hush()
 	if err := cmd.Start(); err != nil {
-		g.terminal.take()
 		return exit{}, err
 	}
 	g.id = cmd.Process.Pid
 	g.terminal.lead(g.id)
 	guard.watch(g.id)
-	end, err := g.wait(ctx)
+	end, err := g.wait(ctx, said)
 	g.terminal.take()
 	if end.Signal != nil {
 		g.terminal.restore()
@@ -95,8 +95,8 @@ func (g *group) empty() bool { return unix.Kill(-g.id, 0) != nil || allDead(g.id
 // errOutlived is a command that runs as somebody else, or hangs in the kernel.
 var errOutlived = errors.New("it could not be killed")
 
-// wait returns when the group is gone.
-func (g *group) wait(ctx context.Context) (end exit, err error) {
+// wait returns when the group is gone. It passes on what the terminal has said to us.
+func (g *group) wait(ctx context.Context, said <-chan os.Signal) (end exit, err error) {
 	g.escalate = time.NewTimer(0)
 	<-g.escalate.C
 	defer g.escalate.Stop()
@@ -126,6 +126,8 @@ func (g *group) wait(ctx context.Context) (end exit, err error) {
 			}
 		case <-continued:
 			g.terminal.resume()
+		case s := <-said:
+			_ = unix.Kill(-g.id, s.(unix.Signal))
 		case <-done:
 			done, end.told = nil, !ended
 			g.end(signalFor(ctx))

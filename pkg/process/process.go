@@ -4,9 +4,14 @@
 //
 // The command leads a process group of its own. A signal to the group reaches
 // what the command has started (the program behind "go run .", say), and on a
-// terminal Ctrl-C is the command's and not ours: an editor or an interpreter
-// goes on after it. So the terminal is handed to the group and taken back, as a
-// shell does it, and when the command is suspended so are we.
+// terminal Ctrl-C is not the command's but ours, who know what must be done before
+// it may end. Only one group is in front, and only that one can read what is
+// typed. So a command that asks for the terminal, by reading or setting it, is put
+// in front, as a shell does it, and from then on gets Ctrl-C itself: an editor or
+// an interpreter goes on after it. (A terminal of our own between the two could
+// tell Ctrl-C from what else is typed, for the price of being a terminal to all
+// that editors do.) When the command is suspended so are we, and the other way
+// round.
 //
 // Nobody runs code after a kill -9, so a guard is there before the command is:
 // a shell that reads from a pipe, whose other end is here. The pipe closes with

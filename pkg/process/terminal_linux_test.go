@@ -1,9 +1,11 @@
 package process
 
 import (
+	"bufio"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -112,6 +114,7 @@ func (d *desk) line(text string) { d.t.Helper(); d.keys(text + "\n") }
 // says is not what was typed, for the terminal echoes that.
 const asker = `'trap "echo in\terrupted" INT; echo as\king; while :; do if read x; then [ "$x" = end ] && exit 7; echo "got-$x-"; fi; done'`
 
+// What reads the terminal gets all that is typed, Ctrl-C as well.
 func TestTerminal(t *testing.T) {
 	d := sit(t)
 	d.line("run bash -c " + asker)
@@ -129,16 +132,58 @@ func TestTerminal(t *testing.T) {
 	d.expect("7-")
 }
 
-// Ctrl-C on what does not catch it ends it, and Run says by what.
-func TestTerminalInterrupt(t *testing.T) {
-	d := sit(t)
-	d.line(`run sh -c 'echo sta\rted; sleep 1000'`)
-	d.expect("started")
+// server does not read the terminal, and says what it is told.
+const server = `'trap "echo to\ld; exit 0" INT; trap "echo du\mped" QUIT; trap "echo wid\er" WINCH; echo $$ >"$0"; while :; do echo ti\ck; sleep 0.05; done'`
+
+// Ctrl-C is ours, until we pass it on. Of the other keys what serves gets to know.
+func TestTerminalServer(t *testing.T) {
+	d, file := sit(t), filepath.Join(t.TempDir(), "pid")
+	d.line(`CULVERT_PROCESS_TEST=patient "$RUN" sh -c ` + server + " " + file)
+	d.expect("tick")
+	d.keys("\x1c")
+	d.expect("dumped")
+	if err := unix.IoctlSetWinsize(int(d.master.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: 200}); err != nil {
+		t.Fatal(err)
+	}
+	d.expect("wider")
+	pid := numbers(t, bufio.NewReader(open(t, file)))[0]
+	for range 2 {
+		d.keys("\x1a")
+		d.expect("Stopped")
+		d.expect("ready> ")
+		await(t, "the suspension of what serves", func() bool { return state(pid) == "T" })
+		d.line("fg")
+		await(t, "its going on", func() bool { return state(pid) != "T" })
+		d.expect("tick")
+	}
 	d.keys("\x03")
-	d.expect("ended by signal: interrupt")
-	d.expect("ready> ")
-	d.line("echo $?-")
-	d.expect("130-")
+	d.expect("leaving")
+	for range 3 { // not only what it was about to say
+		d.expect("tick")
+	}
+	d.keys("\x03")
+	d.expect("told")
+	d.expect("run: interrupted")
+	if !gone(pid) {
+		t.Error("it still runs")
+	}
+}
+
+// state is the letter of a process's.
+func state(pid int) string {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return rest[:min(1, len(rest))]
+}
+
+func open(t *testing.T, path string) *os.File {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
 
 // Ctrl-Z suspends all; fg and bg go on, and what asks for the terminal from
@@ -147,6 +192,8 @@ func TestTerminalSuspend(t *testing.T) {
 	d := sit(t)
 	d.line("run bash -c " + asker)
 	d.expect("asking")
+	d.line("one")
+	d.expect("got-one-") // it has the terminal
 	for range 3 {
 		d.keys("\x1a")
 		d.expect("Stopped")
@@ -181,8 +228,8 @@ func TestTerminalBackground(t *testing.T) {
 	d.expect("exit status 7")
 }
 
-// With its output in a pipe the terminal stays ours until it is asked for, so
-// that Ctrl-C is ours too, and a pager can read what is typed.
+// What our output goes to may read the terminal, as a pager does, for as long as
+// the command does not.
 func TestTerminalPipe(t *testing.T) {
 	d := sit(t)
 	d.line(`run bash -c 'trap "echo to\ld; exit 1" INT; echo sta\rted; while :; do sleep 0.01; done' | cat`)

@@ -6,7 +6,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,21 +13,20 @@ import (
 )
 
 // A terminal is the one that we and the command share; nil is none. At any time
-// one process group is in front: it gets what is typed, and Ctrl-C and Ctrl-Z.
+// one process group is in front: it gets what is typed, and Ctrl-C and Ctrl-Z. We
+// are, until the command asks for it.
 type terminal struct {
 	fd      int
 	own     int         // our process group
 	group   int         // the command's
 	state   *term.State // as it was
-	wanted  bool        // the command is to be in front when we are
+	wanted  bool        // the command has asked for it, and is to be in front when we are
 	held    bool        // it was put in front
 	stopped unix.Signal // what it was suspended by, and is still
 }
 
-// terminalOf is that of stdin, if it is the one that controls us. The command
-// is put in front at once if it writes to one as well. When its output goes
-// elsewhere, to a pager that reads the terminal, say, it is not until it asks.
-func terminalOf(stdin io.Reader, stdout io.Writer) *terminal {
+// terminalOf is that of stdin, if it is the one that controls us.
+func terminalOf(stdin io.Reader) *terminal {
 	in, ok := stdin.(*os.File)
 	if !ok || !term.IsTerminal(int(in.Fd())) {
 		return nil
@@ -38,8 +36,6 @@ func terminalOf(stdin io.Reader, stdout io.Writer) *terminal {
 		return nil
 	}
 	t.state, _ = term.GetState(t.fd)
-	out, ok := stdout.(*os.File)
-	t.wanted = ok && term.IsTerminal(int(out.Fd()))
 	return t
 }
 
@@ -56,13 +52,6 @@ func (t *terminal) put(group int) error {
 	signal.Ignore(unix.SIGTTOU)
 	defer signal.Reset(unix.SIGTTOU)
 	return unix.IoctlSetPointerInt(t.fd, unix.TIOCSPGRP, group)
-}
-
-// handOver lets a new process put its group in front before it runs.
-func (t *terminal) handOver(attr *syscall.SysProcAttr) {
-	if t != nil && t.wanted && t.ours() {
-		attr.Foreground, attr.Ctty, t.held = true, t.fd, true
-	}
 }
 
 // lead names the command's group.
@@ -87,6 +76,20 @@ func (t *terminal) restore() {
 	}
 }
 
+// meant are the signals of a terminal to who is in front that are for the command.
+// Ctrl-C is not among them.
+var meant = []os.Signal{unix.SIGTSTP, unix.SIGQUIT, unix.SIGWINCH}
+
+// listen tells what it says to us.
+func (t *terminal) listen() (said <-chan os.Signal, stop func()) {
+	if t == nil {
+		return nil, func() {}
+	}
+	to := make(chan os.Signal, 4)
+	signal.Notify(to, meant...)
+	return to, func() { signal.Stop(to) }
+}
+
 // suspend follows the command: it was suspended by Ctrl-Z, or because it used
 // the terminal from behind. Unless we can put it in front we are suspended too,
 // so that our shell takes over. Where nobody would continue us the kernel does
@@ -100,7 +103,7 @@ func (t *terminal) suspend(by unix.Signal, continued <-chan os.Signal) {
 	t.wanted = t.wanted || asks
 	if !asks || !t.ours() {
 		t.take()
-		_ = unix.Kill(0, by)
+		_ = unix.Kill(0, unix.SIGTTIN) // Go keeps its handler of a signal that it has once had
 		select {
 		case <-continued:
 		case <-time.After(100 * time.Millisecond):

@@ -111,7 +111,7 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By}
+	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By, session: mark.Session}
 	x.use(r)
 	return r, nil
 }
@@ -381,9 +381,10 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case err != nil:
 			x.cfg.Log.Debug("claim not held", "err", err)
 		case again:
-			x.cfg.Reporter.Say(x.told())
-			if lost {
-				x.emptyAgain()
+			if lost && x.workload != nil {
+				x.emptyAgain() // and says so
+			} else {
+				x.cfg.Reporter.Say(x.told())
 			}
 			again, lost = false, false
 		}

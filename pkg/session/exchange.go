@@ -67,6 +67,7 @@ type Exchange struct {
 	router   *attached
 	letScale func() // ends emptyAgain and waits for it; nil before it began
 	leaving  bool   // no other router is looked for
+	runs     int    // pods of workload, as somebody else has scaled it
 	seen     shadow.ClaimInfo
 
 	// of ByEphemeral; these are of whoever attaches, one at a time
@@ -77,13 +78,14 @@ type Exchange struct {
 // attached is the router that this machine is attached to, and what of it is
 // this machine's to undo.
 type attached struct {
-	place  outpost
-	shadow *kube.Shadow // that place is; nil in a pod
-	pod    string       // that it is in; "" for a Service's router
-	keys   sshchan.Identity
-	stop   context.CancelFunc // ends its lease's renewal
-	by     string             // who made it, where not this machine
-	made   bool               // here
+	place   outpost
+	shadow  *kube.Shadow // that place is; nil in a pod
+	pod     string       // that it is in; "" for a Service's router
+	keys    sshchan.Identity
+	stop    context.CancelFunc // ends its lease's renewal
+	by      string             // who made it, where not this machine
+	session string             // that it was made for then
+	made    bool               // here
 
 	mu     sync.Mutex
 	wire   channel.Channel // the last one; nil before the first
@@ -316,7 +318,11 @@ func (x *Exchange) told() string {
 		}
 		to += f.Address
 	}
-	if x.workload != nil {
+	switch n := x.running(); {
+	case x.workload == nil:
+	case n > 0:
+		to += fmt.Sprintf(", beside %s, which somebody else has scaled to %d", x.workload, n)
+	default:
 		to += fmt.Sprintf(", and %s does not run", x.workload)
 	}
 	name := x.subject()
@@ -338,7 +344,7 @@ func (x *Exchange) wireChanged(s channel.KeepState) {
 	case x.gctx.Err() != nil:
 	case !s.Up:
 		who := "the original answers"
-		if x.workload != nil {
+		if x.workload != nil && x.running() == 0 {
 			who = "nobody answers"
 		}
 		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, %s; opening it again: %v", who, s.Err))

@@ -19,10 +19,11 @@ import (
 
 // Local is what runs on this machine in the original's stead.
 type Local struct {
-	Command   []string // is run with the original's environment; none: nothing is
-	EnvFile   string   // gets that environment; "": none
-	Mounts    string   // folder that gets the original's mounted files; "": none
-	Container string   // of the original's pod; "": its main one
+	Command   []string        // is run with the original's environment; none: nothing is
+	EnvFile   string          // gets that environment; "": none
+	Mounts    string          // folder that gets the original's mounted files; "": none
+	Container string          // of the original's pod; "": its main one
+	Hurry     <-chan struct{} // closed when the command is not to wait for its turn to end
 
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
@@ -111,11 +112,19 @@ func (x *Exchange) copyMounts(ctx context.Context) (string, error) {
 	return fmt.Sprintf("%d mounted files copied to %s", len(copied), dir), nil
 }
 
-// start runs the command until it ends or the exchange does.
+// start runs the command until it ends or the exchange does, of which it is the
+// last part: what it has begun to answer it answers.
 func (x *Exchange) start(l Local) {
 	ctx, stop := context.WithCancelCause(context.WithoutCancel(x.life))
 	ended := make(chan struct{})
 	x.stopLocal = func() { stop(process.ErrInterrupt); <-ended }
+	x.group.Go(func() {
+		select {
+		case <-l.Hurry:
+			stop(process.ErrInterrupt)
+		case <-ended:
+		}
+	})
 	x.group.Go(func() {
 		defer close(ended)
 		err := process.Run(ctx, process.Config{
@@ -127,7 +136,7 @@ func (x *Exchange) start(l Local) {
 		}
 		var exit *process.ExitError
 		if errors.As(err, &exit) && exit.Signal == os.Interrupt {
-			err = nil // on a terminal Ctrl-C is the command's
+			err = nil // what reads from the terminal gets its Ctrl-C
 		}
 		if err != nil {
 			x.fail(err)

@@ -1,10 +1,15 @@
 package session
 
 import (
+	"bufio"
+	"context"
 	"errors"
+	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 )
@@ -45,6 +50,44 @@ func TestEnvFile(t *testing.T) {
 	left, _ := filepath.Glob(filepath.Join(filepath.Dir(path), ".culvert*"))
 	if len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// The command ends when it is its turn, or at once for who is in a hurry.
+func TestLocalEnds(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no shell here")
+	}
+	for _, hurried := range []bool{false, true} {
+		x := NewExchange(ExchangeConfig{Reporter: silent{}, Log: slog.New(slog.DiscardHandler)})
+		x.life, x.end = context.WithCancel(t.Context())
+		x.gctx, x.fail = context.WithCancelCause(x.life)
+		r, w := io.Pipe()
+		hurry := make(chan struct{})
+		x.start(Local{Command: []string{"sh", "-c", `trap "echo told; exit 3" INT; echo up; while :; do sleep 0.01; done`}, Stdout: w, Hurry: hurry})
+		said := bufio.NewScanner(r)
+		if said.Scan(); said.Text() != "up" {
+			t.Fatal(said.Text())
+		}
+		stopped := make(chan struct{})
+		stop := func() { x.stopLocal(); close(stopped) }
+		if hurried {
+			close(hurry)
+		} else {
+			go stop()
+		}
+		if said.Scan(); said.Text() != "told" {
+			t.Errorf("hurried %v: %q", hurried, said.Text())
+		}
+		if hurried {
+			stop()
+		}
+		<-stopped
+		x.end()
+		x.group.Wait()
+		if err := context.Cause(x.gctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("hurried %v: %v", hurried, err)
+		}
 	}
 }
 

@@ -58,9 +58,17 @@ type ExchangeStatus struct {
 	Mirror   bool            `json:"mirror"`
 	Forwards []ForwardStatus `json:"forwards"`
 
+	Workload *WorkloadStatus `json:"workload,omitempty"` // that was scaled to nothing
+
 	Requests    uint64 `json:"requests"`    // of HTTP
 	Connections uint64 `json:"connections"` // of other protocols, and flows of UDP
 	Open        int    `json:"open"`        // now
+}
+
+// WorkloadStatus tells of what does not run meanwhile.
+type WorkloadStatus struct {
+	Name     string `json:"name"`     // deployment/web
+	Replicas int    `json:"replicas"` // 0, unless somebody else has scaled it since
 }
 
 // ForwardStatus tells where one port of a Service leads.

@@ -80,6 +80,9 @@ func (x *Exchange) status() Status {
 		Service: service, Pod: r.pod, Target: x.target(), Method: cmp.Or(x.cfg.Method, BySelector), Match: matchText(x.cfg.Match), Mirror: x.cfg.Mirror,
 		Requests: x.seen.Requests, Connections: x.seen.Connections, Open: x.seen.Open,
 	}
+	if x.workload != nil {
+		s.Exchange.Workload = &WorkloadStatus{x.workload.String(), x.runs}
+	}
 	for _, f := range x.forwards {
 		s.Exchange.Forwards = append(s.Exchange.Forwards, ForwardStatus{f.route(), f.Address})
 	}
