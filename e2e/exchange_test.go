@@ -363,6 +363,12 @@ func TestExchangeAppliedOver(t *testing.T) {
 	if err := p.steadily(laptopName, time.Now(), 10*time.Second); err != nil {
 		t.Error(err)
 	}
+	others := func(patch, line string) { // change its ports, too
+		kubectl(t, "patch", "svc", "-n", namespace, "app-git", "--type=json", "-p", patch)
+		s.says(line)
+	}
+	others(`[{"op":"add","path":"/spec/ports/-","value":{"name":"extra","port":81,"targetPort":9999}}]`, "somebody else changed the ports of svc/app-git: what comes to extra=81 is refused")
+	others(`[{"op":"remove","path":"/spec/ports/1"}]`, "serves every port of svc/app-git again")
 	at := time.Now()
 	apply(t, another("app-git"))
 	if err := p.steadily("original", at, 15*time.Second); err != nil {

@@ -398,7 +398,32 @@ func (x *Exchange) beat(ctx context.Context) error {
 			return err
 		}
 	}
+	x.portsAre(ctx, state)
 	return x.serviceIs(r, state)
+}
+
+// portsAre tells when somebody else has changed the Service's ports, and when they are
+// as before again. The router listens on those that it was made for.
+func (x *Exchange) portsAre(ctx context.Context, state string) {
+	changed := state == heal.Changed
+	if changed == x.changed || !changed && state != heal.Ours {
+		return
+	}
+	if !changed {
+		x.changed = false
+		x.cfg.Reporter.Say(fmt.Sprintf("the router serves every port of svc/%s again", x.service.Name))
+		return
+	}
+	now, err := x.cfg.Cluster.FindService(ctx, kube.Target{Kind: "service", Name: x.service.Name})
+	if err != nil {
+		return // the next beat
+	}
+	x.changed = true
+	means := "the router serves all that there are now"
+	if refused := now.Refused(); len(refused) > 0 {
+		means = fmt.Sprintf("what comes to %s is refused until the exchange is begun again", portList(refused))
+	}
+	x.cfg.Reporter.Warn(fmt.Sprintf("somebody else changed the ports of svc/%s: %s", x.service.Name, means))
 }
 
 // ledWithin is how long a router may go on saying what it saw before the
@@ -409,7 +434,7 @@ func (x *Exchange) serviceIs(r *attached, state string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case state == heal.Ours:
+	case state == heal.Ours, state == heal.Changed:
 		r.led = true
 	case r.turned.IsZero(), !r.led && time.Since(r.turned) < ledWithin:
 	case state == heal.PutBack:

@@ -54,6 +54,7 @@ type Exchange struct {
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // the wire is up again
 	finding  chan struct{} // has room for one: who finds or makes a router
+	changed  bool          // hold has said that the Service's ports are others
 	letGo    func()        // ends hold and waits for it; nil before it began
 	pod      string        // whose environment the local process gets; "": none is read
 	environ  []string
