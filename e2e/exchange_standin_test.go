@@ -41,6 +41,9 @@ func TestStandIn(t *testing.T) {
 	if now := podsOfApp(t, "db"); now != pods {
 		t.Errorf("pods %s, were %s", now, pods)
 	}
+	if said := strings.Join(talkOf(s.talk.String(), "! "), "\n"); !strings.Contains(said, "only these ports are reached meanwhile: 8080/tcp, 8081/tcp") {
+		t.Errorf("nothing is said of other ports:\n%s", s.talk.String())
+	}
 	st := theExchange(t, "db")
 	if st.Exchange.Target != "pod/db-0" || !strings.HasPrefix(st.Shadow.Pod, "culvert-") {
 		t.Errorf("status: %+v", st)

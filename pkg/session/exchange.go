@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -190,6 +191,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 		x.lookForListeners(ctx)
 	}
 	x.lookForRequests()
+	x.lookForNames()
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
@@ -225,6 +227,23 @@ func (x *Exchange) lookForRequests() {
 			x.warn(fmt.Sprintf("port %s is not looked into for requests: all of it stays with the original", portWord(f.port)))
 		}
 	}
+}
+
+// lookForNames warns of what names cannot lead to while a router has them: they lead
+// to pods, whatever ports the Service has.
+func (x *Exchange) lookForNames() {
+	if !x.service.Headless {
+		return
+	}
+	name := "svc/" + x.service.Name
+	if x.service.Pod != "" {
+		name = fmt.Sprintf("pod/%s and the other pods of svc/%s", x.service.Pod, x.service.Name)
+	}
+	var ports []string
+	for _, p := range x.service.Ports {
+		ports = append(ports, fmt.Sprintf("%d/%s", p.Target, p.Network))
+	}
+	x.warn(fmt.Sprintf("by the name of %s only these ports are reached meanwhile: %s", name, strings.Join(ports, ", ")))
 }
 
 // findRouter joins the Service's router, or makes one.
