@@ -524,6 +524,14 @@ func TestExchangeEditRole(t *testing.T) {
 	if err := p.steadily("original", at, 5*time.Second); err != nil {
 		t.Error(err)
 	}
+	s = startAs(t, culvertAs(devUID, nil, "exchange", "-n", namespace, "svc/db", "--to", "http=8080"))
+	s.says(exchangedLine)
+	s.interrupt()
+	s.says("has the router's address from DNS is led to the original for ")
+	s.interrupt() // a second time: it is not waited for
+	if code := s.wait(patience); code != 0 || !strings.Contains(s.talk.String(), "the router is removed now") {
+		t.Errorf("culvert ended with %d\n%s", code, s.talk.String())
+	}
 	check(30 * time.Second)
 }
 

@@ -27,6 +27,12 @@ here, and several people can share a Service. Needs no root.
 With --method scale the original does not run meanwhile, so that nobody answers in
 this machine's stead; at the end it runs again before the traffic goes there.
 
+The names of a headless Service lead to addresses, which clients and DNS remember for
+the time to live of its answers. After the end who still comes is led to the original
+for so long, and only then all is gone: by itself, or, with the rights of the role edit
+alone, while this waits. Meanwhile a name reaches only ports that the Service lists
+or, of one pod, the pod declares.
+
 With --method ephemeral what is sent to a pod's own address comes here, through a
 Service or not: a container is added to that pod, which listens before the original.
 It is for a pod, or the only pod of a deployment or statefulset. It needs the right to
@@ -232,6 +238,7 @@ func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
 	defer outliveReaders()()
 	steps := a.steps()
 	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
+	cfg.Interrupts = a.interrupts
 	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr = os.Stdin, a.out, a.err
 	err = session.NewExchange(cfg).Run(c.Context())
 	if err != nil {

@@ -32,6 +32,8 @@ type app struct {
 	namespace  string
 	verbose    bool
 	quiet      bool
+
+	interrupts <-chan struct{} // gets a word for each Ctrl-C
 }
 
 // Main runs culvert with args, without the program's name, and returns its
@@ -41,8 +43,9 @@ func Main(version string, args []string) int {
 		version: version, out: os.Stdout, err: os.Stderr,
 		terminal: term.IsTerminal(int(os.Stderr.Fd())),
 	}
-	ctx, stop := interruptible(a.err)
+	ctx, interrupts, stop := interruptible(a.err)
 	defer stop()
+	a.interrupts = interrupts
 	return a.run(ctx, args)
 }
 
@@ -67,9 +70,11 @@ func (a *app) clusterFlags() string {
 }
 
 // interruptible is cancelled by the first Ctrl-C, SIGTERM or SIGHUP. A second
-// one is only answered: what was changed is being put back, and that is bounded.
-func interruptible(w io.Writer) (context.Context, func()) {
+// one is only answered: what was changed is being put back, and that is bounded. All
+// are told to who can do without some of the waiting.
+func interruptible(w io.Writer) (context.Context, <-chan struct{}, func()) {
 	ctx, cancel := context.WithCancel(context.Background())
+	told := make(chan struct{}, 1)
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
@@ -80,10 +85,14 @@ func interruptible(w io.Writer) (context.Context, func()) {
 			if !first {
 				fmt.Fprintln(w, "culvert: still putting things back, a moment")
 			}
+			select {
+			case told <- struct{}{}:
+			default:
+			}
 			cancel()
 		}
 	}()
-	return ctx, func() { signal.Stop(signals); close(signals); cancel() }
+	return ctx, told, func() { signal.Stop(signals); close(signals); cancel() }
 }
 
 func (a *app) root() *cobra.Command {

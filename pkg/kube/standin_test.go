@@ -104,7 +104,7 @@ func TestStandIns(t *testing.T) {
 			args := strings.Join(in.Containers[0].Args, " ")
 			heals := mode == ByDeployment && pod == "db-1"
 			if strings.Contains(args, "--lease=") != heals || strings.Contains(args, "--service=db") != heals || (in.ServiceAccountName != "") != heals ||
-				strings.Count(args, "--route=") != 4 || strings.Count(args, "original=10.96.9.9") != 4 {
+				strings.Count(args, "--route=") != 4 || strings.Count(args, "original=10.96.9.9") != 4 || strings.Contains(args, "--name=db") != (pod == "db-1") {
 				t.Errorf("%s: account %q, %s", name, in.ServiceAccountName, args)
 			}
 			sibling, err := client.CoreV1().Services("dev").Get(t.Context(), name, metav1.GetOptions{})

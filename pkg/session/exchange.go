@@ -37,6 +37,8 @@ type ExchangeConfig struct {
 
 	Local Local
 
+	Interrupts <-chan struct{} // gets a word for each Ctrl-C, also of those that follow the first; or nil
+
 	Reporter Reporter
 	Log      *slog.Logger
 }
@@ -274,7 +276,7 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 // claim listens at the router and makes the traffic come.
 func (x *Exchange) claim(ctx context.Context) (string, error) {
 	x.undo.add("end the command", x.endLocal) // it serves until all else is undone
-	x.undo.add("put "+x.subject()+" back", x.release)
+	x.undo.addFor(undoLimit+lingerLimit, "put "+x.subject()+" back", x.release)
 	if err := x.forward(ctx); err != nil {
 		return "", err
 	}
