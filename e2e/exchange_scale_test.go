@@ -159,11 +159,15 @@ func TestScaleStatefulSet(t *testing.T) {
 		}
 		return nil
 	})
+	session := routerOf(t, "db")
 	s.stop()
 	if n := len(strings.Fields(podsOfApp(t, "db"))); n != 2 {
 		t.Errorf("db has %d pods", n)
 	}
 	check(30 * time.Second)
+	if err := nothingOf(session, 30*time.Second); err != nil { // for the sake of who has its address from DNS
+		t.Error(err)
+	}
 }
 
 // Laptop and router are dead, and nobody else knows: clean brings the original

@@ -30,6 +30,7 @@ func TestStandIn(t *testing.T) {
 	before := map[string]string{"db-0.db": "db-0", "db-1.db": "db-1", at("db-0.db") + ".svc.cluster.local": "db-0"}
 	named(t, before)
 	pods := podsOfApp(t, "db")
+	began, p := time.Now(), startPoll(t, "http://db-0.db:8080/")
 
 	s := exchange(t, "pod/db-0", "--to", "http=8080")
 	named(t, map[string]string{"db-0.db": laptopName, "db-1.db": "db-1", at("db-0.db") + ".svc.cluster.local": laptopName})
@@ -40,6 +41,9 @@ func TestStandIn(t *testing.T) {
 	}
 	if now := podsOfApp(t, "db"); now != pods {
 		t.Errorf("pods %s, were %s", now, pods)
+	}
+	if said := strings.Join(talkOf(s.talk.String(), "! "), "\n"); !strings.Contains(said, "only these ports are reached meanwhile: 8080/tcp, 8081/tcp") {
+		t.Errorf("nothing is said of other ports:\n%s", s.talk.String())
 	}
 	st := theExchange(t, "db")
 	if st.Exchange.Target != "pod/db-0" || !strings.HasPrefix(st.Shadow.Pod, "culvert-") {
@@ -59,9 +63,21 @@ func TestStandIn(t *testing.T) {
 		}
 		bob.stop()
 	})
+	address := kubectl(t, "get", "pod", "-n", namespace, st.Shadow.Pod, "-o", "jsonpath={.status.podIP}")
 	leave(t, s, "svc/db")
+	if o := kitInPod[loadOutcome](t, "load", "-c", "1", "-n", "5", "-close", "http://"+address+":8080/"); o.By["db-0"] != 5 {
+		t.Errorf("who has the router's address from DNS is answered so: %+v", o)
+	}
+	if !strings.Contains(s.talk.String(), "but for the router") {
+		t.Errorf("nothing is said of the router that stays a while:\n%s", s.talk.String())
+	}
 	named(t, before)
 	check(30 * time.Second)
+	o := outageOf(p.after(began), began)
+	t.Logf("by name: %v, slowest %v", o.by, o.slowest)
+	if o.lost > 0 {
+		t.Errorf("%d requests by name were lost: %v", o.lost, o.by)
+	}
 }
 
 // The laptop dies: its pod is answered for by the original, and after the grace

@@ -380,6 +380,12 @@ func TestExchangeAppliedOver(t *testing.T) {
 	if err := p.steadily(laptopName, time.Now(), 10*time.Second); err != nil {
 		t.Error(err)
 	}
+	others := func(patch, line string) { // change its ports, too
+		kubectl(t, "patch", "svc", "-n", namespace, "app-git", "--type=json", "-p", patch)
+		s.says(line)
+	}
+	others(`[{"op":"add","path":"/spec/ports/-","value":{"name":"extra","port":81,"targetPort":9999}}]`, "somebody else changed the ports of svc/app-git: what comes to extra=81 is refused")
+	others(`[{"op":"remove","path":"/spec/ports/1"}]`, "serves every port of svc/app-git again")
 	at := time.Now()
 	apply(t, another("app-git"))
 	if err := p.steadily("original", at, 15*time.Second); err != nil {
@@ -534,6 +540,14 @@ func TestExchangeEditRole(t *testing.T) {
 	laptop(t, culvertBin, "clean", "-n", namespace)
 	if err := p.steadily("original", at, 5*time.Second); err != nil {
 		t.Error(err)
+	}
+	s = startAs(t, culvertAs(devUID, nil, "exchange", "-n", namespace, "svc/db", "--to", "http=8080"))
+	s.says(exchangedLine)
+	s.interrupt()
+	s.says("has the router's address from DNS is led to the original for ")
+	s.interrupt() // a second time: it is not waited for
+	if code := s.wait(patience); code != 0 || !strings.Contains(s.talk.String(), "the router is removed now") {
+		t.Errorf("culvert ended with %d\n%s", code, s.talk.String())
 	}
 	check(30 * time.Second)
 }

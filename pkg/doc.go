@@ -58,8 +58,8 @@
 // On the laptop privileged changes things and undoes them when its pipe closes,
 // whoever closed it. In the cluster everything hangs from one object; session
 // deletes it, or the shadow does when the laptop has been silent for the grace
-// time, or "culvert clean" from any machine. An exchanged Service bears its
-// original selector; the same three put it back (kube/heal judges how). A workload
-// that was scaled to nothing bears its number, and whoever still holds the exchange
-// puts it back, too.
+// time, or has left while DNS may still lead clients to the shadow, or "culvert
+// clean" from any machine. An exchanged Service bears its original selector; the
+// same three put it back (kube/heal judges how). A workload that was scaled to
+// nothing bears its number, and whoever still holds the exchange puts it back, too.
 package pkg

@@ -34,6 +34,7 @@ func main() {
 	selector := flag.String("selector", "", "`labels` that it selected its pods by: app=web,tier=front")
 	workload := flag.String("workload", "", "`resource/name` of what was scaled to nothing, to be put back before the Service: deployments/web")
 	flag.StringVar(&cfg.For, "for", "", "`claim` that it was scaled for: without this it is put back as well")
+	name := flag.String("name", "", "`name` in its namespace that leads to this very pod: what still knows the pod by it is served after the end")
 	before := flag.Bool("redirect", false, "take what comes for the routes from the program of this very pod; needs CAP_NET_ADMIN")
 	only := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
@@ -63,6 +64,9 @@ func main() {
 	}
 	if resource, name, ok := strings.Cut(*workload, "/"); ok {
 		cfg.Workload = heal.Workload{Namespace: *namespace, Resource: resource, Name: name, Session: session(*lease)}
+	}
+	if *name != "" {
+		cfg.TTL = shadow.TTLOf(*name)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()

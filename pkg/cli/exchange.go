@@ -33,6 +33,12 @@ With --method scale the original does not run meanwhile, so that nobody answers 
 this machine's stead; at the end it runs again before the traffic goes there. What
 somebody else scales meanwhile stays, and is said.
 
+The names of a headless Service lead to addresses, which clients and DNS remember for
+the time to live of its answers. After the end who still comes is led to the original
+for so long, and only then all is gone: by itself, or, with the rights of the role edit
+alone, while this waits. Meanwhile a name reaches only ports that the Service lists
+or, of one pod, the pod declares.
+
 With --method ephemeral what is sent to a pod's own address comes here, through a
 Service or not: a container is added to that pod, which listens before the original.
 It is for a pod, or the only pod of a deployment or statefulset. It needs the right to
@@ -239,7 +245,7 @@ func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
 	defer outliveReaders()()
 	steps := a.steps()
 	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
-	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr, cfg.Local.Hurry = os.Stdin, a.out, a.err, a.hurry
+	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr, cfg.Hurry = os.Stdin, a.out, a.err, a.hurry
 	err = session.NewExchange(cfg).Run(c.Context())
 	if err != nil {
 		steps.Fail()

@@ -87,7 +87,7 @@ func (c *Cluster) OpenEphemeral(p *Pod, ports []ServicePort, way Way, rights *Ri
 func (c *Cluster) openGuest(p *Pod, g guest, way Way, rights *Rights) (*Ephemeral, RouterKeys, *ExchangeMark) {
 	e := c.NewEphemeral(EphemeralConfig{Session: g.session, Pod: p, Grace: g.grace, Way: way}, rights)
 	e.door = g.door
-	return e, g.keys, &ExchangeMark{g.session, g.by.Owner(), g.since}
+	return e, g.keys, &ExchangeMark{Session: g.session, By: g.by.Owner(), Since: g.since}
 }
 
 // A TakenPod is one with a shadow in it.

@@ -146,6 +146,10 @@ func (o *objects) route(cfg ShadowConfig, words map[string]string, holder Holder
 	if r.Expose != nil {
 		return o.expose(r, cfg.Session, words, holder)
 	}
+	if r.Service.Headless { // its name leads to the router's address
+		container := &o.deployment.Spec.Template.Spec.Containers[0]
+		container.Args = append(container.Args, "--name="+r.Service.Name)
+	}
 	o.lease.Annotations = map[string]string{annService: r.Service.Name}
 	o.role.Rules = append(o.role.Rules, rbacv1.PolicyRule{
 		APIGroups: []string{""}, Resources: []string{"services"}, ResourceNames: []string{r.Service.Name}, Verbs: []string{"get", "patch"},

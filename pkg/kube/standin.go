@@ -64,7 +64,7 @@ func (c *Cluster) serviceOfPod(ctx context.Context, t Target) (*Service, error) 
 	}
 	if s.nameOf(pod) != "" {
 		s.stands, err = s.standsFor(pod, pods)
-		s.Pod, s.further = pod.Name, furtherPorts(s.raw.Spec.Ports, pod.Spec)
+		s.Pod, s.further = pod.Name, furtherPorts(s.raw.Spec.Ports, pod)
 	}
 	return s, err
 }
@@ -111,26 +111,22 @@ func (s *Service) standsFor(claimed *corev1.Pod, pods []corev1.Pod) ([]stand, er
 	return all, nil
 }
 
-// furtherPorts are those of the pod that its name leads to, for all that the
-// Service does not list them.
-func furtherPorts(known []corev1.ServicePort, pod corev1.PodSpec) []corev1.ServicePort {
+// furtherPorts are those that the pod declares and its name leads to, for all that
+// the Service does not list them.
+func furtherPorts(known []corev1.ServicePort, pod *corev1.Pod) []corev1.ServicePort {
 	all := slices.Clone(known)
-	listed := portsOf(known, []corev1.PodSpec{pod})
-	for _, c := range pod.Containers {
-		for _, p := range c.Ports {
-			protocol := cmp.Or(p.Protocol, corev1.ProtocolTCP)
-			there := slices.ContainsFunc(listed, func(o ServicePort) bool {
-				return strings.EqualFold(o.Network, string(protocol)) && (o.Target == int(p.ContainerPort) || o.Port == int(p.ContainerPort))
-			})
-			clash := slices.ContainsFunc(all, func(o corev1.ServicePort) bool {
-				return cmp.Or(o.Protocol, corev1.ProtocolTCP) == protocol && o.Port == p.ContainerPort
-			})
-			if there || clash || protocol == corev1.ProtocolSCTP || p.ContainerPort == port {
-				continue
-			}
-			name := strings.ToLower(string(protocol)) + "-" + strconv.Itoa(int(p.ContainerPort))
-			all = append(all, corev1.ServicePort{Name: name, Port: p.ContainerPort, Protocol: protocol})
+	listed := portsOf(known, []corev1.PodSpec{pod.Spec})
+	for _, p := range declaredPorts(pod) {
+		protocol := corev1.Protocol(strings.ToUpper(p.Network))
+		there := slices.ContainsFunc(listed, func(o ServicePort) bool { return o.is(p) || o.Network == p.Network && o.Port == p.Port })
+		clash := slices.ContainsFunc(all, func(o corev1.ServicePort) bool {
+			return cmp.Or(o.Protocol, corev1.ProtocolTCP) == protocol && int(o.Port) == p.Port
+		})
+		if there || clash || p.Network == "tcp" && p.Port == port {
+			continue
 		}
+		name := p.Network + "-" + strconv.Itoa(p.Port)
+		all = append(all, corev1.ServicePort{Name: name, Port: int32(p.Port), Protocol: protocol})
 	}
 	return all[len(known):]
 }

@@ -19,6 +19,11 @@ func dbPod(name string) *corev1.Pod {
 	p.Labels[podNameLabel] = name
 	p.Spec.Hostname, p.Spec.Subdomain = name, "db"
 	p.Spec.Containers[0].Ports = append(p.Spec.Containers[0].Ports, corev1.ContainerPort{Name: "gossip", ContainerPort: 7000})
+	always := corev1.ContainerRestartPolicyAlways
+	p.Spec.InitContainers = []corev1.Container{
+		{Name: "setup", Ports: []corev1.ContainerPort{{ContainerPort: 7001}}}, // ends before the pod is ready
+		{Name: "exporter", RestartPolicy: &always, Ports: []corev1.ContainerPort{{Name: "metrics", ContainerPort: 9187}}},
+	}
 	return p
 }
 
@@ -43,7 +48,7 @@ func TestFindServiceOfPod(t *testing.T) {
 		testService("twin", headless), twin, other,
 	)
 	for _, test := range []struct{ pod, service, stands, ports, says string }{
-		{pod: "db-1", service: "db", stands: "db-1 db-0 db-2", ports: "tcp/80 udp/53 tcp/7000"},
+		{pod: "db-1", service: "db", stands: "db-1 db-0 db-2", ports: "tcp/80 udp/53 tcp/7000 tcp/9187"},
 		{pod: "alone", service: "alone", stands: "alone", ports: "tcp/80 udp/53"},
 		{pod: "one-1", service: "one", ports: "tcp/80"},
 		{pod: "web-1", says: "one of 2 pods behind service web: --method ephemeral"},
@@ -99,11 +104,11 @@ func TestStandIns(t *testing.T) {
 			args := strings.Join(in.Containers[0].Args, " ")
 			heals := mode == ByDeployment && pod == "db-1"
 			if strings.Contains(args, "--lease=") != heals || strings.Contains(args, "--service=db") != heals || (in.ServiceAccountName != "") != heals ||
-				strings.Count(args, "--route=") != 3 || strings.Count(args, "original=10.96.9.9") != 3 {
+				strings.Count(args, "--route=") != 4 || strings.Count(args, "original=10.96.9.9") != 4 || strings.Contains(args, "--name=db") != (pod == "db-1") {
 				t.Errorf("%s: account %q, %s", name, in.ServiceAccountName, args)
 			}
 			sibling, err := client.CoreV1().Services("dev").Get(t.Context(), name, metav1.GetOptions{})
-			if err != nil || !maps.Equal(sibling.Spec.Selector, map[string]string{"app": "db", podNameLabel: pod}) || len(sibling.Spec.Ports) != 3 || len(sibling.OwnerReferences) != 1 {
+			if err != nil || !maps.Equal(sibling.Spec.Selector, map[string]string{"app": "db", podNameLabel: pod}) || len(sibling.Spec.Ports) != 4 || len(sibling.OwnerReferences) != 1 {
 				t.Errorf("%s: %+v, %v", name, sibling, err)
 			}
 		}

@@ -70,8 +70,9 @@ func (s *Shadow) swapOnce(ctx context.Context) error {
 	if done, err := s.swappable(raw); done || err != nil {
 		return err
 	}
-	mark := newMark(s.cfg.Session, s.original, s.holder)
-	return s.cluster.patchService(ctx, raw, heal.Take(liveOf(raw), len(raw.Annotations) == 0, mark))
+	live, mark := liveOf(raw), newMark(s.cfg.Session, s.original, s.holder)
+	mark.Ports = live.Ports
+	return s.cluster.patchService(ctx, raw, heal.Take(live, len(raw.Annotations) == 0, mark))
 }
 
 func (c *Cluster) patchService(ctx context.Context, live *corev1.Service, ops []heal.Op) error {
@@ -105,7 +106,13 @@ func (s *Shadow) swappable(raw *corev1.Service) (done bool, err error) {
 func samePort(a, b corev1.ServicePort) bool { return reflect.DeepEqual(a, b) }
 
 func liveOf(raw *corev1.Service) heal.Live {
-	return heal.Live{ResourceVersion: raw.ResourceVersion, Annotation: raw.Annotations[heal.Annotation], Selector: raw.Spec.Selector}
+	var ports []heal.Port
+	for _, p := range raw.Spec.Ports {
+		ports = append(ports, heal.Port{Protocol: string(p.Protocol), Port: int(p.Port), TargetPort: p.TargetPort.String()})
+	}
+	return heal.Live{
+		ResourceVersion: raw.ResourceVersion, Annotation: raw.Annotations[heal.Annotation], Selector: raw.Spec.Selector, Ports: heal.PortsText(ports),
+	}
 }
 
 // tried does a thing again for as long as others come in between.

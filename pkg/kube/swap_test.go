@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -17,6 +18,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 
@@ -115,6 +117,51 @@ func TestSwap(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Somebody else changes the ports meanwhile: that is seen, and what it means.
+func TestPortsChanged(t *testing.T) {
+	c, client := routerCluster()
+	s := startRouter(t, c, ByBareDeployment, "x1")
+	if err := s.Swap(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		change  func(*corev1.Service)
+		state   string
+		refused string
+	}{
+		{func(*corev1.Service) {}, heal.Ours, ""},
+		{func(s *corev1.Service) { s.Spec.Ports[0].Port = 81 }, heal.Changed, ""},
+		{func(s *corev1.Service) { s.Spec.Ports[0].Port = 80 }, heal.Ours, ""},
+		{func(s *corev1.Service) { s.Spec.Ports[0].TargetPort = intstr.FromInt32(9999) }, heal.Changed, "80"},
+		{func(s *corev1.Service) {
+			s.Spec.Ports[0].TargetPort = intstr.FromString("http")
+			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "new", Port: 99, TargetPort: intstr.FromInt32(99), Protocol: "TCP"})
+		}, heal.Changed, "99"},
+	} {
+		changeService(t, client, test.change)
+		if state, err := s.Look(t.Context()); state != test.state || err != nil {
+			t.Errorf("%q %v, want %q", state, err, test.state)
+		}
+		now, err := c.FindService(t.Context(), Target{"service", "web"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused := ""
+		for _, p := range now.Refused() {
+			refused += strconv.Itoa(p.Port)
+		}
+		if refused != test.refused {
+			t.Errorf("refused %q, want %q", refused, test.refused)
+		}
+	}
+	if err := s.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if now := serviceNow(t, client); len(now.Spec.Ports) != 2 || now.Annotations[heal.Annotation] != "" || now.Spec.Selector["app"] != "web" {
+		t.Errorf("%+v", now)
 	}
 }
 

@@ -84,6 +84,8 @@ type ServicePort struct {
 type ExchangeMark struct {
 	Session, By string
 	Since       time.Time
+
+	ports string // that the Service had then, as heal.PortsText
 }
 
 // annExpose is on a Service that was made for somebody's machine. It holds a
@@ -201,9 +203,9 @@ func (c *Cluster) readService(ctx context.Context, raw *corev1.Service) (*Servic
 	mark, marked := heal.ParseMark(raw.Annotations[heal.Annotation])
 	switch session := raw.Spec.Selector[heal.Label]; {
 	case exposed && raw.Labels[labelManaged] == managed:
-		s.Exposed, s.Exchange = true, &ExchangeMark{expose.Session, expose.By, expose.Since}
+		s.Exposed, s.Exchange = true, &ExchangeMark{Session: expose.Session, By: expose.By, Since: expose.Since}
 	case marked:
-		s.Selector, s.Exchange = mark.Selector, &ExchangeMark{mark.Session, mark.By, mark.Since}
+		s.Selector, s.Exchange = mark.Selector, &ExchangeMark{mark.Session, mark.By, mark.Since, mark.Ports}
 	case session != "" && raw.Labels[labelManaged] != managed: // somebody took the annotation away
 		original, err := c.siblingSelector(ctx, raw.Namespace, session)
 		if err != nil {
@@ -248,6 +250,26 @@ func (c *Cluster) Exchanges(ctx context.Context) ([]Service, error) {
 	}
 	slices.SortFunc(all, func(a, b Service) int { return cmp.Compare(a.Name, b.Name) })
 	return all, nil
+}
+
+// Refused are the ports that somebody made since the Service was exchanged, and that
+// lead where its router does not listen.
+func (s *Service) Refused() (all []ServicePort) {
+	if s.Exchange == nil || s.Exchange.ports == "" {
+		return nil
+	}
+	targets := map[string]bool{}
+	for _, line := range strings.Fields(s.Exchange.ports) {
+		protocol, port, _ := strings.Cut(line, "/")
+		_, target, _ := strings.Cut(port, "=")
+		targets[protocol+" "+target] = true
+	}
+	for _, p := range s.raw.Spec.Ports {
+		if !targets[string(p.Protocol)+" "+p.TargetPort.String()] {
+			all = append(all, portsOf([]corev1.ServicePort{p}, nil)...)
+		}
+	}
+	return all
 }
 
 // behind are the pods that a selector takes, those first that say most, and the

@@ -24,6 +24,7 @@ const (
 	drainLimit  = 30 * time.Second
 	dropLimit   = 12 * time.Second // of giving a claim up, while the wire is opened again
 	settleLoops = 20               // routers that turn out to be about to go, one after the other
+	lingerLimit = 90 * time.Second // of a router whose address others remember
 )
 
 // attach finds the router that the Service leads to, or makes one, which the
@@ -300,7 +301,7 @@ func (x *Exchange) settle(ctx context.Context, take bool) error {
 			})
 			return nil
 		case loops < settleLoops && (errors.Is(err, kube.ErrExchanged) || errors.Is(err, router.ErrClosing)):
-			if err := x.another(ctx, r); err != nil {
+			if err := x.another(ctx, r, err); err != nil {
 				return err
 			}
 		default:
@@ -324,10 +325,14 @@ func (x *Exchange) theClaim() router.Claim {
 }
 
 // another leaves the router r for the one that the Service leads to, unless
-// Keep has been quicker.
-func (x *Exchange) another(ctx context.Context, r *attached) error {
+// Keep has been quicker. One of ours that lingers is not disturbed: Keep finds out
+// when it has gone.
+func (x *Exchange) another(ctx context.Context, r *attached, why error) error {
 	if err := pause(ctx, closingWait); err != nil {
 		return err
+	}
+	if r.made && heals(r) && x.remembered(r) && errors.Is(why, router.ErrClosing) {
+		return nil
 	}
 	if err := x.alone(ctx); err != nil {
 		return err
@@ -427,7 +432,32 @@ func (x *Exchange) beat(ctx context.Context) error {
 			return err
 		}
 	}
+	x.portsAre(ctx, state)
 	return x.serviceIs(r, state)
+}
+
+// portsAre tells when somebody else has changed the Service's ports, and when they are
+// as before again. The router listens on those that it was made for.
+func (x *Exchange) portsAre(ctx context.Context, state string) {
+	changed := state == heal.Changed
+	if changed == x.changed || !changed && state != heal.Ours {
+		return
+	}
+	if !changed {
+		x.changed = false
+		x.cfg.Reporter.Say(fmt.Sprintf("the router serves every port of svc/%s again", x.service.Name))
+		return
+	}
+	now, err := x.cfg.Cluster.FindService(ctx, kube.Target{Kind: "service", Name: x.service.Name})
+	if err != nil {
+		return // the next beat
+	}
+	x.changed = true
+	means := "the router serves all that there are now"
+	if refused := now.Refused(); len(refused) > 0 {
+		means = fmt.Sprintf("what comes to %s is refused until the exchange is begun again", portList(refused))
+	}
+	x.cfg.Reporter.Warn(fmt.Sprintf("somebody else changed the ports of svc/%s: %s", x.service.Name, means))
 }
 
 // ledWithin is how long a router may go on saying what it saw before the
@@ -438,7 +468,7 @@ func (x *Exchange) serviceIs(r *attached, state string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case state == heal.Ours:
+	case state == heal.Ours, state == heal.Changed:
 		r.led = true
 	case r.turned.IsZero(), !r.led && time.Since(r.turned) < ledWithin:
 	case state == heal.PutBack:
@@ -459,23 +489,63 @@ func (x *Exchange) release(ctx context.Context) error {
 		x.letGo()
 	}
 	r := x.attachment()
-	last, err := x.drop(ctx)
+	last, linger, err := x.drop(ctx)
 	if err == nil && !last {
 		r.set(func(r *attached) { r.ours = false })
 		x.finish(ctx)
 		return nil
 	}
-	heals := r.place.Mode() != kube.ByBareDeployment
-	if err != nil && (!r.made && heals || x.othersHold(ctx, r)) {
+	if err != nil && (!r.made && heals(r) || x.othersHold(ctx, r)) {
 		x.cfg.Reporter.Say("the router cannot be asked; it gives the claim up by itself")
 		r.set(func(r *attached) { r.ours = false })
 		return nil
 	}
 	r.set(func(r *attached) { r.ours = true })
-	if r.place.Restore(ctx) == nil && err == nil { // what fails is tried again when the router is removed
+	switch restored := r.place.Restore(ctx) == nil; { // what fails is tried again when the router is removed
+	case restored && heals(r) && x.remembered(r):
+		x.entrust(ctx, r, linger, err)
+	case restored && err == nil && (!x.remembered(r) || x.outlast(ctx, linger)):
 		x.drain(ctx, r)
 	}
 	return nil
+}
+
+func heals(r *attached) bool { return r.place.Mode() != kube.ByBareDeployment }
+
+// remembered tells whether others know the router's own address: a headless Service
+// has none, its name led them there.
+func (x *Exchange) remembered(r *attached) bool { return x.service.Headless && r.isTurned() }
+
+// entrust leaves a router to itself that others remember: it lingers, and ends. One
+// that cannot be told so, by what asked is, does it after the grace time.
+func (x *Exchange) entrust(ctx context.Context, r *attached, linger time.Duration, asked error) {
+	if asked == nil {
+		_, asked = shadow.End(ctx, x.keep, 0)
+	}
+	until := fmt.Sprintf("for %v", linger.Round(time.Second))
+	if asked != nil || linger == 0 {
+		until = "until the grace time is over" // and that of DNS
+	}
+	x.but = fmt.Sprintf(", but for the router: who still has its address from DNS is led to the original %s, then it is gone", until)
+	r.set(func(r *attached) { r.ours = false })
+	x.finish(ctx)
+}
+
+// outlast waits until nobody remembers a router that cannot end by itself, or the
+// person has no patience, which it tells by false.
+func (x *Exchange) outlast(ctx context.Context, linger time.Duration) bool {
+	x.cfg.Reporter.Say(fmt.Sprintf("who still has the router's address from DNS is led to the original for %v; then it is removed, "+
+		"which without rights of its own it cannot do by itself. a second Ctrl-C removes it now", linger.Round(time.Second)))
+	end := time.Now().Add(linger)
+	wait, cancel := context.WithDeadline(ctx, end)
+	defer cancel()
+	select {
+	case <-wait.Done():
+		return true
+	case <-x.cfg.Hurry:
+	}
+	x.cfg.Reporter.Warn(fmt.Sprintf("the router is removed now: for %v, who still has its address fails to connect", time.Until(end).Round(time.Second)))
+	return false
 }
 
 // othersHold looks for others where the router cannot be asked: it is not to be
@@ -496,13 +566,13 @@ func (x *Exchange) othersHold(ctx context.Context, r *attached) bool {
 // drop tells whether nobody holds the router any more. A router that does not
 // know the claim, as a new pod does not, is told of it first: only so it can
 // say whether others are there.
-func (x *Exchange) drop(ctx context.Context) (last bool, err error) {
+func (x *Exchange) drop(ctx context.Context) (last bool, linger time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, dropLimit)
 	defer cancel()
 	var held *router.HeldError
 	for {
 		one, stop := context.WithTimeout(ctx, answerLimit)
-		last, err = shadow.DropClaim(one, x.keep, x.id)
+		last, linger, err = shadow.DropClaim(one, x.keep, x.id)
 		if errors.Is(err, shadow.ErrNoClaim) {
 			err = shadow.PutClaim(one, x.keep, x.theClaim(), false)
 			if err == nil {
@@ -512,14 +582,14 @@ func (x *Exchange) drop(ctx context.Context) (last bool, err error) {
 		stop()
 		switch {
 		case err == nil:
-			return last, nil
+			return last, linger, nil
 		case errors.As(err, &held):
-			return false, nil
+			return false, 0, nil
 		case errors.Is(err, router.ErrClosing):
-			return true, nil
+			return true, 0, nil
 		}
 		if pause(ctx, 100*time.Millisecond) != nil {
-			return false, err
+			return false, 0, err
 		}
 	}
 }

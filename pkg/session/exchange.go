@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,6 +37,8 @@ type ExchangeConfig struct {
 
 	Local Local
 
+	Hurry <-chan struct{} // closed when the person has no patience: the command and the router are not waited for; or nil
+
 	Reporter Reporter
 	Log      *slog.Logger
 }
@@ -54,6 +57,7 @@ type Exchange struct {
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // there is a new wire
 	finding  chan struct{} // has room for one: who finds or makes a router
+	changed  bool          // hold has said that the Service's ports are others
 	letGo    func()        // ends hold and waits for it; nil before it began
 	pod      string        // whose environment the local process gets; "": none is read
 	environ  []string
@@ -191,6 +195,7 @@ func (x *Exchange) findService(ctx context.Context) (result string, err error) {
 		x.lookForListeners(ctx)
 	}
 	x.lookForRequests()
+	x.lookForNames()
 	if x.cfg.Expose != "" {
 		return fmt.Sprintf("svc/%s will have %s", x.service.Name, portList(x.service.Ports)), nil
 	}
@@ -228,6 +233,23 @@ func (x *Exchange) lookForRequests() {
 	}
 }
 
+// lookForNames warns of what names cannot lead to while a router has them: they lead
+// to pods, whatever ports the Service has.
+func (x *Exchange) lookForNames() {
+	if !x.service.Headless {
+		return
+	}
+	name := "svc/" + x.service.Name
+	if x.service.Pod != "" {
+		name = fmt.Sprintf("pod/%s and the other pods of svc/%s", x.service.Pod, x.service.Name)
+	}
+	var ports []string
+	for _, p := range x.service.Ports {
+		ports = append(ports, fmt.Sprintf("%d/%s", p.Target, p.Network))
+	}
+	x.warn(fmt.Sprintf("by the name of %s only these ports are reached meanwhile: %s", name, strings.Join(ports, ", ")))
+}
+
 // findRouter joins the Service's router, or makes one.
 func (x *Exchange) findRouter(ctx context.Context) (string, error) {
 	x.undo.add("remove the router", x.removeRouter)
@@ -256,7 +278,7 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 // claim listens at the router and makes the traffic come.
 func (x *Exchange) claim(ctx context.Context) (string, error) {
 	x.undo.add("end the command", x.endLocal) // it serves until all else is undone
-	x.undo.add("put "+x.subject()+" back", x.release)
+	x.undo.addFor(undoLimit+lingerLimit, "put "+x.subject()+" back", x.release)
 	if err := x.forward(ctx); err != nil {
 		return "", err
 	}

@@ -19,11 +19,10 @@ import (
 
 // Local is what runs on this machine in the original's stead.
 type Local struct {
-	Command   []string        // is run with the original's environment; none: nothing is
-	EnvFile   string          // gets that environment; "": none
-	Mounts    string          // folder that gets the original's mounted files; "": none
-	Container string          // of the original's pod; "": its main one
-	Hurry     <-chan struct{} // closed when the command is not to wait for its turn to end
+	Command   []string // is run with the original's environment; none: nothing is
+	EnvFile   string   // gets that environment; "": none
+	Mounts    string   // folder that gets the original's mounted files; "": none
+	Container string   // of the original's pod; "": its main one
 
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
@@ -120,7 +119,7 @@ func (x *Exchange) start(l Local) {
 	x.stopLocal = func() { stop(process.ErrInterrupt); <-ended }
 	x.group.Go(func() {
 		select {
-		case <-l.Hurry:
+		case <-x.cfg.Hurry:
 			stop(process.ErrInterrupt)
 		case <-ended:
 		}

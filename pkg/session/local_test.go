@@ -59,12 +59,12 @@ func TestLocalEnds(t *testing.T) {
 		t.Skip("no shell here")
 	}
 	for _, hurried := range []bool{false, true} {
-		x := NewExchange(ExchangeConfig{Reporter: silent{}, Log: slog.New(slog.DiscardHandler)})
+		hurry := make(chan struct{})
+		x := NewExchange(ExchangeConfig{Hurry: hurry, Reporter: silent{}, Log: slog.New(slog.DiscardHandler)})
 		x.life, x.end = context.WithCancel(t.Context())
 		x.gctx, x.fail = context.WithCancelCause(x.life)
 		r, w := io.Pipe()
-		hurry := make(chan struct{})
-		x.start(Local{Command: []string{"sh", "-c", `trap "echo told; exit 3" INT; echo up; while :; do sleep 0.01; done`}, Stdout: w, Hurry: hurry})
+		x.start(Local{Command: []string{"sh", "-c", `trap "echo told; exit 3" INT; echo up; while :; do sleep 0.01; done`}, Stdout: w})
 		said := bufio.NewScanner(r)
 		if said.Scan(); said.Text() != "up" {
 			t.Fatal(said.Text())

@@ -23,11 +23,12 @@ import (
 //	PUT /claims/{id}[?take=1]  a router.Claim: from now on, or still, mine
 //	GET /claims/{id}           I am here; how is it?
 //	GET /claims                how are all?
-//	DELETE /claims/{id}        no longer mine: {"last":bool}
+//	DELETE /claims/{id}        no longer mine: {"last":bool,"linger":seconds}
 //	POST /drain?limit=30s      nothing to anybody any more; returns when nothing
 //	                           is open, nor has come for a while: {"open":int}
 //	POST /end?limit=30s        put back what you took, return when nothing is
-//	                           open, and exit: {"open":int}
+//	                           open, and exit when you are not remembered any
+//	                           more: {"open":int}
 
 // ErrNoClaim answers who asks for a claim that is not there: dropped, or taken
 // over.
@@ -70,11 +71,17 @@ func GetClaim(ctx context.Context, far channel.Network, id string) (info ClaimIn
 }
 
 // DropClaim gives a claim up. After the last one the router takes no other: the
-// Service is to be put back.
-func DropClaim(ctx context.Context, far channel.Network, id string) (last bool, err error) {
-	var answer struct{ Last bool }
+// Service is to be put back. For as long as linger after that, clients may still
+// come who were led to the router by a name.
+func DropClaim(ctx context.Context, far channel.Network, id string) (last bool, linger time.Duration, err error) {
+	var answer dropped
 	err = ask(ctx, far, http.MethodDelete, claimPath(id), nil, &answer)
-	return answer.Last, err
+	return answer.Last, time.Duration(answer.Linger * float64(time.Second)), err
+}
+
+type dropped struct {
+	Last   bool    `json:"last"`
+	Linger float64 `json:"linger"` // seconds
 }
 
 // Claims asks for all of a router's claims.
@@ -102,7 +109,8 @@ func drain(ctx context.Context, far channel.Network, path string, limit time.Dur
 
 // End is for a router that puts back what it took by itself, when nobody claims
 // anything of it any more, which else is a *router.HeldError. It does so, waits until
-// nothing is open any more, or for limit, and exits.
+// nothing is open any more, or for limit, and exits: at once, or when nobody
+// remembers its address any more.
 func End(ctx context.Context, far channel.Network, limit time.Duration) (open int, err error) {
 	return drain(ctx, far, "/end", limit)
 }
@@ -235,7 +243,7 @@ func (s *Shadow) dropClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
-	respondJSON(w, map[string]bool{"last": last})
+	respondJSON(w, dropped{last, s.linger().Seconds()})
 }
 
 func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
@@ -262,7 +270,7 @@ func (s *Shadow) end(w http.ResponseWriter, r *http.Request) {
 const longestDrain = 5 * time.Minute
 
 func (s *Shadow) drain(w http.ResponseWriter, r *http.Request) {
-	s.cease(w, r, func(ctx context.Context) (int, error) { return s.drained(ctx, quiet), nil })
+	s.cease(w, r, func(ctx context.Context) (int, error) { return s.drained(ctx, quiet, 0), nil })
 }
 
 // cease answers how many connections are open when nobody is to get another one.

@@ -36,7 +36,7 @@ func TestEnd(t *testing.T) {
 	if _, err := End(t.Context(), wire, time.Second); !errors.As(err, &held) || len(e.was()) > 0 {
 		t.Errorf("under a claim: %v, %v", err, e.was())
 	}
-	if last, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
+	if last, _, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
 		t.Errorf("last %v, %v", last, err)
 	}
 	slow := make(chan string, 1)

@@ -74,10 +74,17 @@ func (s *Shadow) putBack(ctx context.Context) bool {
 		s.lapsing.Store(false)
 		return false
 	}
-	limit, cancel := context.WithTimeout(ctx, settle+drainLimit)
-	defer cancel()
-	s.cut(s.drained(limit, settle))
+	s.outlast(ctx)
 	return ctx.Err() == nil
+}
+
+// outlast goes on until nobody can mean the router any more, now that its Service is
+// put back.
+func (s *Shadow) outlast(ctx context.Context) {
+	linger := s.linger()
+	limit, cancel := context.WithTimeout(ctx, linger+settle+drainLimit)
+	defer cancel()
+	s.cut(s.drained(limit, settle, linger))
 }
 
 // restore gives back all that the router took, the workload first: a Service
@@ -98,15 +105,15 @@ func (s *Shadow) cut(open int) {
 	}
 }
 
-// drained waits until nothing is open and nothing has come for a while, or ctx
-// ends; it returns what is open then.
-func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
+// drained waits for at least some time, and until nothing is open and nothing has
+// come for a while, or ctx ends; it returns what is open then.
+func (s *Shadow) drained(ctx context.Context, quiet, least time.Duration) (open int) {
 	s.arrival.pulse.beat() // the first may just be on its way
-	for {
+	for end := time.Now().Add(least); ; {
 		if open = s.router.Drain(ctx); open > 0 {
 			return open
 		}
-		left := quiet - s.arrival.pulse.silence()
+		left := max(quiet-s.arrival.pulse.silence(), time.Until(end))
 		if left <= 0 {
 			return 0
 		}
@@ -117,7 +124,7 @@ func (s *Shadow) drained(ctx context.Context, quiet time.Duration) (open int) {
 }
 
 // untilEnded waits for a laptop to have ended the router, which is over then when
-// the laptop has heard so.
+// the laptop has heard so, and the names that led here have been forgotten.
 func (s *Shadow) untilEnded(ctx context.Context) error {
 	select {
 	case <-s.ended:
@@ -127,6 +134,9 @@ func (s *Shadow) untilEnded(ctx context.Context) error {
 	hung, cancel := context.WithTimeout(ctx, wireLimit)
 	defer cancel()
 	for s.door.wires.Load() > 0 && pause(hung, 50*time.Millisecond) {
+	}
+	if s.cfg.TTL != nil {
+		s.outlast(ctx)
 	}
 	if !s.heal(ctx, s.cfg.Heal) {
 		return nil
@@ -150,7 +160,7 @@ func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	defer released.Wait()
 	defer cancel()
 	released.Go(func() { s.release(limit, hangUp) })
-	s.cut(s.drained(limit, quiet))
+	s.cut(s.drained(limit, quiet, 0))
 	return errLeft
 }
 

@@ -168,7 +168,7 @@ func TestClaim(t *testing.T) {
 	if err != nil || len(all) != 1 || all[0].ID != "ann" {
 		t.Errorf("%+v, %v", all, err)
 	}
-	last, err := DropClaim(t.Context(), wire, "ann")
+	last, _, err := DropClaim(t.Context(), wire, "ann")
 	if !last || err != nil {
 		t.Errorf("last %v, %v", last, err)
 	}
@@ -190,7 +190,7 @@ func TestDrainWaitsForLateNodes(t *testing.T) {
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
 	wire := s.open(time.Second)
 	s.put(wire, whole("ann"), false)
-	if last, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
+	if last, _, err := DropClaim(t.Context(), wire, "ann"); !last || err != nil {
 		t.Fatalf("last %v, %v", last, err)
 	}
 	late, drained := make(chan time.Time, 1), make(chan struct{})
@@ -275,7 +275,7 @@ func TestClaimsOfSeveral(t *testing.T) {
 	if _, err := GetClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
 		t.Errorf("get: %v, want ErrNoClaim", err)
 	}
-	if _, err := DropClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
+	if _, _, err := DropClaim(t.Context(), ann, "ann"); !errors.Is(err, ErrNoClaim) {
 		t.Errorf("drop: %v, want ErrNoClaim", err)
 	}
 	s.stop()

@@ -88,6 +88,10 @@ type Config struct {
 	Workload Workload
 	For      string
 
+	// TTL, if set, tells how long others remember the router's address, who are led
+	// to it by a name. It then goes on for as long after the Service was put back.
+	TTL func(context.Context) (time.Duration, error)
+
 	Network channel.Network // nil: the pod's own, a channel.Host
 	Log     *slog.Logger
 }
@@ -104,6 +108,7 @@ type Shadow struct {
 	router  *router.Router // nil without Routes
 	arrival *arrivals      // of its connections
 	service serviceState
+	names   remembered
 	claimed *pulse        // of the claim For
 	leaving atomic.Bool   // it was told to end
 	lapsing atomic.Bool   // nobody was here for the grace time
@@ -187,6 +192,9 @@ func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, id sshchan
 	}
 	if s.router != nil && s.cfg.Service != nil {
 		g.Go(func() error { return s.watch(working) })
+	}
+	if s.cfg.TTL != nil {
+		g.Go(func() error { return s.askNames(working) })
 	}
 	return g.Wait()
 }

@@ -2,7 +2,10 @@ package heal
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -16,6 +19,7 @@ const (
 // The states of a Service, as a session sees it.
 const (
 	Ours    = "ours"     // its traffic goes to our router
+	Changed = "changed"  // it does, and its ports are others than those the router was made for
 	Mixed   = "mixed"    // our mark is on it, and somebody else's selector
 	PutBack = "put back" // nothing of ours is on it
 	Gone    = "gone"
@@ -24,7 +28,8 @@ const (
 // A Mark is the annotation's value: all that undoing needs, on the thing itself.
 type Mark struct {
 	Session  string            `json:"session"`
-	Selector map[string]string `json:"selector"` // the original one
+	Selector map[string]string `json:"selector"`        // the original one
+	Ports    string            `json:"ports,omitempty"` // PortsText of those that the router was made for
 	By       string            `json:"by"`
 	Since    time.Time         `json:"since"`
 }
@@ -40,6 +45,24 @@ type Live struct {
 	ResourceVersion string
 	Annotation      string // its value, "" for none
 	Selector        map[string]string
+	Ports           string // PortsText
+}
+
+// A Port is what of a Service's port says where its traffic goes.
+type Port struct {
+	Protocol   string
+	Port       int
+	TargetPort any // a number, or a name
+}
+
+// PortsText is the same for ports that lead to the same.
+func PortsText(ports []Port) string {
+	var all []string
+	for _, p := range ports {
+		all = append(all, fmt.Sprintf("%s/%d=%v", p.Protocol, p.Port, p.TargetPort))
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
 }
 
 // An Op is one line of a JSON patch (RFC 6902).
@@ -81,6 +104,9 @@ func Judge(live Live, session string, original map[string]string) (state string,
 	state = Mixed
 	if selected && len(live.Selector) == 1 {
 		state = Ours
+	}
+	if state == Ours && marked && mark.Ports != "" && mark.Ports != live.Ports {
+		state = Changed
 	}
 	if marked && len(mark.Selector) > 0 {
 		original = mark.Selector

@@ -13,6 +13,10 @@ func TestJudge(t *testing.T) {
 		text, _ := json.Marshal(Mark{Session: session, Selector: selector})
 		return string(text)
 	}
+	changed := func(ports string) string {
+		text, _ := json.Marshal(Mark{Session: "x1", Selector: web, Ports: ports})
+		return string(text)
+	}
 	const (
 		test   = `{"op":"test","path":"/metadata/resourceVersion","value":"7"}`
 		toWeb  = `{"op":"add","path":"/spec/selector","value":{"app":"web"}}`
@@ -28,6 +32,9 @@ func TestJudge(t *testing.T) {
 		patch      string
 	}{
 		{"as it was made", mark("x1", web), ours, web, Ours, "[" + test + "," + toWeb + "," + unmark + "]"},
+		{"its ports", changed("TCP/80=http"), ours, web, Ours, "[" + test + "," + toWeb + "," + unmark + "]"},
+		{"other ports", changed("TCP/80=8080"), ours, web, Changed, "[" + test + "," + toWeb + "," + unmark + "]"},
+		{"other ports, put back", changed("TCP/80=8080"), web, web, Mixed, "[" + test + "," + unmark + "]"},
 		{"no copy", mark("x1", web), ours, nil, Ours, "[" + test + "," + toWeb + "," + unmark + "]"},
 		{"the annotation is newer than the copy", mark("x1", web), ours, api, Ours, "[" + test + "," + toWeb + "," + unmark + "]"},
 		{"their keys beside ours", mark("x1", web), set{Label: "x1", "app": "api"}, web, Mixed, "[" + test + "," + toAPI + "," + unmark + "]"},
@@ -48,7 +55,7 @@ func TestJudge(t *testing.T) {
 		{"somebody's spoilt annotation", "{", web, web, PutBack, "null"},
 	} {
 		before, _ := json.Marshal(tc.selector)
-		state, patch := Judge(Live{"7", tc.annotation, tc.selector}, "x1", tc.copy)
+		state, patch := Judge(Live{"7", tc.annotation, tc.selector, "TCP/80=http"}, "x1", tc.copy)
 		text, err := json.Marshal(patch)
 		if err != nil || state != tc.state || string(text) != tc.patch {
 			t.Errorf("%s: %q, %s, %v; want %q, %s", tc.name, state, text, err, tc.state, tc.patch)

@@ -104,12 +104,15 @@ func (s Service) read(ctx context.Context, api server) (Live, error) {
 			ResourceVersion string
 			Annotations     map[string]string
 		}
-		Spec struct{ Selector map[string]string }
+		Spec struct {
+			Selector map[string]string
+			Ports    []Port
+		}
 	}
 	if err := json.Unmarshal(answer, &object); err != nil {
 		return Live{}, err
 	}
-	return Live{object.Metadata.ResourceVersion, object.Metadata.Annotations[Annotation], object.Spec.Selector}, nil
+	return Live{object.Metadata.ResourceVersion, object.Metadata.Annotations[Annotation], object.Spec.Selector, PortsText(object.Spec.Ports)}, nil
 }
 
 func (s Service) path() string {

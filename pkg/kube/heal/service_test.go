@@ -20,6 +20,7 @@ type serviceServer struct {
 	version     int
 	annotations map[string]string
 	selector    map[string]string
+	ports       []any
 	between     func(*serviceServer) // called before a patch is looked at
 	patches     int
 }
@@ -43,7 +44,7 @@ func (s *serviceServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	json.NewEncoder(w).Encode(map[string]any{
 		"metadata": map[string]any{"resourceVersion": strconv.Itoa(s.version), "annotations": s.annotations},
-		"spec":     map[string]any{"selector": s.selector},
+		"spec":     map[string]any{"selector": s.selector, "ports": s.ports},
 	})
 }
 
@@ -104,6 +105,21 @@ func TestRestore(t *testing.T) {
 	}
 	if live.selector["app"] != "web" || len(live.selector) != 1 || len(live.annotations) != 1 || live.patches != 1 {
 		t.Errorf("%v %v, %d patches", live.selector, live.annotations, live.patches)
+	}
+}
+
+// What leads elsewhere is seen, and nothing but that.
+func TestLookAtPorts(t *testing.T) {
+	live, api, service := exchanged(t)
+	http := map[string]any{"name": "http", "protocol": "TCP", "port": 80, "targetPort": "http", "nodePort": 30080}
+	dns := map[string]any{"name": "dns", "protocol": "UDP", "port": 53, "targetPort": 8053}
+	live.annotations[Annotation] = `{"session":"x1","selector":{"app":"web"},"ports":"TCP/80=http UDP/53=8053"}`
+	for want, ports := range map[string][][]any{Ours: {{http, dns}, {dns, http}}, Changed: {{http}, {http, dns, map[string]any{"protocol": "TCP", "port": 81, "targetPort": "http"}}}} {
+		for _, live.ports = range ports {
+			if got, err := service.look(t.Context(), api); got != want || err != nil {
+				t.Errorf("%v: %q %v, want %q", live.ports, got, err, want)
+			}
+		}
 	}
 }
 
