@@ -75,6 +75,8 @@ type keptWire struct {
 	Channel
 	present context.Context // ends when it is not the present wire any more
 	past    context.CancelFunc
+	aging   context.Context // ends when another is wanted
+	age     context.CancelFunc
 	gone    chan struct{} // closed when Wait has returned
 	err     error         // of Wait; after gone
 }
@@ -125,6 +127,16 @@ func (k *Keep) Run(ctx context.Context) error {
 	return net.ErrClosed
 }
 
+// Renew opens another wire beside the present one, because the far end is about to
+// go: as soon as that is up, what is dialled and what listens moves there.
+func (k *Keep) Renew() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.wire != nil {
+		k.wire.age()
+	}
+}
+
 func (k *Keep) end() { k.once.Do(func() { close(k.done) }) }
 
 // reopen is the life of a Keep: open, wait until it is gone, pause, again.
@@ -170,8 +182,10 @@ func (k *Keep) open(ctx context.Context, limit time.Duration, how func(context.C
 func (k *Keep) begin(ctx context.Context, ch Channel) *keptWire {
 	w := &keptWire{Channel: ch, gone: make(chan struct{})}
 	w.present, w.past = context.WithCancel(context.Background())
+	w.aging, w.age = context.WithCancel(context.Background())
 	k.wg.Go(func() {
 		defer close(w.gone)
+		defer w.age()
 		defer context.AfterFunc(ctx, func() { ch.Close() })()
 		w.err = ch.Wait()
 	})

@@ -19,7 +19,8 @@ type Silent interface {
 	Retire()
 }
 
-// beside waits until w is gone, or was silent and another wire is open beside it.
+// beside waits until w is gone, or was silent or is to be renewed, and another wire is
+// open beside it.
 func (k *Keep) beside(ctx context.Context, w *keptWire) Channel {
 	s, ok := w.Channel.(Silent)
 	if !ok || k.cfg.Beside == nil {
@@ -28,10 +29,11 @@ func (k *Keep) beside(ctx context.Context, w *keptWire) Channel {
 	for {
 		select {
 		case <-time.After(k.cfg.Silence - s.Silence()):
+		case <-w.aging.Done():
 		case <-w.gone:
 			return nil
 		}
-		if s.Silence() < k.cfg.Silence {
+		if !k.wanting(w, s) {
 			continue
 		}
 		if ch := k.attempts(ctx, w, s); ch != nil {
@@ -40,15 +42,22 @@ func (k *Keep) beside(ctx context.Context, w *keptWire) Channel {
 	}
 }
 
+// wanting tells whether another wire is wanted beside w.
+func (k *Keep) wanting(w *keptWire, s Silent) bool {
+	return w.aging.Err() != nil || s.Silence() >= k.cfg.Silence
+}
+
 // attempts tries to open another wire until w is heard again, or gone. None of
 // them lasts: what TCP has said in vain it says again later and later.
 func (k *Keep) attempts(ctx context.Context, w *keptWire, s Silent) Channel {
-	k.fell(fmt.Errorf("no sign of life for %v", k.cfg.Silence))
+	if w.aging.Err() == nil {
+		k.fell(fmt.Errorf("no sign of life for %v", k.cfg.Silence))
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	k.wg.Go(func() {
 		defer cancel()
-		for ctx.Err() == nil && s.Silence() >= k.cfg.Silence {
+		for ctx.Err() == nil && k.wanting(w, s) {
 			select {
 			case <-time.After(k.cfg.Silence / 30):
 			case <-w.gone:

@@ -177,13 +177,17 @@ type claims struct {
 	all     []*claim
 	changed chan struct{} // closed, and another made, when a choice may be another one
 
-	closing context.Context // ends when nothing can be claimed any more
+	parting context.Context // ends when clients are to connect anew
+	part    context.CancelFunc
+	closing context.Context // ends after that, when nothing can be claimed any more
 	shut    context.CancelFunc
 }
 
 func newClaims(routes []Route, grace time.Duration) *claims {
 	t := &claims{grace: grace, changed: make(chan struct{})}
+	t.parting, t.part = context.WithCancel(context.Background())
 	t.closing, t.shut = context.WithCancel(context.Background())
+	context.AfterFunc(t.closing, t.part)
 	for _, r := range routes {
 		t.routes = append(t.routes, r.name())
 	}
@@ -398,6 +402,8 @@ func (t *claims) change() {
 }
 
 func (t *claims) closed() bool { return t.closing.Err() != nil }
+
+func (t *claims) parts() bool { return t.parting.Err() != nil || t.closed() }
 
 // watch looks at the claims as time goes by.
 func (t *claims) watch(ctx context.Context) error {

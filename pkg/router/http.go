@@ -83,9 +83,9 @@ func (w *web) serve() {
 	} else {
 		server.ConnState, w.client.half = w.rests, w.clientEnded
 	}
-	late := w.router.claims.closed()
+	late := w.router.claims.parts()
 	l := &single{conn: w.client, stop: func() bool { return false }, done: make(chan struct{})}
-	l.taken = func() { l.stop = context.AfterFunc(w.router.claims.closing, func() { w.part(server, late) }) }
+	l.taken = func() { l.stop = context.AfterFunc(w.router.claims.parting, func() { w.part(server, late) }) }
 	server.Serve(l)
 	<-w.client.closed
 	l.stop()
@@ -477,7 +477,7 @@ func (a *answer) WriteHeader(code int) {
 				h[name] = nil // none is made up
 			}
 		}
-		if !a.web.http2 && a.web.router.claims.closed() {
+		if !a.web.http2 && a.web.router.claims.parts() {
 			h.Set("Connection", "close")
 		}
 	}

@@ -131,6 +131,10 @@ func (r *Router) Drop(id string) (last, ok bool) { return r.claims.drop(id) }
 // Claims lists the claims, the oldest first.
 func (r *Router) Claims() []ClaimStatus { return r.claims.list() }
 
+// Part asks clients to connect anew, because another router is about to take their
+// Service; until then all goes on.
+func (r *Router) Part() { r.claims.part() }
+
 // Drain closes the router as the last Drop does, and waits until no connection is
 // open or ctx has ended; it tells how many are. New ones are served by the
 // original meanwhile. Flows of datagrams are not waited for: they have no end.

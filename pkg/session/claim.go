@@ -426,6 +426,9 @@ func (x *Exchange) beat(ctx context.Context) error {
 	x.mu.Lock()
 	x.seen = info
 	x.mu.Unlock()
+	if info.Leaving && r.shadow != nil { // a pod that is exchanged itself has no next one
+		x.keep.Renew()
+	}
 	state := info.Service
 	if state == "" { // the router may not look
 		if state, err = r.place.Look(soon); err != nil {

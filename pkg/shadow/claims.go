@@ -39,7 +39,8 @@ var ErrNoClaim = errors.New("no such claim")
 type ClaimInfo struct {
 	router.ClaimStatus
 	Service string `json:"service,omitempty"`
-	Alone   bool   `json:"alone,omitempty"` // nobody else claims anything of the router
+	Alone   bool   `json:"alone,omitempty"`   // nobody else claims anything of the router
+	Leaving bool   `json:"leaving,omitempty"` // its pod is about to end: there will be another
 }
 
 // claimSuffix ends the hosts at which laptops listen for what they claim.
@@ -162,17 +163,20 @@ func refuse(w http.ResponseWriter, err error) {
 // be there soon, and has the claims by then that are put to it.
 const isLeaving = "this pod ends; try the next one"
 
+// lookAtClaim is what shows that a laptop lives.
+const lookAtClaim = "GET /claims/{id}"
+
 func (s *Shadow) claimControls(mux *http.ServeMux) {
 	for pattern, do := range map[string]http.HandlerFunc{
 		"PUT /claims/{id}":    s.putClaim,
-		"GET /claims/{id}":    s.getClaim,
+		lookAtClaim:           s.getClaim,
 		"GET /claims":         s.allClaims,
 		"DELETE /claims/{id}": s.dropClaim,
 		"POST /drain":         s.drain,
 		"POST /end":           s.end,
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			if s.leaving.Load() {
+			if s.leaving.Load() && pattern != lookAtClaim {
 				http.Error(w, isLeaving, http.StatusServiceUnavailable)
 				return
 			}
@@ -219,7 +223,7 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 		refuse(w, ErrNoClaim)
 		return
 	}
-	info := ClaimInfo{status, s.service.told(), len(s.router.Claims()) == 1}
+	info := s.infoOf(status, len(s.router.Claims()))
 	if info.Service == heal.PutBack && s.lapsing.Load() { // by ourselves: there is no coming back to this router
 		refuse(w, router.ErrClosing)
 		return
@@ -228,11 +232,15 @@ func (s *Shadow) getClaim(w http.ResponseWriter, r *http.Request) {
 	respondJSON(w, info)
 }
 
+func (s *Shadow) infoOf(c router.ClaimStatus, claims int) ClaimInfo {
+	return ClaimInfo{ClaimStatus: c, Service: s.service.told(), Alone: claims == 1, Leaving: s.leaving.Load()}
+}
+
 func (s *Shadow) allClaims(w http.ResponseWriter, _ *http.Request) {
 	all := []ClaimInfo{}
 	claims := s.router.Claims()
 	for _, status := range claims {
-		all = append(all, ClaimInfo{status, s.service.told(), len(claims) == 1})
+		all = append(all, s.infoOf(status, len(claims)))
 	}
 	respondJSON(w, all)
 }

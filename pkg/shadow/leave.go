@@ -17,7 +17,8 @@ const (
 	drainLimit = 30 * time.Second // for what is open then
 
 	quiet      = 2 * time.Second  // nothing came for so long: nothing comes any more
-	wireLimit  = 5 * time.Second  // for what laptops are answering when the pod is told to end
+	moveLimit  = 8 * time.Second  // for laptops to go to the next pod when this one is told to end
+	wireLimit  = 5 * time.Second  // for what they are answering then
 	leaveLimit = 25 * time.Second // in all; a pod has 30 s
 )
 
@@ -144,9 +145,10 @@ func (s *Shadow) untilEnded(ctx context.Context) error {
 	return errLapsed
 }
 
-// leave waits for ctx, upon which the pod is to end. Until nothing comes any
-// more, which may be the whole time where the cluster has no other pod, everything
-// goes to the original.
+// leave waits for ctx, upon which the pod is to end. Laptops see that when they look
+// at their claims, and go to the next pod as soon as there is one; clients are asked
+// to connect anew. Then, and until nothing comes any more, which may be the whole time
+// where the cluster has no other pod, everything goes to the original.
 func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	select {
 	case <-ctx.Done():
@@ -156,12 +158,22 @@ func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	s.leaving.Store(true)
 	s.cfg.Log.Info("told to end", "limit", leaveLimit)
 	limit, cancel := context.WithTimeout(life, leaveLimit)
+	s.router.Part()
+	s.moved(limit)
 	var released sync.WaitGroup
 	defer released.Wait()
 	defer cancel()
 	released.Go(func() { s.release(limit, hangUp) })
 	s.cut(s.drained(limit, quiet, 0))
 	return errLeft
+}
+
+// moved waits until no laptop has a claim here any more, but not for ever.
+func (s *Shadow) moved(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, moveLimit)
+	defer cancel()
+	for s.door.wires.Load() > 0 && len(s.router.Claims()) > 0 && pause(ctx, 50*time.Millisecond) {
+	}
 }
 
 // release ends the wires when the laptops have answered what they had begun to:

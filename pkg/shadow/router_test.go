@@ -636,10 +636,20 @@ func TestRouterWithoutHealStays(t *testing.T) {
 	s.end()
 }
 
-// TestToldToEnd: what a laptop has begun to answer it may finish, the original
-// answers the rest, and the wires lead to the next pod.
+// TestToldToEnd: a laptop sees that the pod ends, and answers until it has gone to
+// the next; what it has begun to answer it may finish, and the original answers the
+// rest. A laptop that does not go is not waited for.
 func TestToldToEnd(t *testing.T) {
 	t.Parallel()
+	for name, goes := range map[string]bool{"it goes": true, "it stays": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			toldToEnd(t, goes)
+		})
+	}
+}
+
+func toldToEnd(t *testing.T, goes bool) {
 	release := make(chan struct{})
 	s := startRouter(t, Config{Grace: long}, answering(t, "original", nil))
 	wire := s.open(time.Second)
@@ -647,36 +657,45 @@ func TestToldToEnd(t *testing.T) {
 	s.put(wire, whole("ann"), false)
 	slow := make(chan string, 1)
 	go func() { slow <- s.slowly() }()
-	eventually(t, func() error {
-		info, err := GetClaim(t.Context(), wire, "ann")
-		if err == nil && info.Open == 0 {
-			err = errors.New("nothing open")
-		}
-		return err
-	})
+	look := func(want func(ClaimInfo) bool) {
+		t.Helper()
+		eventually(t, func() error {
+			info, err := GetClaim(t.Context(), wire, "ann")
+			if err == nil && !want(info) {
+				err = fmt.Errorf("%+v", info)
+			}
+			return err
+		})
+	}
+	look(func(i ClaimInfo) bool { return i.Open > 0 && !i.Leaving })
 	s.stop()
-	eventually(t, func() error {
-		_, err := GetClaim(t.Context(), wire, "ann")
-		if err == nil {
-			return errors.New("still answers for claims")
+	look(func(i ClaimInfo) bool { return i.Leaving })
+	s.want("laptop")
+	began := time.Now()
+	if goes {
+		wire.(channel.Silent).Retire()
+	} else {
+		eventually(t, func() error {
+			if got, err := s.get(); got != "original" {
+				return fmt.Errorf("answer of %q, %v", got, err)
+			}
+			return nil
+		})
+		if took := time.Since(began); took < moveLimit-time.Second {
+			t.Errorf("the original answered after %v", took)
 		}
-		if errors.Is(err, ErrNoClaim) || errors.Is(err, net.ErrClosed) {
-			t.Errorf("get: %v", err)
-		}
-		return nil
-	})
-	s.want("original")
+	}
 	close(release)
 	if got := <-slow; got != "laptop" {
 		t.Errorf("what was begun: %q", got)
 	}
-	began := time.Now()
-	if err := wire.Wait(); err == nil || time.Since(began) > wireLimit/2 {
-		t.Errorf("the wire ended after %v, %v", time.Since(began), err)
+	if err := wire.Wait(); err == nil {
+		t.Error("the wire was closed by us")
 	}
 	s.want("original")
+	began = time.Now()
 	s.end()
-	if took := time.Since(began); took < quiet {
+	if took := time.Since(began); took < quiet/2 {
 		t.Errorf("ended %v after the last connection", took)
 	}
 	if got, err := s.get(); err == nil {
@@ -728,6 +747,7 @@ func TestNothingIsLost(t *testing.T) {
 	first.stop()
 	time.Sleep(time.Second)
 	service.Store(&next.address)
+	wire.(channel.Silent).Retire()
 	first.end()
 	stop()
 	clients.Wait()

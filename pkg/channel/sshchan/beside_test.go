@@ -252,6 +252,25 @@ func TestKeepBesideInVain(t *testing.T) {
 	})
 }
 
+// TestRenew: the far end is about to go, and says so.
+func TestRenew(t *testing.T) {
+	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
+		old := dialEcho(t, k)
+		k.Renew()
+		k.Renew()
+		if s := <-states; !s.Up || s.Reopened != 1 || s.Err != nil {
+			t.Errorf("state %+v", s)
+		}
+		exchange(t, old)
+		dialEcho(t, k).Close()
+		old.Close()
+		time.Sleep(10 * time.Minute)
+		if wires, served, _ := r.counts(); wires != 2 || served != 1 || len(states) > 0 {
+			t.Errorf("%d wires, %d served, %d more states", wires, served, len(states))
+		}
+	})
+}
+
 // TestKeepBesideDead: a wire that is not heard again takes what is open with it.
 func TestKeepBesideDead(t *testing.T) {
 	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {
