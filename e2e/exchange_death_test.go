@@ -50,6 +50,7 @@ type victim struct {
 	app     *running
 	culvert *running
 	status  exchangeStatus
+	router  string // the session that its objects bear; "" of a pod
 	poll    *poller
 
 	healed   time.Time // when packets flowed again
@@ -312,6 +313,9 @@ func (v *victim) settled(t testing.TB) {
 	if err := v.poll.steadily(laptopName, time.Now(), 30*time.Second); err != nil {
 		t.Fatalf("%s: %v", v.target, err)
 	}
+	if v.service != "" {
+		v.router = routerOf(t, v.service)
+	}
 	for _, s := range exchangesHere(t, v.service) {
 		if v.service != "" || s.Exchange.Target == v.target {
 			v.status = s
@@ -371,7 +375,7 @@ func (v *victim) serviceBack() error {
 	if err != nil || strings.Contains(text, "culvert.dev/") {
 		return fmt.Errorf("the Service: %s (%v)", text, err)
 	}
-	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel+"="+v.status.Session, "-o", "name")
+	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel+"="+v.router, "-o", "name")
 	if err != nil || left != "" {
 		return fmt.Errorf("left: %s (%v)", left, err)
 	}
