@@ -102,7 +102,12 @@ func TestExchangeDeaths(t *testing.T) {
 func deaths(t *testing.T, by *method, victims []*victim) {
 	check := begin(t, by, victims)
 	opened(t, victims)
-	exclusively(t, func() { killed(victims) })
+	exclusively(t, func() {
+		for _, v := range victims {
+			v.settled(t)
+		}
+		killed(victims)
+	})
 	report(t, victims)
 	stop(t, victims)
 	check(30 * time.Second)
@@ -156,7 +161,10 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 	}
 	check := workloadsBefore(t)
 	opened(t, victims)
-	all := died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
+	var all []*victim
+	exclusively(t, func() {
+		all = died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
+	})
 	for _, v := range victims {
 		if said := v.culvert.talk.String(); strings.Count(said, exchangedLine) < 2 {
 			t.Errorf("culvert did not say that it is back:\n%s", said)
