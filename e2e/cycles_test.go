@@ -28,7 +28,7 @@ const (
 func TestCycles(t *testing.T) {
 	t.Parallel() // with the rooms' tests, which do without the laptop
 	check := noTrace(t)
-	apart(t) // the other half need not wait for all of them
+	apart(t) // the other half need not wait for all of them, and has restarted the API server long before
 	inside(t, "TestCyclesInside")
 	check(30 * time.Second)
 }

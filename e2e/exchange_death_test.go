@@ -50,6 +50,7 @@ type victim struct {
 	app     *running
 	culvert *running
 	status  exchangeStatus
+	router  string // the session that its objects bear; "" of a pod
 	poll    *poller
 
 	healed   time.Time // when packets flowed again
@@ -101,7 +102,12 @@ func TestExchangeDeaths(t *testing.T) {
 func deaths(t *testing.T, by *method, victims []*victim) {
 	check := begin(t, by, victims)
 	opened(t, victims)
-	exclusively(t, func() { killed(victims) })
+	exclusively(t, func() {
+		for _, v := range victims {
+			v.settled(t)
+		}
+		killed(victims)
+	})
 	report(t, victims)
 	stop(t, victims)
 	check(30 * time.Second)
@@ -155,7 +161,10 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 	}
 	check := workloadsBefore(t)
 	opened(t, victims)
-	all := died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
+	var all []*victim
+	exclusively(t, func() {
+		all = died(t, victims, func() error { return cut(7 * time.Second) }, victim{way: "all packets dropped, 7 s", resumes: true})
+	})
 	for _, v := range victims {
 		if said := v.culvert.talk.String(); strings.Count(said, exchangedLine) < 2 {
 			t.Errorf("culvert did not say that it is back:\n%s", said)
@@ -312,6 +321,9 @@ func (v *victim) settled(t testing.TB) {
 	if err := v.poll.steadily(laptopName, time.Now(), 30*time.Second); err != nil {
 		t.Fatalf("%s: %v", v.target, err)
 	}
+	if v.service != "" {
+		v.router = routerOf(t, v.service)
+	}
 	for _, s := range exchangesHere(t, v.service) {
 		if v.service != "" || s.Exchange.Target == v.target {
 			v.status = s
@@ -371,7 +383,7 @@ func (v *victim) serviceBack() error {
 	if err != nil || strings.Contains(text, "culvert.dev/") {
 		return fmt.Errorf("the Service: %s (%v)", text, err)
 	}
-	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel+"="+v.status.Session, "-o", "name")
+	left, err := nodeKubectl("get", kinds, "-n", v.space, "-l", sessionLabel+"="+v.router, "-o", "name")
 	if err != nil || left != "" {
 		return fmt.Errorf("left: %s (%v)", left, err)
 	}

@@ -21,7 +21,7 @@ type lonePod struct{ name, address, address6, node, container string }
 // at the pod of one as it is now.
 func lonePods(t testing.TB, names ...string) (find func(name string) lonePod) {
 	t.Helper()
-	t.Cleanup(func() { kubectl(t, "delete", "namespace", podSpace, "--wait=true", "--timeout=60s") })
+	t.Cleanup(func() { kubectl(t, "delete", "namespace", podSpace, "--wait=true", "--timeout=120s") })
 	manifest := "apiVersion: v1\nkind: Namespace\nmetadata: {name: " + podSpace + "}\n"
 	for _, name := range names {
 		manifest += fmt.Sprintf(`

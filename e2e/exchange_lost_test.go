@@ -3,13 +3,14 @@ package e2e
 import (
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
 
 // standAside is until the original answers though its router is lost; the cluster
 // needs most of a minute to notice a lost node.
-const standAside = 12 * time.Second
+const standAside = 20 * time.Second
 
 // A router that nothing reaches, as when its node is lost, is left by the laptop,
 // which comes back when the router does.
@@ -57,5 +58,7 @@ func cutPod(t testing.TB, pod string) (heal func()) {
 		}
 	}
 	inPod("add table inet cut; add chain inet cut in { type filter hook input priority 0; policy drop; }; add chain inet cut out { type filter hook output priority 0; policy drop; }")
-	return func() { inPod("delete table inet cut") }
+	heal = sync.OnceFunc(func() { inPod("delete table inet cut") })
+	t.Cleanup(heal)
+	return heal
 }

@@ -347,7 +347,7 @@ func TestScaleEditRole(t *testing.T) {
 func autoscales(t testing.TB, why string) {
 	t.Helper()
 	begin := time.Now()
-	eventually(t, 30*time.Second, "the autoscaler says "+why, func() error {
+	eventually(t, 60*time.Second, "the autoscaler says "+why, func() error {
 		if is := kubectl(t, "get", "hpa", "-n", namespace, "sole", "-o", `jsonpath={.status.conditions[?(@.type=="ScalingActive")].reason}`); is != why {
 			return errors.New(is)
 		}

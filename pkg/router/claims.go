@@ -113,18 +113,17 @@ func choose(claims []*claim, now time.Time, route string, req *http.Request) (to
 // soon, is silent, and there is no original, or it does not run.
 const hold = 5 * time.Second
 
-// await waits for a laptop that is away to be back, when a choice has changed.
-func (t *claims) await(ctx context.Context, changed <-chan struct{}, route string, req *http.Request) (to choice, back bool) {
-	ctx, cancel := context.WithTimeout(ctx, hold)
-	defer cancel()
+// await waits for a laptop that is away to be back, after a choice has changed since
+// the last look.
+func (t *claims) await(ctx context.Context, changed *<-chan struct{}, route string, req *http.Request) (to choice, back bool) {
 	for {
 		select {
-		case <-changed:
+		case <-*changed:
 		case <-ctx.Done():
 			return to, false
 		}
-		changed = t.changes()
-		if to = t.choose(route, req); !to.away {
+		*changed = t.changes()
+		if to = t.choose(route, req); !t.left(to) {
 			return to, to.claim != nil
 		}
 	}
@@ -142,7 +141,7 @@ func (t *claims) away(route string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
-	return slices.ContainsFunc(t.all, func(c *claim) bool { return slices.Contains(c.Routes, route) && c.away(now) })
+	return slices.ContainsFunc(t.all, func(c *claim) bool { return !c.Mirror && slices.Contains(c.Routes, route) && c.away(now) })
 }
 
 func meant(a, b *claim) int {
@@ -263,7 +262,7 @@ func (t *claims) see(id string) (ClaimStatus, bool) {
 		return ClaimStatus{}, false
 	}
 	now := time.Now()
-	was := c.silent(now)
+	was := c.away(now)
 	c.heard(now)
 	if was {
 		t.change()

@@ -350,8 +350,14 @@ func (q *request) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err == nil || !left || !refused(err) || req.Context().Err() != nil {
 		return res, err
 	}
-	if to, back := q.router.claims.await(req.Context(), q.changed, q.route.name(), req); back {
-		return q.ask(to.claim, req)
+	wait, cancel := context.WithTimeout(req.Context(), hold)
+	defer cancel()
+	for refused(err) {
+		to, back := q.router.claims.await(wait, &q.changed, q.route.name(), req)
+		if !back {
+			break
+		}
+		res, err = q.ask(to.claim, req)
 	}
 	return res, err
 }
@@ -366,7 +372,10 @@ func (q *request) ask(c *claim, req *http.Request) (*http.Response, error) {
 	q.left = func() { q.leave(c) }
 	asked, answered := q.patient(c, req)
 	res, err := to.RoundTrip(asked)
-	answered()
+	if !answered() && err == nil { // it was taken back at that moment
+		res.Body.Close()
+		res, err = nil, context.Canceled
+	}
 	if err != nil {
 		q.over(!refused(err))
 	}

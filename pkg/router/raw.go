@@ -111,6 +111,22 @@ func (r *Router) reach(ctx context.Context, route *Route, to choice) (net.Conn, 
 	return c, nil, err
 }
 
+// reachLate waits for a laptop that is away where there is no original, which err
+// says.
+func (r *Router) reachLate(ctx context.Context, changed *<-chan struct{}, route *Route, err error) (net.Conn, *claim, error) {
+	wait, cancel := context.WithTimeout(ctx, hold)
+	defer cancel()
+	for {
+		to, back := r.claims.await(wait, changed, route.name(), nil)
+		if !back {
+			return nil, nil, err
+		}
+		if c, claim, again := r.reach(ctx, route, to); again == nil {
+			return c, claim, nil
+		}
+	}
+}
+
 func (r *Router) original(ctx context.Context, route *Route) (net.Conn, error) {
 	if route.Original == "" {
 		return nil, fmt.Errorf("dial the original of %s: there is none: %w", route.name(), syscall.ECONNREFUSED)
@@ -130,9 +146,7 @@ func (r *Router) raw(ctx context.Context, c *client, route *Route, far *beginnin
 		to := r.claims.choose(route.name(), nil)
 		conn, claim, err := r.reach(ctx, route, to)
 		if err != nil && r.claims.left(to) {
-			if to, back := r.claims.await(ctx, changed, route.name(), nil); back {
-				conn, claim, err = r.reach(ctx, route, to)
-			}
+			conn, claim, err = r.reachLate(ctx, &changed, route, err)
 		}
 		if err != nil {
 			relay.Abort(c.Conn, err)

@@ -19,24 +19,14 @@ import (
 // not answer either: then it is this machine that is lost. What was given back is
 // taken again, by settle, when the router answers.
 //
-// It is for who is alone with the router. Others may still reach it, and would take
-// this for somebody's wish that the Service be left alone.
+// It is for who made the router, and is alone with it. Others may still reach it, and
+// would take this for somebody's wish that the Service be left alone.
 func (x *Exchange) standAside(ctx context.Context) {
 	r := x.attachment()
-	if r.shadow == nil || x.workload != nil || x.cfg.Expose != "" || !r.isTurned() || !x.isAlone() {
+	if !r.made || r.shadow == nil || x.workload != nil || x.cfg.Expose != "" || !r.isTurned() || !x.isAlone() {
 		return
 	}
-	ask, cancel := context.WithTimeout(ctx, answerLimit)
-	defer cancel()
-	if state, err := r.place.Look(ask); err != nil || state != heal.Ours {
-		return
-	}
-	conn, _, err := r.place.Dial(ask)
-	if err == nil {
-		conn.Close()
-		return
-	}
-	if ctx.Err() != nil || errors.Is(err, kube.ErrGone) || errors.Is(err, kube.ErrForbidden) || errors.Is(err, kube.ErrUnauthorized) {
+	if !x.unreached(ctx, r) {
 		return
 	}
 	if err := r.place.Restore(ctx); err != nil {
@@ -47,14 +37,36 @@ func (x *Exchange) standAside(ctx context.Context) {
 	x.cfg.Reporter.Say(fmt.Sprintf("the router does not answer: %s goes to the original until it does", x.subject()))
 }
 
+// unreached tells that the router cannot be dialled, and that the API server says at
+// that moment that the Service still leads to it.
+func (x *Exchange) unreached(ctx context.Context, r *attached) bool {
+	dial, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	conn, _, err := r.place.Dial(dial)
+	if err == nil {
+		conn.Close()
+		return false
+	}
+	if ctx.Err() != nil || errors.Is(err, kube.ErrGone) || errors.Is(err, kube.ErrForbidden) || errors.Is(err, kube.ErrUnauthorized) {
+		return false
+	}
+	ask, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
+	state, err := r.place.Look(ask)
+	return err == nil && state == heal.Ours
+}
+
 // unanswered tells of a beat of which the router said nothing.
 func unanswered(err error) bool {
 	return err != nil && !errors.Is(err, shadow.ErrNoClaim) && !errors.Is(err, router.ErrClosing) && !over(err)
 }
 
+// aloneLimit is how long nobody is likely to have joined: a few beats.
+const aloneLimit = 15 * time.Second
+
 // isAlone tells whether nobody else was with the router when it answered last.
 func (x *Exchange) isAlone() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.seen.Alone
+	return x.seen.Alone && time.Since(x.seenAt) < aloneLimit
 }

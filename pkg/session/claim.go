@@ -179,8 +179,10 @@ func (x *Exchange) wireTo(ctx context.Context, r *attached, conn net.Conn) (chan
 	if err != nil {
 		return nil, err
 	}
-	r.set(func(r *attached) { r.wire = wire })
+	var before channel.Channel
+	r.set(func(r *attached) { before, r.wire = r.wire, wire })
 	if x.attachment() != r {
+		r.set(func(r *attached) { r.wire = before }) // another waits for that one
 		wire.Close()
 		return nil, errors.New("the router was replaced meanwhile")
 	}
@@ -360,7 +362,7 @@ func (x *Exchange) another(ctx context.Context, r *attached, why error) error {
 func (x *Exchange) hold(ctx context.Context) error {
 	beat := time.NewTicker(beatEvery)
 	defer beat.Stop()
-	again, lost := false, false
+	again, lost, told := false, false, false
 	for {
 		select {
 		case <-ctx.Done():
@@ -369,20 +371,23 @@ func (x *Exchange) hold(ctx context.Context) error {
 			again = true
 		case <-beat.C:
 		}
+		var unsettled error
 		err := x.beat(ctx)
 		if errors.Is(err, shadow.ErrNoClaim) || errors.Is(err, router.ErrClosing) || err == nil && !x.attachment().isTurned() {
 			again, lost, err = true, true, nil
 		}
 		if again && err == nil {
-			err = x.settle(ctx, false)
+			unsettled = x.settle(ctx, false)
+			err = unsettled
 		}
 		switch {
 		case ctx.Err() != nil:
 			return nil
 		case over(err):
 			return x.why(err)
-		case err != nil && again:
-			x.warn(fmt.Sprintf("%s is not exchanged now, trying again: %v", x.subject(), err))
+		case unsettled != nil && !told:
+			x.cfg.Reporter.Warn(fmt.Sprintf("%s is not exchanged now, trying again: %v", x.subject(), err))
+			told = true
 		case err != nil:
 			x.cfg.Log.Debug("claim not held", "err", err)
 		case again:
@@ -391,7 +396,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 			} else {
 				x.cfg.Reporter.Say(x.told())
 			}
-			again, lost = false, false
+			again, lost, told = false, false, false
 		}
 	}
 }
@@ -424,7 +429,7 @@ func (x *Exchange) beat(ctx context.Context) error {
 		return err
 	}
 	x.mu.Lock()
-	x.seen = info
+	x.seen, x.seenAt = info, time.Now()
 	x.mu.Unlock()
 	if info.Leaving && r.shadow != nil { // a pod that is exchanged itself has no next one
 		x.keep.Renew()
@@ -442,25 +447,29 @@ func (x *Exchange) beat(ctx context.Context) error {
 // portsAre tells when somebody else has changed the Service's ports, and when they are
 // as before again. The router listens on those that it was made for.
 func (x *Exchange) portsAre(ctx context.Context, state string) {
-	changed := state == heal.Changed
-	if changed == x.changed || !changed && state != heal.Ours {
+	var means string
+	switch state {
+	case heal.Ours:
+	case heal.Changed:
+		now, err := x.cfg.Cluster.FindService(ctx, kube.Target{Kind: "service", Name: x.service.Name})
+		if err != nil {
+			return // the next beat
+		}
+		means = "the router serves all that there are now"
+		if refused := now.Refused(); len(refused) > 0 {
+			means = fmt.Sprintf("what comes to %s is refused until the exchange is begun again", portList(refused))
+		}
+	default:
 		return
 	}
-	if !changed {
-		x.changed = false
+	switch {
+	case means == x.changed:
+	case means == "":
 		x.cfg.Reporter.Say(fmt.Sprintf("the router serves every port of svc/%s again", x.service.Name))
-		return
+	default:
+		x.cfg.Reporter.Warn(fmt.Sprintf("somebody else changed the ports of svc/%s: %s", x.service.Name, means))
 	}
-	now, err := x.cfg.Cluster.FindService(ctx, kube.Target{Kind: "service", Name: x.service.Name})
-	if err != nil {
-		return // the next beat
-	}
-	x.changed = true
-	means := "the router serves all that there are now"
-	if refused := now.Refused(); len(refused) > 0 {
-		means = fmt.Sprintf("what comes to %s is refused until the exchange is begun again", portList(refused))
-	}
-	x.cfg.Reporter.Warn(fmt.Sprintf("somebody else changed the ports of svc/%s: %s", x.service.Name, means))
+	x.changed = means
 }
 
 // ledWithin is how long a router may go on saying what it saw before the

@@ -57,7 +57,7 @@ type Exchange struct {
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // there is a new wire
 	finding  chan struct{} // has room for one: who finds or makes a router
-	changed  bool          // hold has said that the Service's ports are others
+	changed  string        // what hold has said of ports that are others
 	letGo    func()        // ends hold and waits for it; nil before it began
 	pod      string        // whose environment the local process gets; "": none is read
 	environ  []string
@@ -73,6 +73,7 @@ type Exchange struct {
 	leaving  bool   // no other router is looked for
 	runs     int    // pods of workload, as somebody else has scaled it
 	seen     shadow.ClaimInfo
+	seenAt   time.Time
 
 	// of ByEphemeral; these are of whoever attaches, one at a time
 	added     additions

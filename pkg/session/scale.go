@@ -77,11 +77,10 @@ func (x *Exchange) empty(ctx context.Context, progress func(string)) error {
 	if len(left) > 0 {
 		x.warn(fmt.Sprintf("%s had the time to end and did not: it may go on beside this machine, and answers who knows its address", strings.Join(left, ", ")))
 	}
-	to, marked, err := s.Scaled(ctx)
-	if err == nil {
+	if to, marked, err := s.Scaled(ctx); err == nil { // or else watchWorkload sees it
 		x.scaled(to, marked)
 	}
-	return err
+	return nil
 }
 
 // emptyAgain is for an exchange that goes on after it was lost: the cluster had
@@ -165,12 +164,13 @@ func (x *Exchange) succeed(ctx context.Context) error {
 	return nil
 }
 
-// scalerLives is true, too, where it cannot be known.
+// scalerLives tells whether the router still keeps the scaler's claim, as it does for
+// the grace time of a silent one; it is true, too, where that cannot be known.
 func (x *Exchange) scalerLives(ctx context.Context, r *attached) bool {
 	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
 	claims, err := shadow.Claims(ctx, x.keep)
-	return err != nil || slices.ContainsFunc(claims, func(c shadow.ClaimInfo) bool { return routerID(c.ID) == r.session && !c.Silent })
+	return err != nil || slices.ContainsFunc(claims, func(c shadow.ClaimInfo) bool { return routerID(c.ID) == r.session })
 }
 
 // inherit brings the original back in another's stead.

@@ -89,22 +89,23 @@ func (n *Network) DialContext(ctx context.Context, network, address string) (net
 var ErrNobody = fmt.Errorf("nobody listens: %w", syscall.ECONNREFUSED)
 
 func (n *Network) dial(ctx context.Context, at addr) (net.Conn, error) {
-	l := n.listener(at)
-	if l == nil {
-		return nil, ErrNobody
-	}
 	near, far, k := pair(at, origin(ctx, at.network))
-	select {
-	case l.backlog <- far:
-	case <-l.closed:
-		return nil, ErrNobody
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	for {
+		l := n.listener(at)
+		if l == nil {
+			return nil, ErrNobody
+		}
+		select {
+		case l.backlog <- far:
+			if err := k.wait(ctx); err != nil {
+				return nil, err
+			}
+			return near, nil
+		case <-l.closed: // and has left the address to another, or to nobody
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
-	if err := k.wait(ctx); err != nil {
-		return nil, err
-	}
-	return near, nil
 }
 
 // listener is who has the address, or nil.

@@ -215,6 +215,15 @@ func (w *wire) count(more int) {
 	w.flows += more
 	over := w.retired && w.flows == 0
 	w.mu.Unlock()
+	if over { // what was said last may still be on its way
+		time.AfterFunc(lastWords, w.closeRetired)
+	}
+}
+
+func (w *wire) closeRetired() {
+	w.mu.Lock()
+	over := w.flows == 0
+	w.mu.Unlock()
 	if over {
 		w.close()
 	}
