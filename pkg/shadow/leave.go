@@ -3,10 +3,12 @@ package shadow
 import (
 	"context"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/router"
 )
 
 // A router that ends must not end before its last connection: after the Service
@@ -168,11 +170,12 @@ func (s *Shadow) leave(ctx, life context.Context, hangUp func()) error {
 	return errLeft
 }
 
-// moved waits until no laptop has a claim here any more, but not for ever.
+// moved waits until no laptop that lives has a claim here, but not for ever.
 func (s *Shadow) moved(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, moveLimit)
 	defer cancel()
-	for s.door.wires.Load() > 0 && len(s.router.Claims()) > 0 && pause(ctx, 50*time.Millisecond) {
+	lives := func(c router.ClaimStatus) bool { return !c.Silent }
+	for s.door.wires.Load() > 0 && slices.ContainsFunc(s.router.Claims(), lives) && pause(ctx, 50*time.Millisecond) {
 	}
 }
 

@@ -180,7 +180,7 @@ func TestLingersAfterEnd(t *testing.T) {
 		t.Errorf("last %v, lingers %v, %v", last, linger, err)
 	}
 	began := time.Now()
-	if open, err := End(t.Context(), wire, 0); open != 0 || err != nil || time.Since(began) > time.Second {
+	if open, err := End(t.Context(), wire, time.Second); open != 0 || err != nil || time.Since(began) > 2*time.Second {
 		t.Errorf("%d open, %v, after %v", open, err, time.Since(began))
 	}
 	wire.Close()

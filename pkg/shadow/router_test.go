@@ -676,6 +676,7 @@ func toldToEnd(t *testing.T, goes bool) {
 		wire.(channel.Silent).Retire()
 	} else {
 		eventually(t, func() error {
+			_, _ = GetClaim(t.Context(), wire, "ann")
 			if got, err := s.get(); got != "original" {
 				return fmt.Errorf("answer of %q, %v", got, err)
 			}
