@@ -229,7 +229,7 @@ func TestScaleAmongOthers(t *testing.T) {
 	if st := scaler(t).Exchange.Workload; st.Replicas != 1 {
 		t.Errorf("status: %+v", st)
 	}
-	if err := (&victim{status: scaler(t)}).killContainer(); err != nil {
+	if err := (&victim{status: scaler(t), space: namespace}).killContainer(); err != nil {
 		t.Fatal(err)
 	}
 	s.says("beside deployment/sole, which somebody else has scaled to 1") // and not that it does not run
