@@ -116,7 +116,7 @@ func TestScale(t *testing.T) {
 		startAlone(t, name, labels)
 		check := workloadsBefore(t)
 		url := "http://" + serviceIP(t, name) + "/report"
-		loads := [][]string{{"-c", "2", "-close"}, {"-c", "2"}}
+		loads := [][]string{{"-c", "4", "-close", "-pause", "5ms"}, {"-c", "4", "-pause", "5ms"}} // the nodes are to keep up
 		var s *running
 		all := under(t, loads, url, func() {
 			s = exchange(t, "deploy/"+name, "--to", "8080", "--method", "scale")
