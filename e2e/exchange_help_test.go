@@ -234,6 +234,9 @@ func kitInPod[T any](t testing.TB, args ...string) (result T) {
 	if err != nil {
 		t.Fatalf("kit %v in the client pod: %v\n%s%s", args, err, out, talk.String())
 	}
+	if said := talk.String(); said != "" {
+		t.Logf("kit %v: %s", args, said[:min(len(said), 1000)]) // when, and how long it took
+	}
 	return result
 }
 
