@@ -116,11 +116,12 @@ func (c *Connect) learn(info shadow.Info) {
 const reopenLimit = 2 * time.Minute
 
 func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
-	conn, _, err := c.shadow.Dial(ctx)
-	if errors.Is(err, kube.ErrGone) {
-		c.cfg.Reporter.Say("the shadow is gone, making another")
-		conn, err = c.dialNewShadow(ctx)
+	wire, err := c.dialBeside(ctx)
+	if !errors.Is(err, kube.ErrGone) {
+		return wire, err
 	}
+	c.cfg.Reporter.Say("the shadow is gone, making another")
+	conn, err := c.dialNewShadow(ctx)
 	if err != nil {
 		return nil, err
 	}
