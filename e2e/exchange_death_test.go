@@ -132,11 +132,16 @@ func killed(victims []*victim) {
 // begin makes what the victims exchange.
 func begin(t testing.TB, by *method, victims []*victim) (check func(time.Duration)) {
 	t.Helper()
+	by.make(t, victims)
+	return workloadsBefore(t)
+}
+
+func (by *method) make(t testing.TB, victims []*victim) {
+	t.Helper()
 	for _, v := range victims {
 		v.method, v.space = by, namespace
 	}
 	by.prepare(t, victims)
-	return workloadsBefore(t)
 }
 
 func opened(t testing.TB, victims []*victim) {
@@ -155,8 +160,8 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 	t.Cleanup(func() { cluster(t, "heal", laptopHost) })
 	var victims []*victim
 	for _, by := range []*method{bySelector, byScale, byEphemeral} {
-		v := &victim{method: by, space: namespace}
-		by.prepare(t, []*victim{v})
+		v := &victim{}
+		by.make(t, []*victim{v})
 		victims = append(victims, v)
 	}
 	check := workloadsBefore(t)
@@ -171,7 +176,7 @@ func TestExchangeNetworkDeaths(t *testing.T) {
 		}
 	}
 	exclusively(t, func() {
-		all = append(all, died(t, victims, restartAPIServer, victim{way: "API server restart", resumes: true})...)
+		all = append(all, died(t, victims, restartAPIServer, victim{way: "API server restart", resumes: true, clean: true})...)
 	})
 	all = append(all, died(t, victims, func() error { return cut(0) }, victim{way: "all packets dropped"})...)
 	report(t, all)
@@ -193,7 +198,7 @@ func died(t testing.TB, victims []*victim, kill func() error, how victim) (seen 
 		v.settled(t)
 		one := *v
 		one.way, one.resumes = how.way, how.resumes
-		one.clean = how.resumes && v.method == bySelector && how.way == "API server restart"
+		one.clean = how.clean && v.method == bySelector
 		seen = append(seen, &one)
 	}
 	at := time.Now()
