@@ -213,12 +213,23 @@ func taskOf(node, container string) (pid string, err error) {
 // fromPod is kit within the client pod, for which no API server is needed.
 func fromPod(t testing.TB, args ...string) *exec.Cmd {
 	t.Helper()
+	return kitFrom(t, []string{"--net", "--mount"}, args...)
+}
+
+// fromNode is a command that runs kit on the client pod's node, with an address of
+// the node.
+func fromNode(t testing.TB, args ...string) *exec.Cmd {
+	t.Helper()
+	return kitFrom(t, []string{"--mount"}, args...)
+}
+
+func kitFrom(t testing.TB, namespaces []string, args ...string) *exec.Cmd {
+	t.Helper()
 	found, err := clientPod()
 	if err != nil {
 		t.Fatalf("find the client pod: %v", err)
 	}
-	enter := []string{"nsenter", "--target", found[1], "--net", "--mount", "--", "/bin/kit"}
-	return on(found[0], append(enter, args...)...)
+	return on(found[0], slices.Concat([]string{"nsenter", "--target", found[1]}, namespaces, []string{"--", "/bin/kit"}, args)...)
 }
 
 // kitInPod runs kit in the client pod and reads its JSON.

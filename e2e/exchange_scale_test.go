@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -65,26 +66,22 @@ func startAll(t testing.TB, manifest string, names ...string) {
 	})
 	for _, name := range names {
 		kubectl(t, "rollout", "status", "-n", namespace, "deploy/"+name, "--timeout=60s")
+		// Not from the client pod: a connection that met no rule of kube-proxy stays in
+		// the node's conntrack for two minutes (nf_conntrack_tcp_timeout_syn_sent), and
+		// leads whatever comes from the same port past all rules.
 		url := "http://" + serviceIP(t, name) + "/report"
-		eventually(t, 10*time.Second, "every node knows "+name, func() error {
-			if o := kitInPod[loadOutcome](t, "load", "-c", "2", "-n", "50", "-close", url); o.Failures > 0 {
-				return fmt.Errorf("%+v", o)
+		eventually(t, 10*time.Second, "the node knows "+name, func() error {
+			out, err := fromNode(t, "load", "-c", "1", "-n", "1", "-close", url).Output()
+			var o loadOutcome
+			if err == nil {
+				err = json.Unmarshal(out, &o)
 			}
-			return nil
+			if err == nil && o.Failures > 0 {
+				err = fmt.Errorf("%+v", o)
+			}
+			return err
 		})
 	}
-}
-
-// unrouted are requests that left the node as they were, for want of a rule of
-// kube-proxy: the test network says then that there is no route. Neither a router
-// nor a pod says that.
-func unrouted(o loadOutcome) (n int) {
-	for text, times := range o.Errors {
-		if strings.HasSuffix(text, "connect: no route to host") {
-			n += times
-		}
-	}
-	return n
 }
 
 func podsOfApp(t testing.TB, apps ...string) string {
@@ -128,7 +125,7 @@ func TestScale(t *testing.T) {
 		startAlone(t, name, labels)
 		check := workloadsBefore(t)
 		url := "http://" + serviceIP(t, name) + "/report"
-		loads := [][]string{{"-c", "4", "-close", "-pause", "5ms"}, {"-c", "4", "-pause", "5ms"}} // the nodes are to keep up
+		loads := [][]string{{"-c", "2", "-close"}, {"-c", "2"}}
 		var s *running
 		all := under(t, loads, url, func() {
 			s = exchange(t, "deploy/"+name, "--to", "8080", "--method", "scale")
@@ -146,10 +143,6 @@ func TestScale(t *testing.T) {
 		})
 		for i, o := range all {
 			t.Logf("%s %v: %d requests, %v, p99 %v ms", name, loads[i], o.Requests, o.By, o.P99ms)
-			if n := unrouted(o); n > 0 { // now and then, for some 20 ms; why is not understood yet
-				t.Logf("%v: %d found no rule for the Service on the node", loads[i], n)
-				o.Failures -= n
-			}
 			if o.Failures > 0 || o.By[laptopName] == 0 || o.By["original"] == 0 {
 				t.Errorf("%v: %d lost of %d: %v; by %v", loads[i], o.Failures, o.Failures+o.Requests, o.Errors, o.By)
 			}

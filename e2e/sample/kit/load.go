@@ -24,7 +24,6 @@ type load struct {
 	time    time.Duration
 	post    bool // a POST is never sent twice, as Go's client does with a GET
 	close   bool
-	pause   time.Duration // of a client between two requests
 	h2      bool
 	header  headers
 
@@ -55,11 +54,10 @@ func runLoad(args []string) error {
 	flags.DurationVar(&l.time, "d", 5*time.Second, "how long, without -n")
 	flags.BoolVar(&l.post, "post", false, "POST with a body")
 	flags.BoolVar(&l.close, "close", false, "a connection for each request")
-	flags.DurationVar(&l.pause, "pause", 0, "of a client between two requests")
 	flags.BoolVar(&l.h2, "h2", false, "HTTP/2 with prior knowledge")
 	flags.Var(l.header, "H", "a header `name: value`")
 	if err := flags.Parse(args); err != nil || flags.NArg() != 1 {
-		return fmt.Errorf("load [-c N] [-n N | -d TIME] [-pause TIME] [-post] [-close] [-h2] [-H 'NAME: VALUE'] URL (%w)", err)
+		return fmt.Errorf("load [-c N] [-n N | -d TIME] [-post] [-close] [-h2] [-H 'NAME: VALUE'] URL (%w)", err)
 	}
 	l.url = flags.Arg(0)
 	l.run()
@@ -91,7 +89,6 @@ func (l *load) client(end time.Time) {
 		start := time.Now()
 		by, n, err := l.ask(t)
 		l.count(by, n, err, time.Since(start))
-		time.Sleep(l.pause)
 	}
 }
 
