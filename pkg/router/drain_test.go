@@ -39,7 +39,7 @@ func TestLeaveUnderLoad(t *testing.T) {
 		c := asks(t, true)
 		clients.Go(func() {
 			for !parted.Load() {
-				res, err := c.Post("http://"+at[0], "text/plain", struct{ io.Reader }{strings.NewReader("hi")})
+				res, err := c.Post("http://"+at[0], "text/plain", strings.NewReader("hi"))
 				if err != nil {
 					t.Error(err)
 					lost.Add(1)
