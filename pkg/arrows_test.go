@@ -21,7 +21,7 @@ var layers = [][]string{
 	{"pkg/channel", "pkg/dns/dnstest"},
 	{"pkg/relay", "pkg/process", "pkg/channel/memchan"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
-	{"pkg/channel/sshchan", "pkg/channel/wiretest"},
+	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
 	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/kube/heal"},
 	{"pkg/kube"},
 	{"pkg/privileged", "pkg/shadow"},
@@ -35,7 +35,8 @@ var fences = map[string][]string{
 	"k8s.io/":                     {"pkg/kube"},
 	"gvisor.dev/":                 {"pkg/netstack"},
 	"golang.zx2c4.com/":           {"pkg/tun", "pkg/netstack"},
-	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan"},
+	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan", "pkg/channel/tlschan"}, // there it reads the keys
+	"github.com/libp2p/":          {"pkg/channel/tlschan"},
 	"github.com/miekg/dns":        {"pkg/dns", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
 	"github.com/spf13/":           {"pkg/cli"},
 	"github.com/godbus/":          {"pkg/resolver", "pkg/resolver/resolvertest"},

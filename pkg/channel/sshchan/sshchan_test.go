@@ -79,6 +79,7 @@ func ends(t testing.TB, b wiretest.Beats) wiretest.Ends {
 	near.Keepalive, far.Keepalive = b.Every, b.Every
 	near.OnAlive, far.OnAlive = b.Near, b.Far
 	return wiretest.Ends{
+		Rest: true,
 		Dial: func(ctx context.Context, conn net.Conn) (channel.Silent, error) { return Dial(ctx, conn, near) },
 		Serve: func(ctx context.Context, conn net.Conn, n channel.Network) error {
 			return Serve(ctx, conn, far, n)

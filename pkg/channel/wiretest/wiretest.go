@@ -20,6 +20,9 @@ import (
 type Ends struct {
 	Dial  func(ctx context.Context, conn net.Conn) (channel.Silent, error)
 	Serve func(ctx context.Context, conn net.Conn, n channel.Network) error
+
+	// Rest tells that what came before a wire broke can be read after that.
+	Rest bool
 }
 
 // Beats is how the ends show that they live.

@@ -28,6 +28,7 @@ import (
 type Tap struct {
 	net.Conn
 	in    *bufio.Reader
+	done  chan struct{} // closed with the connection
 	reads atomic.Uint64 // of the connection itself, that gave something
 
 	mu      sync.Mutex
@@ -37,6 +38,7 @@ type Tap struct {
 
 	most    int     // how much may be queued before data waits
 	entered int     // bytes of data that were let in and are not queued yet
+	passing int     // bytes of data that the mux has and has not written yet
 	waiting []*turn // who comes first is let in first
 }
 
@@ -58,7 +60,7 @@ var errDeaf = errors.New("the other end does not read what it is told")
 
 // NewTap takes conn over, until Close.
 func NewTap(conn net.Conn) *Tap {
-	t := &Tap{Conn: conn, most: leastQueued}
+	t := &Tap{Conn: conn, done: make(chan struct{}), most: leastQueued}
 	t.in = bufio.NewReaderSize(counted{t}, readAhead)
 	t.changed.L = &t.mu
 	go t.write()
@@ -103,6 +105,7 @@ func (t *Tap) Write(p []byte) (int, error) {
 
 // write writes what is queued, and closes the connection at the end of it.
 func (t *Tap) write() {
+	defer close(t.done)
 	defer t.Conn.Close()
 	var spare []byte
 	for {
@@ -147,6 +150,10 @@ func (t *Tap) Close() error {
 	time.AfterFunc(lastWords, func() { t.Conn.Close() })
 	return nil
 }
+
+// Done is closed when the connection is, which is as long after Close as the last
+// words take.
+func (t *Tap) Done() <-chan struct{} { return t.done }
 
 // Fail notes why the wire ends, and lets the writer come to its end.
 func (t *Tap) Fail(err error) {

@@ -58,6 +58,15 @@ func (t *Tap) writePiece(p []byte, write func([]byte) (int, error)) (int, error)
 	return n, err
 }
 
+// Passing is for a mux whose flows' writes return before it has written: it counts
+// what they gave it, and takes off what it wrote.
+func (t *Tap) Passing(more int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.passing += more
+	t.admit()
+}
+
 // turn is a piece of data that waits to be let in.
 type turn struct {
 	size int           // wanted, and then granted
@@ -130,7 +139,7 @@ func (t *Tap) piece() int { return t.most / Pieces }
 
 // fits tells whether a piece may be let in: the only one always may.
 func (t *Tap) fits(size int) bool {
-	have := len(t.queue) + t.entered
+	have := len(t.queue) + t.entered + t.passing
 	return have == 0 || have+size <= t.most
 }
 
