@@ -76,7 +76,7 @@ func shake(ctx context.Context, t *wiring.Tap, cfg Config, e end) (*wire, error)
 		return nil, err
 	}
 	w := &wire{cfg: cfg, conn: conn, born: time.Now()}
-	if w.mux, err = e.mux(&secured{conn, t}, muxSettings(), nil); err != nil {
+	if w.mux, err = e.mux(&secured{conn, t}, muxSettings(), newBudget().share); err != nil {
 		return nil, err
 	}
 	w.Life = &wiring.Life{Tap: t, Beat: cfg.Beat, OnAlive: cfg.OnAlive, HangUp: func() { conn.Close() }}
