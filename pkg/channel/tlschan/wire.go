@@ -137,10 +137,6 @@ func (s *secured) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// SetWriteDeadline does nothing: a write does not wait, and what the tap still has
-// to write may take its time.
-func (s *secured) SetWriteDeadline(time.Time) error { return nil }
-
 // over waits for the end of the mux, and of its goroutines. The mux closes itself
 // when it cannot read or write any more, and holds a lock until that has ended.
 func (w *wire) over() error {
