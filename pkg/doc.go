@@ -18,7 +18,8 @@
 //	router      redirect         which laptop gets a request, or the original; ports taken from a pod
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
-//	channel/sshchan              both ends of the wire
+//	channel/sshchan              both ends of the wire over SSH
+//	channel/tlschan              both ends over TLS, between ends of ours; no session uses it yet
 //	relay                        two connections joined
 //	process                      a command run as a part of this one
 //	channel/memchan              a Network in memory: who dials meets who listens

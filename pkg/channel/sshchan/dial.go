@@ -3,7 +3,6 @@ package sshchan
 import (
 	"context"
 	"net"
-	"net/netip"
 	"strconv"
 	"sync"
 	"time"
@@ -11,6 +10,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
 // Channel is the near end. It is a channel.Silent.
@@ -44,22 +44,19 @@ func Dial(ctx context.Context, conn net.Conn, cfg Config) (*Channel, error) {
 }
 
 // Wait blocks until the wire is gone and says why.
-func (c *Channel) Wait() error { return c.w.wait() }
+func (c *Channel) Wait() error { return c.w.Wait() }
 
 // Close ends the wire.
-func (c *Channel) Close() error {
-	c.w.close()
-	return nil
-}
+func (c *Channel) Close() error { return c.w.Close() }
+
+// Silence is how long nothing was read from the wire.
+func (c *Channel) Silence() time.Duration { return c.w.Silence() }
+
+// Retire closes the wire when the last connection over it is closed.
+func (c *Channel) Retire() { c.w.Retire() }
 
 // RTT is the round trip of the last keepalive; zero before the first.
 func (c *Channel) RTT() time.Duration { return time.Duration(c.w.rtt.Load()) }
-
-// Silence is how long nothing was read from the wire.
-func (c *Channel) Silence() time.Duration { return c.w.silence() }
-
-// Retire closes the wire when the last connection over it is closed.
-func (c *Channel) Retire() { c.w.retire() }
 
 // target names both ends of a connection, as RFC 4254 does: where it goes, or
 // was accepted, and where it comes from.
@@ -121,7 +118,7 @@ func (c *Channel) DialContext(ctx context.Context, network, address string) (net
 			return conn, nil
 		}
 	}
-	return nil, &net.OpError{Op: "dial", Net: network, Addr: addr{network, address}, Err: err}
+	return nil, &net.OpError{Op: "dial", Net: network, Addr: wiring.Addr{Net: network, Text: address}, Err: err}
 }
 
 func dialPayload(network, address string) (kind string, payload []byte, err error) {
@@ -160,8 +157,8 @@ func (c *Channel) openChannel(ctx context.Context, kind string, payload []byte, 
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if c.w.ctx.Err() != nil {
-		return nil, c.w.gone()
+	if c.w.Context().Err() != nil {
+		return nil, c.w.Gone()
 	}
 	res := make(chan opened, 1)
 	go func() {
@@ -171,8 +168,8 @@ func (c *Channel) openChannel(ctx context.Context, kind string, payload []byte, 
 	select {
 	case o := <-res:
 		return c.flow(o, network, address)
-	case <-c.w.ctx.Done():
-		return nil, c.w.gone()
+	case <-c.w.Context().Done():
+		return nil, c.w.Gone()
 	case <-ctx.Done():
 		go discard(res)
 		return nil, ctx.Err()
@@ -195,7 +192,7 @@ func (c *Channel) flow(o opened, network, address string) (net.Conn, error) {
 	if o.err != nil {
 		return nil, c.w.notOpened(o.err, address)
 	}
-	return newConn(c.w, o.ch, o.reqs, network, addr{network, c.w.conn.LocalAddr().String()}, remoteAddr(network, address)), nil
+	return newConn(c.w, o.ch, o.reqs, network, wiring.Addr{Net: network, Text: c.w.conn.LocalAddr().String()}, wiring.ParseAddr(network, address)), nil
 }
 
 // newConn makes an SSH channel a connection of its network.
@@ -204,29 +201,7 @@ func newConn(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, network string, 
 	if network == "tcp" {
 		return stream{f}
 	}
-	return &datagrams{f: f}
-}
-
-// addr is an address that need not be numbers.
-type addr struct{ network, text string }
-
-func (a addr) Network() string { return a.network }
-func (a addr) String() string  { return a.text }
-
-// remoteAddr is an address as package net would have it, if it is numbers.
-func remoteAddr(network, address string) net.Addr {
-	if network == "ping" {
-		if ip, err := netip.ParseAddr(address); err == nil {
-			return &net.IPAddr{IP: ip.AsSlice(), Zone: ip.Zone()}
-		}
-	}
-	if ap, err := netip.ParseAddrPort(address); err == nil {
-		if network == "tcp" {
-			return net.TCPAddrFromAddrPort(ap)
-		}
-		return net.UDPAddrFromAddrPort(ap)
-	}
-	return addr{network, address}
+	return &wiring.Datagrams{Flow: f}
 }
 
 // request refuses what a far end may ask; hostkeys-00@openssh.com wants no answer.

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
 // TestErrorsCross: said at one end, heard at the other.
@@ -33,7 +35,7 @@ func TestErrorsCross(t *testing.T) {
 		{fmt.Errorf("rule 3 forbids: %w", syscall.EACCES), "rule 3 forbids: permission denied", syscall.EACCES},
 		{errors.New("something else"), "something else", nil},
 	} {
-		open := &ssh.OpenChannelError{Reason: reason(test.far), Message: say(test.far)}
+		open := &ssh.OpenChannelError{Reason: reason(test.far), Message: wiring.Say(test.far)}
 		if open.Message != test.text {
 			t.Errorf("%v is said as %q, want %q", test.far, open.Message, test.text)
 		}

@@ -8,11 +8,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel/internal/deadline"
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
@@ -63,7 +63,7 @@ func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote ne
 		pumped:  make(chan struct{}),
 		writing: make(chan struct{}, 1),
 	}
-	w.count(1)
+	w.Count(1)
 	f.ReadBy.Func = func() { f.passed(&f.unbounded.read) }
 	f.WriteBy.Func = func() { f.passed(&f.unbounded.write) }
 	return f
@@ -97,10 +97,10 @@ func (f *flow) Read(p []byte) (int, error) {
 
 func (f *flow) readable() error {
 	if f.isClosed() {
-		return f.opError("read", f.closedError())
+		return f.OpError("read", f.closedError())
 	}
 	if f.ReadBy.Passed() {
-		return f.opError("read", os.ErrDeadlineExceeded)
+		return f.OpError("read", os.ErrDeadlineExceeded)
 	}
 	return nil
 }
@@ -112,7 +112,7 @@ func (f *flow) fill() error {
 	}
 	if !f.pumping {
 		f.pumping = true
-		f.w.spawn(f.pump)
+		f.w.Spawn(f.pump)
 	}
 	if !f.asked {
 		f.asked = true
@@ -127,9 +127,9 @@ func (f *flow) fill() error {
 	case <-f.pumped:
 		f.takeLast()
 	case <-f.ReadBy.Done():
-		return f.opError("read", os.ErrDeadlineExceeded)
+		return f.OpError("read", os.ErrDeadlineExceeded)
 	case <-f.closed:
-		return f.opError("read", f.closedError())
+		return f.OpError("read", f.closedError())
 	}
 	if len(f.rest) == 0 {
 		return f.rerr
@@ -171,7 +171,7 @@ func (f *flow) pump() {
 		case <-f.want:
 		case <-f.closed:
 			return
-		case <-f.w.ctx.Done():
+		case <-f.w.Context().Done():
 			return
 		}
 		n, err := f.readChannel(buf)
@@ -197,18 +197,18 @@ func (f *flow) readChannel(p []byte) (int, error) {
 // ending is what reading ends with: io.EOF only if all was read.
 func (f *flow) ending() error {
 	if f.isClosed() {
-		return f.opError("read", f.closedError())
+		return f.OpError("read", f.closedError())
 	}
 	if fin, err := f.heard(); err != nil {
-		return f.opError("read", err)
+		return f.OpError("read", err)
 	} else if fin {
 		return io.EOF
 	}
-	if f.w.tap.cause() != nil {
-		return f.opError("read", f.w.gone())
+	if f.w.Tap.Cause() != nil {
+		return f.OpError("read", f.w.Gone())
 	}
 	if f.w.ours {
-		return f.opError("read", syscall.ECONNRESET)
+		return f.OpError("read", syscall.ECONNRESET)
 	}
 	return io.EOF
 }
@@ -238,7 +238,7 @@ func (f *flow) note(r *ssh.Request) {
 	case finRequest:
 		f.fin = true
 	case abortRequest:
-		f.broken = hear(string(r.Payload), f.remote.String())
+		f.broken = wiring.Hear(string(r.Payload), f.remote.String())
 	default:
 		r.Reply(false, nil)
 	}
@@ -264,7 +264,7 @@ func (f *flow) Write(p []byte) (int, error) {
 func (f *flow) writeBounded(p []byte) (int, error) {
 	own := append([]byte(nil), p...)
 	res := make(chan error, 1)
-	f.w.spawn(func() {
+	f.w.Spawn(func() {
 		_, err := f.writePieces(own)
 		<-f.writing
 		res <- err
@@ -276,9 +276,9 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 		}
 		return len(p), nil
 	case <-f.WriteBy.Done():
-		return 0, f.opError("write", os.ErrDeadlineExceeded)
+		return 0, f.OpError("write", os.ErrDeadlineExceeded)
 	case <-f.closed:
-		return 0, f.opError("write", f.closedError())
+		return 0, f.OpError("write", f.closedError())
 	}
 }
 
@@ -286,27 +286,9 @@ func (f *flow) writeBounded(p []byte) (int, error) {
 // counts until it has begun: what is sent in part, a frame perhaps, must be sent
 // in whole.
 func (f *flow) writePieces(p []byte) (n int, err error) {
-	late := f.WriteBy.Done()
-	for {
-		size, ok := f.w.tap.enter(len(p)-n, f.closed, late)
-		if !ok {
-			return n, f.shutOut()
-		}
-		m, err := f.writePiece(p[n : n+size])
-		n += m
-		if err != nil || n == len(p) {
-			return n, err
-		}
-		late = nil
-	}
-}
-
-// writePiece may have to wait for the flow's window, when it no longer counts.
-func (f *flow) writePiece(p []byte) (int, error) {
-	over := time.AfterFunc(turnTime, func() { f.w.tap.leave(len(p)) })
-	n, err := f.ch.Write(p)
-	if over.Stop() {
-		f.w.tap.leave(len(p))
+	n, err = f.w.Tap.InTurns(p, f.ch.Write, f.closed, f.WriteBy.Done())
+	if err == wiring.ErrShutOut {
+		err = f.shutOut()
 	}
 	return n, err
 }
@@ -322,18 +304,18 @@ func (f *flow) shutOut() error {
 // lockWrite waits for its turn to write.
 func (f *flow) lockWrite() error {
 	if f.isClosed() {
-		return f.opError("write", f.closedError())
+		return f.OpError("write", f.closedError())
 	}
 	if f.WriteBy.Passed() {
-		return f.opError("write", os.ErrDeadlineExceeded)
+		return f.OpError("write", os.ErrDeadlineExceeded)
 	}
 	select {
 	case f.writing <- struct{}{}:
 		return nil
 	case <-f.WriteBy.Done():
-		return f.opError("write", os.ErrDeadlineExceeded)
+		return f.OpError("write", os.ErrDeadlineExceeded)
 	case <-f.closed:
-		return f.opError("write", f.closedError())
+		return f.OpError("write", f.closedError())
 	}
 }
 
@@ -343,24 +325,24 @@ func (f *flow) writeError(err error) error {
 		return nil
 	}
 	if f.isClosed() {
-		return f.opError("write", f.closedError())
+		return f.OpError("write", f.closedError())
 	}
 	if _, broken := f.heard(); broken != nil {
-		return f.opError("write", broken)
+		return f.OpError("write", broken)
 	}
-	if f.w.tap.cause() != nil {
-		return f.opError("write", f.w.gone())
+	if f.w.Tap.Cause() != nil {
+		return f.OpError("write", f.w.Gone())
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return f.opError("write", err)
+		return f.OpError("write", err)
 	}
-	return f.opError("write", syscall.EPIPE)
+	return f.OpError("write", syscall.EPIPE)
 }
 
 // Close tells the other end that all was sent, unless a write is under way.
 func (f *flow) Close() error {
 	f.once.Do(func() {
-		defer f.w.count(-1)
+		defer f.w.Count(-1)
 		close(f.closed)
 		select {
 		case f.writing <- struct{}{}:
@@ -377,10 +359,10 @@ func (f *flow) Close() error {
 // file.
 func (f *flow) Abort(reason error) error {
 	f.once.Do(func() {
-		defer f.w.count(-1)
+		defer f.w.Count(-1)
 		close(f.closed)
 		if f.w.ours {
-			f.ch.SendRequest(abortRequest, false, []byte(say(reason)))
+			f.ch.SendRequest(abortRequest, false, []byte(wiring.Say(reason)))
 		}
 		f.ch.Close()
 	})
@@ -414,7 +396,7 @@ func (f *flow) closedError() error {
 func (f *flow) LocalAddr() net.Addr  { return f.local }
 func (f *flow) RemoteAddr() net.Addr { return f.remote }
 
-func (f *flow) opError(op string, err error) error {
+func (f *flow) OpError(op string, err error) error {
 	return &net.OpError{Op: op, Net: f.remote.Network(), Source: f.local, Addr: f.remote, Err: err}
 }
 

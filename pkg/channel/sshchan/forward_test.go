@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"net"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -15,180 +14,12 @@ import (
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
-// forwarded has the near end listen in a Network in memory and forward to a
-// local address, which may change.
-func forwarded(t *testing.T, ch channel.Channel, address func() string) {
-	t.Helper()
-	l, err := ch.Listen(within(t), "tcp", "web:80")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- relay.Forward(ctx, l, to(address), "tcp", "") }()
-	t.Cleanup(func() {
-		cancel()
-		<-done
-	})
-}
-
 // to dials where address says.
 type to func() string
 
 func (f to) DialContext(ctx context.Context, network, _ string) (net.Conn, error) {
 	var h channel.Host
 	return h.DialContext(ctx, network, f())
-}
-
-// TestForwardRefused: a dial that is refused at the one end is refused at the
-// other, before a byte was taken, in the time of a round trip.
-func TestForwardRefused(t *testing.T) {
-	noLeak(t)
-	n := &memchan.Network{}
-	a, b := tcpPipe(t)
-	var mu sync.Mutex
-	address := "127.0.0.1:" + freePort(t)
-	forwarded(t, connect(t, a, b, n), func() string {
-		mu.Lock()
-		defer mu.Unlock()
-		return address
-	})
-	for range 20 {
-		began := time.Now()
-		if _, err := n.DialContext(within(t), "tcp", "web:80"); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Fatalf("dial: %v, want ECONNREFUSED", err)
-		}
-		if took := time.Since(began); took > 500*time.Millisecond {
-			t.Errorf("refused after %v", took)
-		}
-	}
-	mu.Lock()
-	address = serveTCP(t, echo)
-	mu.Unlock()
-	c, err := n.DialContext(within(t), "tcp", "web:80")
-	if err != nil {
-		t.Fatal(err)
-	}
-	transfer(t, c)
-}
-
-// TestForwardBurst: many that come at once are all answered.
-func TestForwardBurst(t *testing.T) {
-	noLeak(t)
-	n := &memchan.Network{}
-	k := newSite(t, n).keep(t, channel.KeepConfig{})
-	local := serveTCP(t, echo)
-	forwarded(t, k, func() string { return local })
-	var all sync.WaitGroup
-	start := make(chan struct{})
-	for range 1000 {
-		all.Go(func() {
-			<-start
-			c, err := n.DialContext(within(t), "tcp", "web:80")
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			c.Close()
-		})
-	}
-	close(start)
-	all.Wait()
-}
-
-// TestForwardGivenUp: who dials in vain for too long is gone; what was dialled
-// for it is closed.
-func TestForwardGivenUp(t *testing.T) {
-	noLeak(t)
-	n := &memchan.Network{}
-	a, b := tcpPipe(t)
-	dialling, release := make(chan struct{}), make(chan struct{})
-	ended := make(chan error, 1)
-	local := serveTCP(t, func(c net.Conn) {
-		_, err := io.Copy(io.Discard, c)
-		ended <- err
-	})
-	forwarded(t, connect(t, a, b, n), func() string {
-		close(dialling)
-		<-release
-		return local
-	})
-	ctx, cancel := context.WithCancel(context.Background())
-	res := make(chan error, 1)
-	go func() {
-		_, err := n.DialContext(ctx, "tcp", "web:80")
-		res <- err
-	}()
-	receive(t, dialling)
-	cancel()
-	if err := receive(t, res); !errors.Is(err, context.Canceled) {
-		t.Errorf("dial: %v", err)
-	}
-	close(release)
-	receive(t, ended)
-}
-
-// TestForwardKept: over a Keep, as a claim is; the wire breaks now and then.
-func TestForwardKept(t *testing.T) {
-	noLeak(t)
-	n := &memchan.Network{}
-	s := newSite(t, n)
-	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond})
-	local := serveTCP(t, echo)
-	forwarded(t, k, func() string { return local })
-	for range 3 {
-		transfer(t, eventually(t, n))
-		s.cut(nil)
-	}
-}
-
-// eventually dials until the listener is there again.
-func eventually(t *testing.T, n *memchan.Network) net.Conn {
-	t.Helper()
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if c, err := n.DialContext(within(t), "tcp", "web:80"); err == nil {
-			return c
-		}
-	}
-	t.Fatal("nobody answers")
-	return nil
-}
-
-// TestForwardUDP: a flow is taken when the near end has it.
-func TestForwardUDP(t *testing.T) {
-	noLeak(t)
-	n := &memchan.Network{}
-	a, b := tcpPipe(t)
-	ch := connect(t, a, b, n)
-	l, err := ch.Listen(within(t), "udp", "dns:53")
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			io.CopyBuffer(c, io.LimitReader(c, 5), make([]byte, 5))
-			c.Close()
-		}
-	}()
-	from := &net.UDPAddr{IP: net.IPv4(10, 244, 0, 7), Port: 4711}
-	c, err := n.DialContext(memchan.From(within(t), from), "udp", "dns:53")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Write([]byte("hello"))
-	buf := make([]byte, 10)
-	if n, err := c.Read(buf); err != nil || string(buf[:n]) != "hello" {
-		t.Errorf("%q, %v", buf[:n], err)
-	}
-	c.Close()
-	l.Close()
-	if _, err := n.DialContext(within(t), "udp", "dns:53"); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("dial: %v, want ECONNREFUSED", err)
-	}
 }
 
 // TestStockClientRemoteRefused: an OpenSSH that cannot reach its target refuses

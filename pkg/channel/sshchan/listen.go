@@ -7,6 +7,8 @@ import (
 	"syscall"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
 // bound is where a listener listens at the far end: the host as it was asked
@@ -44,7 +46,7 @@ func (b bound) requests() (ask, cancel string, payload []byte) {
 func (c *Channel) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	l, err := c.listen(ctx, network, address)
 	if err != nil {
-		return nil, &net.OpError{Op: "listen", Net: network, Addr: addr{network, address}, Err: err}
+		return nil, &net.OpError{Op: "listen", Net: network, Addr: wiring.Addr{Net: network, Text: address}, Err: err}
 	}
 	return l, nil
 }
@@ -63,8 +65,8 @@ func (c *Channel) listen(ctx context.Context, network, address string) (*listene
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if c.w.ctx.Err() != nil {
-		return nil, c.w.gone()
+	if c.w.Context().Err() != nil {
+		return nil, c.w.Gone()
 	}
 	type result struct {
 		l   *listener
@@ -96,7 +98,7 @@ func (c *Channel) ask(b bound) (*listener, error) {
 	ask, _, payload := b.requests()
 	ok, reply, err := c.w.conn.SendRequest(ask, true, payload)
 	if err != nil {
-		return nil, c.w.gone()
+		return nil, c.w.Gone()
 	}
 	if !ok {
 		return nil, notForwarded(reply)
@@ -114,9 +116,9 @@ func (c *Channel) ask(b bound) (*listener, error) {
 // notForwarded is the error of a refused request. Only our own ends say why.
 func notForwarded(reply []byte) error {
 	if len(reply) > 0 {
-		return hear(string(reply), "")
+		return wiring.Hear(string(reply), "")
 	}
-	return wordy("the other end refused", syscall.EACCES)
+	return wiring.Wordy("the other end refused", syscall.EACCES)
 }
 
 // backlog is how many connections wait to be accepted: as many as Linux has it.
@@ -128,15 +130,15 @@ type listener struct {
 	c        *Channel
 	at       bound
 	addr     net.Addr
-	incoming chan incoming
+	incoming chan *incoming
 	closed   chan struct{}
 }
 
 func (c *Channel) add(b bound) *listener {
 	l := &listener{
 		c: c, at: b,
-		addr:     remoteAddr(b.network, target{Host: b.host, Port: b.port}.address(b.network)),
-		incoming: make(chan incoming, backlog),
+		addr:     wiring.ParseAddr(b.network, target{Host: b.host, Port: b.port}.address(b.network)),
+		incoming: make(chan *incoming, backlog),
 		closed:   make(chan struct{}),
 	}
 	c.mu.Lock()
@@ -157,7 +159,7 @@ func (c *Channel) open(nc ssh.NewChannel) {
 		return
 	}
 	b := bound{network, t.Host, t.Port}
-	in := incoming{nc, remoteAddr(network, net.JoinHostPort(t.OriginHost, fmt.Sprint(t.OriginPort)))}
+	in := &incoming{w: c.w, nc: nc, network: network, origin: wiring.ParseAddr(network, net.JoinHostPort(t.OriginHost, fmt.Sprint(t.OriginPort)))}
 	if c.offer(b, in) {
 		return
 	}
@@ -168,19 +170,51 @@ func (c *Channel) open(nc ssh.NewChannel) {
 	}
 }
 
+// incoming is a connection that the far end accepted, from before its SSH channel
+// is confirmed.
+type incoming struct {
+	w             *wire
+	nc            ssh.NewChannel
+	network       string
+	local, origin net.Addr
+}
+
+func (in *incoming) LocalAddr() net.Addr  { return in.local }
+func (in *incoming) RemoteAddr() net.Addr { return in.origin }
+
+func (in *incoming) Reject(why error) { in.nc.Reject(reason(why), wiring.Say(why)) }
+
+// Accept takes one of "tcp".
+func (in *incoming) Accept() (wiring.Stream, error) {
+	c, err := in.accept()
+	if err != nil {
+		return nil, err
+	}
+	return c.(stream), nil
+}
+
+func (in *incoming) accept() (net.Conn, error) {
+	ch, reqs, err := in.nc.Accept()
+	if err != nil {
+		return nil, in.w.Gone()
+	}
+	return newConn(in.w, ch, reqs, in.network, in.local, in.origin), nil
+}
+
 // offer puts a connection into its listener's backlog; one that finds no room
 // is refused.
-func (c *Channel) offer(b bound, in incoming) bool {
+func (c *Channel) offer(b bound, in *incoming) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	l := c.listeners[b]
 	if l == nil {
 		return false
 	}
+	in.local = l.addr
 	select {
 	case l.incoming <- in:
 	default:
-		go in.Reject(ssh.ResourceShortage, "too many connections wait")
+		go in.nc.Reject(ssh.ResourceShortage, "too many connections wait")
 	}
 	return true
 }
@@ -190,14 +224,13 @@ func (l *listener) Accept() (net.Conn, error) {
 		select {
 		case <-l.closed:
 			return nil, l.acceptError(net.ErrClosed)
-		case <-l.c.w.ctx.Done():
-			return nil, l.acceptError(l.c.w.gone())
+		case <-l.c.w.Context().Done():
+			return nil, l.acceptError(l.c.w.Gone())
 		case in := <-l.incoming:
-			p := &pending{w: l.c.w, in: in, network: l.at.network, local: l.addr}
 			if l.at.network == "tcp" {
-				return p, nil
+				return wiring.NewPending(in), nil
 			}
-			if c, err := p.accept(); err == nil {
+			if c, err := in.accept(); err == nil {
 				return c, nil
 			}
 		}
@@ -222,7 +255,7 @@ func (l *listener) Close() error {
 	for {
 		select {
 		case in := <-l.incoming:
-			in.Reject(ssh.ConnectionFailed, "Connection refused")
+			in.Reject(syscall.ECONNREFUSED)
 		default:
 			return nil
 		}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
@@ -33,8 +34,8 @@ func Serve(ctx context.Context, conn net.Conn, cfg Config, network channel.Netwo
 	if err != nil {
 		return err
 	}
-	defer context.AfterFunc(ctx, w.close)()
-	return w.wait()
+	defer context.AfterFunc(ctx, func() { w.Close() })()
+	return w.Wait()
 }
 
 // server is the far end of one wire.
@@ -59,7 +60,7 @@ func (s *server) open(nc ssh.NewChannel) {
 	}
 	far, err := s.dial(network, t.address(network))
 	if err != nil {
-		nc.Reject(reason(err), say(err))
+		nc.Reject(reason(err), wiring.Say(err))
 		return
 	}
 	ch, reqs, err := nc.Accept()
@@ -67,20 +68,20 @@ func (s *server) open(nc ssh.NewChannel) {
 		relay.Abort(far, err)
 		return
 	}
-	origin := remoteAddr(network, net.JoinHostPort(t.OriginHost, strconv.Itoa(int(t.OriginPort))))
+	origin := wiring.ParseAddr(network, net.JoinHostPort(t.OriginHost, strconv.Itoa(int(t.OriginPort))))
 	s.join(network, newConn(s.w, ch, reqs, network, far.RemoteAddr(), origin), far)
 }
 
 // dial ends with the wire.
 func (s *server) dial(network, address string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(s.w.ctx, s.w.cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(s.w.Context(), s.w.cfg.DialTimeout)
 	defer cancel()
 	return s.network.DialContext(ctx, network, address)
 }
 
 // join relays until both ends are done or the wire is gone.
 func (s *server) join(network string, near, far net.Conn) {
-	defer context.AfterFunc(s.w.ctx, func() { relay.Abort(far, net.ErrClosed) })()
+	defer context.AfterFunc(s.w.Context(), func() { relay.Abort(far, net.ErrClosed) })()
 	if network == "tcp" {
 		relay.Join(near, far)
 	} else {
@@ -110,7 +111,7 @@ func (s *server) why(err error) []byte {
 	if !s.w.ours {
 		return nil
 	}
-	return []byte(say(err))
+	return []byte(wiring.Say(err))
 }
 
 // parseForward reads the request for a listener, or its cancellation.
@@ -134,7 +135,7 @@ func (s *server) listen(r *ssh.Request) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(s.w.ctx, s.w.cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(s.w.Context(), s.w.cfg.DialTimeout)
 	defer cancel()
 	address := target{Host: b.host, Port: b.port}.address(b.network)
 	ln, err := s.network.Listen(ctx, b.network, address)
@@ -149,7 +150,7 @@ func (s *server) listen(r *ssh.Request) ([]byte, error) {
 	s.mu.Lock()
 	s.listeners[b] = ln
 	s.mu.Unlock()
-	s.w.spawn(func() { s.accept(b, ln) })
+	s.w.Spawn(func() { s.accept(b, ln) })
 	return reply, nil
 }
 
@@ -178,13 +179,13 @@ func (s *server) cancel(r *ssh.Request) bool {
 // accept hands over what a listener accepts until it is closed, or the wire is.
 func (s *server) accept(b bound, ln net.Listener) {
 	defer ln.Close()
-	defer context.AfterFunc(s.w.ctx, func() { ln.Close() })()
+	defer context.AfterFunc(s.w.Context(), func() { ln.Close() })()
 	for {
 		c, err := ln.Accept()
 		if err != nil {
 			return
 		}
-		s.w.spawn(func() { s.forward(b, c) })
+		s.w.Spawn(func() { s.forward(b, c) })
 	}
 }
 

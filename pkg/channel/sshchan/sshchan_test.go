@@ -7,6 +7,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
+	"github.com/culvert-dev/culvert/pkg/channel/wiretest"
 )
 
 func TestMain(m *testing.M) { channeltest.Main(m) }
@@ -72,16 +73,20 @@ func connect(t testing.TB, a, b net.Conn, n channel.Network) *Channel {
 	return ch
 }
 
-func TestChannel(t *testing.T) {
-	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
-		a, b := tcpPipe(t)
-		return connect(t, a, b, n)
-	})
+// ends are both ends of a wire over SSH.
+func ends(t testing.TB, b wiretest.Beats) wiretest.Ends {
+	near, far := pair(t)
+	near.Keepalive, far.Keepalive = b.Every, b.Every
+	near.OnAlive, far.OnAlive = b.Near, b.Far
+	return wiretest.Ends{
+		Rest: true,
+		Dial: func(ctx context.Context, conn net.Conn) (channel.Silent, error) { return Dial(ctx, conn, near) },
+		Serve: func(ctx context.Context, conn net.Conn, n channel.Network) error {
+			return Serve(ctx, conn, far, n)
+		},
+	}
 }
 
-func TestChannelInMemory(t *testing.T) {
-	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
-		a, b := net.Pipe()
-		return connect(t, a, b, n)
-	})
-}
+func TestWire(t *testing.T) { wiretest.Run(t, ends) }
+
+func BenchmarkWire(b *testing.B) { wiretest.Bench(b, ends) }

@@ -1,4 +1,4 @@
-package sshchan
+package wiring
 
 import (
 	"bytes"

@@ -1,4 +1,4 @@
-package sshchan
+package wiretest
 
 import (
 	"context"
@@ -69,8 +69,8 @@ func (g *gate) release() {
 
 // road leads from a Keep to a far end in memory, and can be cut.
 type road struct {
-	near, far Config
-	network   memchan.Network
+	ends    Ends
+	network memchan.Network
 
 	mu       sync.Mutex
 	cut      bool
@@ -93,12 +93,12 @@ func (r *road) open(ctx context.Context) (channel.Channel, error) {
 	r.mu.Unlock()
 	a, b := net.Pipe()
 	go func() {
-		Serve(context.Background(), &held{Conn: b, gate: g, gone: make(chan struct{})}, r.far, &r.network)
+		r.ends.Serve(context.Background(), &held{Conn: b, gate: g, gone: make(chan struct{})}, &r.network)
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.served--
 	}()
-	ch, err := Dial(ctx, &held{Conn: a, gate: g, gone: make(chan struct{})}, r.near)
+	ch, err := r.ends.Dial(ctx, &held{Conn: a, gate: g, gone: make(chan struct{})})
 	if err != nil {
 		return nil, err
 	}
@@ -136,10 +136,10 @@ func (r *road) counts() (wires, served, attempts int) {
 
 // onRoad runs a test on a Keep over a road, with an echo at echo:7. There, time
 // is what the test makes of it.
-func onRoad(t *testing.T, test func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState)) {
+func onRoad(t *testing.T, ends NewEnds, test func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState)) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &road{}
-		r.near, r.far = pair(t)
+		r.ends = ends(t, Beats{})
 		l, err := r.network.Listen(t.Context(), "tcp", echoAt)
 		if err != nil {
 			t.Fatal(err)
@@ -176,11 +176,11 @@ func dialEcho(t *testing.T, n channel.Network) net.Conn {
 	return c
 }
 
-// TestKeepBeside: after seven seconds without a network there is another wire as
+// testKeepBeside: after seven seconds without a network there is another wire as
 // soon as there can be. Dials move, listeners too, and what was open goes on when
 // the old wire is heard again, which ends with the last of it.
-func TestKeepBeside(t *testing.T) {
-	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
+func testKeepBeside(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
 		old := dialEcho(t, k)
 		l, err := k.Listen(t.Context(), "tcp", "here:80")
 		if err != nil {
@@ -230,9 +230,9 @@ func TestKeepBeside(t *testing.T) {
 	})
 }
 
-// TestKeepBesideInVain: the old wire is heard again before another is open.
-func TestKeepBesideInVain(t *testing.T) {
-	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
+// testKeepBesideInVain: the old wire is heard again before another is open.
+func testKeepBesideInVain(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
 		old := dialEcho(t, k)
 		r.drop()
 		time.Sleep(10 * time.Second)
@@ -252,9 +252,9 @@ func TestKeepBesideInVain(t *testing.T) {
 	})
 }
 
-// TestRenew: the far end is about to go, and says so.
-func TestRenew(t *testing.T) {
-	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
+// testRenew: the far end is about to go, and says so.
+func testRenew(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, states <-chan channel.KeepState) {
 		old := dialEcho(t, k)
 		k.Renew()
 		k.Renew()
@@ -271,9 +271,9 @@ func TestRenew(t *testing.T) {
 	})
 }
 
-// TestKeepBesideDead: a wire that is not heard again takes what is open with it.
-func TestKeepBesideDead(t *testing.T) {
-	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {
+// testKeepBesideDead: a wire that is not heard again takes what is open with it.
+func testKeepBesideDead(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {
 		old := dialEcho(t, k)
 		r.drop()
 		r.heal()
@@ -293,9 +293,9 @@ func TestKeepBesideDead(t *testing.T) {
 	})
 }
 
-// TestKeepBesideNothingOpen: a silent wire without connections is closed at once.
-func TestKeepBesideNothingOpen(t *testing.T) {
-	onRoad(t, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {
+// testKeepBesideNothingOpen: a silent wire without connections is closed at once.
+func testKeepBesideNothingOpen(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {
 		r.drop()
 		r.heal()
 		time.Sleep(5 * time.Second)
@@ -307,9 +307,9 @@ func TestKeepBesideNothingOpen(t *testing.T) {
 	})
 }
 
-// TestLoadIsNoSilence: as much as possible is sent, over a wire with a buffer
+// testLoadIsNoSilence: as much as possible is sent, over a wire with a buffer
 // that takes minutes to get through. It is heard all the time.
-func TestLoadIsNoSilence(t *testing.T) {
+func testLoadIsNoSilence(t *testing.T, ends NewEnds) {
 	for _, test := range []struct {
 		name     string
 		up, down bool
@@ -329,10 +329,10 @@ func TestLoadIsNoSilence(t *testing.T) {
 						}
 					}()
 				}
-				near, farCfg := pair(t)
+				e := ends(t, Beats{})
 				a, b := net.Pipe()
-				served := serve(context.Background(), slowDown(b, 20<<10, 1<<20), farCfg, &far)
-				ch, err := Dial(t.Context(), slowDown(a, 20<<10, 1<<20), near)
+				served := serve(context.Background(), slowDown(b, 20<<10, 1<<20), e, &far)
+				ch, err := e.Dial(t.Context(), slowDown(a, 20<<10, 1<<20))
 				if err != nil {
 					t.Fatal(err)
 				}

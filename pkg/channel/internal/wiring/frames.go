@@ -1,4 +1,4 @@
-package sshchan
+package wiring
 
 import (
 	"encoding/binary"
@@ -7,7 +7,6 @@ import (
 	"net"
 	"sync"
 	"syscall"
-	"time"
 )
 
 // A frame is a datagram on a stream: two bytes of length, high byte first, and
@@ -15,6 +14,7 @@ import (
 const (
 	frameHeader = 2
 	maxFrame    = 1<<16 - 1
+	leastRead   = 4 << 10
 )
 
 // appendFrame adds a frame to dst.
@@ -75,7 +75,7 @@ func (f *frames) more(src io.Reader) error {
 
 // room makes place for the rest of the frame that has begun.
 func (f *frames) room() {
-	need := leastPump
+	need := leastRead
 	if have := f.buf[f.start:f.end]; len(have) >= frameHeader {
 		need = max(need, frameHeader+int(binary.BigEndian.Uint16(have)))
 	}
@@ -90,41 +90,45 @@ func (f *frames) room() {
 	f.start, f.buf = 0, to
 }
 
-// datagrams is a flow of "udp" or "ping".
-type datagrams struct {
-	f   *flow
+// Flow is what datagrams go over: a stream with a reason for its end.
+type Flow interface {
+	net.Conn
+	Abort(reason error) error
+
+	// OpError is err, of an operation on the flow.
+	OpError(op string, err error) error
+}
+
+// Datagrams has a flow carry datagrams: each Write is one, and each Read.
+type Datagrams struct {
+	Flow
 	rmu sync.Mutex
 	in  frames
 }
 
 var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
-func (d *datagrams) Read(p []byte) (int, error) {
+func (d *Datagrams) Read(p []byte) (int, error) {
 	d.rmu.Lock()
 	defer d.rmu.Unlock()
-	if err := d.f.readable(); err != nil {
+	if _, err := d.Flow.Read(nil); err != nil { // closed, or late, whatever is there
 		return 0, err
 	}
-	return d.in.read(p, d.f)
+	return d.in.read(p, d.Flow)
 }
 
-func (d *datagrams) Write(p []byte) (int, error) {
+func (d *Datagrams) Write(p []byte) (int, error) {
 	buf := frameBuffers.Get().(*[]byte)
 	defer frameBuffers.Put(buf)
 	var err error
 	if *buf, err = appendFrame((*buf)[:0], p); err != nil {
-		return 0, d.f.opError("write", err)
+		return 0, d.OpError("write", err)
 	}
-	if _, err := d.f.Write(*buf); err != nil {
+	if n, err := d.Flow.Write(*buf); err != nil {
+		if n > 0 {
+			d.Abort(err) // the frames are out of step
+		}
 		return 0, err
 	}
 	return len(p), nil
 }
-
-func (d *datagrams) Close() error                       { return d.f.Close() }
-func (d *datagrams) Abort(reason error) error           { return d.f.Abort(reason) }
-func (d *datagrams) LocalAddr() net.Addr                { return d.f.local }
-func (d *datagrams) RemoteAddr() net.Addr               { return d.f.remote }
-func (d *datagrams) SetDeadline(t time.Time) error      { return d.f.SetDeadline(t) }
-func (d *datagrams) SetReadDeadline(t time.Time) error  { return d.f.SetReadDeadline(t) }
-func (d *datagrams) SetWriteDeadline(t time.Time) error { return d.f.SetWriteDeadline(t) }

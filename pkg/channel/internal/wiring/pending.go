@@ -1,4 +1,4 @@
-package sshchan
+package wiring
 
 import (
 	"io"
@@ -7,39 +7,34 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
-// pending is a connection of "tcp" that the far end accepted, from before its
-// SSH channel is confirmed: a stream as soon as it is.
+// Stream is a connection of "tcp" over a wire.
+type Stream interface {
+	Flow
+	channel.CloseWriter
+	io.WriterTo
+}
+
+// Offer is a connection that the far end accepted, and that waits for its answer.
+type Offer interface {
+	Accept() (Stream, error) // may fail as a wire does that is gone
+	Reject(reason error)
+	LocalAddr() net.Addr
+	RemoteAddr() net.Addr
+}
+
+// NewPending is the connection of "tcp" that is offered: a stream as soon as it
+// is answered.
+func NewPending(o Offer) channel.Pending { return &pending{Offer: o} }
+
 type pending struct {
-	w       *wire
-	in      incoming
-	network string
-	local   net.Addr
+	Offer
 
 	once   sync.Once
-	stream stream // set when taken
+	stream Stream // set when taken
 	err    error  // set when it cannot be taken any more
-}
-
-var _ channel.Pending = (*pending)(nil)
-
-// incoming is a connection that the far end accepted.
-type incoming struct {
-	ssh.NewChannel
-	origin net.Addr
-}
-
-// accept confirms the channel.
-func (p *pending) accept() (net.Conn, error) {
-	ch, reqs, err := p.in.Accept()
-	if err != nil {
-		return nil, p.w.gone()
-	}
-	return newConn(p.w, ch, reqs, p.network, p.local, p.in.origin), nil
 }
 
 // decide answers the far end, the first time.
@@ -47,15 +42,10 @@ func (p *pending) decide(refusal error) {
 	p.once.Do(func() {
 		if refusal != nil {
 			p.err = net.ErrClosed
-			p.in.Reject(reason(refusal), say(refusal))
+			p.Reject(refusal)
 			return
 		}
-		c, err := p.accept()
-		if err != nil {
-			p.err = err
-			return
-		}
-		p.stream = c.(stream)
+		p.stream, p.err = p.Accept()
 	})
 }
 
@@ -71,16 +61,16 @@ func (p *pending) Answer(err error) error {
 }
 
 // taken takes the connection if nobody answered yet.
-func (p *pending) taken(op string) (stream, error) {
+func (p *pending) taken(op string) (Stream, error) {
 	p.decide(nil)
 	if p.err != nil {
-		return stream{}, p.opError(op)
+		return nil, p.opError(op)
 	}
 	return p.stream, nil
 }
 
 func (p *pending) opError(op string) error {
-	return &net.OpError{Op: op, Net: p.network, Source: p.local, Addr: p.in.origin, Err: p.err}
+	return &net.OpError{Op: op, Net: "tcp", Source: p.LocalAddr(), Addr: p.RemoteAddr(), Err: p.err}
 }
 
 func (p *pending) Read(b []byte) (int, error) {
@@ -126,20 +116,17 @@ func (p *pending) Close() error {
 
 func (p *pending) Abort(reason error) error { return p.Answer(reason) }
 
-func (p *pending) LocalAddr() net.Addr  { return p.local }
-func (p *pending) RemoteAddr() net.Addr { return p.in.origin }
-
 func (p *pending) SetDeadline(t time.Time) error {
-	return p.set(func(s stream) error { return s.SetDeadline(t) })
+	return p.set(func(s Stream) error { return s.SetDeadline(t) })
 }
 func (p *pending) SetReadDeadline(t time.Time) error {
-	return p.set(func(s stream) error { return s.SetReadDeadline(t) })
+	return p.set(func(s Stream) error { return s.SetReadDeadline(t) })
 }
 func (p *pending) SetWriteDeadline(t time.Time) error {
-	return p.set(func(s stream) error { return s.SetWriteDeadline(t) })
+	return p.set(func(s Stream) error { return s.SetWriteDeadline(t) })
 }
 
-func (p *pending) set(how func(stream) error) error {
+func (p *pending) set(how func(Stream) error) error {
 	s, err := p.taken("set")
 	if err != nil {
 		return err

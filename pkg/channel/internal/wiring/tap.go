@@ -1,4 +1,4 @@
-package sshchan
+package wiring
 
 import (
 	"bufio"
@@ -10,24 +10,25 @@ import (
 	"time"
 )
 
-// tap is the connection below SSH. It keeps the first error, which SSH turns
-// into ends of file, and counts reads as signs of life. After a failed read
-// nothing is written any more: a channel could otherwise be opened on a mux
+// Tap is the connection below a wire's protocol. It keeps the first error, which
+// SSH turns into ends of file, and counts reads as signs of life. After a failed
+// read nothing is written any more: a flow could otherwise be opened on a mux
 // that has already given up, and never be answered.
 //
 // What is written goes out on a goroutine of its own. SSH writes a packet in
-// several pieces: they leave in one, with what other channels wrote meanwhile,
-// while the next packet is being encrypted. It also lets both ends speak first,
-// as SSH does, on a connection that has no buffer.
+// several pieces, TLS a record at a time: they leave in one, with what other flows
+// wrote meanwhile, while the next is being encrypted. It also lets both ends speak
+// first, as SSH does, on a connection that has no buffer.
 //
-// Write never waits: SSH writes also where it reads, to answer what it read, and
+// Write never waits: a mux writes also where it reads, to answer what it read, and
 // a wait there would stop all flows of the wire, and with both directions full
-// for good. It is the flows that wait, before they give data to SSH (turns.go).
+// for good. It is the flows that wait, before they give data to it (turns.go).
 //
-// Reads are buffered, since SSH reads the head of a packet by itself.
-type tap struct {
+// Reads are buffered, since SSH and TLS read the head of a packet by itself.
+type Tap struct {
 	net.Conn
 	in    *bufio.Reader
+	done  chan struct{} // closed with the connection
 	reads atomic.Uint64 // of the connection itself, that gave something
 
 	mu      sync.Mutex
@@ -37,11 +38,12 @@ type tap struct {
 
 	most    int     // how much may be queued before data waits
 	entered int     // bytes of data that were let in and are not queued yet
+	passing int     // bytes of data that the mux has and has not written yet
 	waiting []*turn // who comes first is let in first
 }
 
 const (
-	// tooMuch is queued when the other end makes SSH answer and does not read.
+	// tooMuch is queued when the other end makes this one answer and does not read.
 	tooMuch = 64 << 20
 
 	// readAhead holds a whole packet.
@@ -51,31 +53,32 @@ const (
 	lastWords = time.Second
 )
 
-var (
-	errHungUp = errors.New("the other end hung up")
-	errDeaf   = errors.New("the other end does not read what it is told")
-)
+// ErrHungUp is the end of a connection that the other end closed.
+var ErrHungUp = errors.New("the other end hung up")
 
-func newTap(conn net.Conn) *tap {
-	t := &tap{Conn: conn, most: leastQueued}
+var errDeaf = errors.New("the other end does not read what it is told")
+
+// NewTap takes conn over, until Close.
+func NewTap(conn net.Conn) *Tap {
+	t := &Tap{Conn: conn, done: make(chan struct{}), most: leastQueued}
 	t.in = bufio.NewReaderSize(counted{t}, readAhead)
 	t.changed.L = &t.mu
 	go t.write()
 	return t
 }
 
-func (t *tap) Read(p []byte) (int, error) {
+func (t *Tap) Read(p []byte) (int, error) {
 	n, err := t.in.Read(p)
 	if err == io.EOF {
-		t.fail(errHungUp)
+		t.Fail(ErrHungUp)
 	} else if err != nil {
-		t.fail(err)
+		t.Fail(err)
 	}
 	return n, err
 }
 
 // counted is the reader below the buffer.
-type counted struct{ t *tap }
+type counted struct{ t *Tap }
 
 func (c counted) Read(p []byte) (int, error) {
 	n, err := c.t.Conn.Read(p)
@@ -86,7 +89,7 @@ func (c counted) Read(p []byte) (int, error) {
 }
 
 // Write queues. Its errors are those of earlier writes.
-func (t *tap) Write(p []byte) (int, error) {
+func (t *Tap) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.queue) > tooMuch {
@@ -100,8 +103,13 @@ func (t *tap) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// SetWriteDeadline does nothing: Write does not wait, and what is queued may take
+// its time. TLS sets one in the past when it is closed.
+func (t *Tap) SetWriteDeadline(time.Time) error { return nil }
+
 // write writes what is queued, and closes the connection at the end of it.
-func (t *tap) write() {
+func (t *Tap) write() {
+	defer close(t.done)
 	defer t.Conn.Close()
 	var spare []byte
 	for {
@@ -111,7 +119,7 @@ func (t *tap) write() {
 		}
 		began := time.Now()
 		if _, err := t.Conn.Write(b); err != nil {
-			t.fail(err)
+			t.Fail(err)
 			return
 		}
 		t.mu.Lock()
@@ -125,7 +133,7 @@ func (t *tap) write() {
 }
 
 // take waits for something to write, and leaves spare to be filled meanwhile.
-func (t *tap) take(spare []byte) []byte {
+func (t *Tap) take(spare []byte) []byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for len(t.queue) == 0 && t.err == nil {
@@ -141,20 +149,24 @@ func (t *tap) take(spare []byte) []byte {
 }
 
 // Close lets go out what is queued, but not for long.
-func (t *tap) Close() error {
-	t.fail(net.ErrClosed)
+func (t *Tap) Close() error {
+	t.Fail(net.ErrClosed)
 	time.AfterFunc(lastWords, func() { t.Conn.Close() })
 	return nil
 }
 
-// fail notes why the wire ends, and lets the writer come to its end.
-func (t *tap) fail(err error) {
+// Done is closed when the connection is, which is as long after Close as the last
+// words take.
+func (t *Tap) Done() <-chan struct{} { return t.done }
+
+// Fail notes why the wire ends, and lets the writer come to its end.
+func (t *Tap) Fail(err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.failed(err)
 }
 
-func (t *tap) failed(err error) {
+func (t *Tap) failed(err error) {
 	if t.err == nil {
 		t.err = err
 		t.changed.Signal()
@@ -162,8 +174,8 @@ func (t *tap) failed(err error) {
 	}
 }
 
-// cause is why the wire is gone, or nil while it is not.
-func (t *tap) cause() error {
+// Cause is why the wire is gone, or nil while it is not.
+func (t *Tap) Cause() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.err

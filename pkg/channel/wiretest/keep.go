@@ -1,4 +1,4 @@
-package sshchan
+package wiretest
 
 import (
 	"context"
@@ -17,9 +17,9 @@ import (
 
 // site is a far end that one can connect to again and again.
 type site struct {
-	near, far Config
-	network   channel.Network
-	wg        sync.WaitGroup
+	ends    Ends
+	network channel.Network
+	wg      sync.WaitGroup
 
 	mu      sync.Mutex
 	refuse  error
@@ -27,9 +27,9 @@ type site struct {
 	present net.Conn // the far end's connection
 }
 
-func newSite(t *testing.T, n channel.Network) *site {
+func newSite(t *testing.T, ends NewEnds, n channel.Network) *site {
 	s := &site{network: n}
-	s.near, s.far = pair(t)
+	s.ends = ends(t, Beats{})
 	return s
 }
 
@@ -42,8 +42,8 @@ func (s *site) open(ctx context.Context) (channel.Channel, error) {
 	}
 	a, b := net.Pipe()
 	s.present = b
-	s.wg.Go(func() { Serve(context.Background(), b, s.far, s.network) })
-	return Dial(ctx, a, s.near)
+	s.wg.Go(func() { s.ends.Serve(context.Background(), b, s.network) })
+	return s.ends.Dial(ctx, a)
 }
 
 // cut ends the present wire; refuse is what the next attempts meet.
@@ -74,10 +74,10 @@ func (s *site) keep(t *testing.T, cfg channel.KeepConfig) *channel.Keep {
 	return k
 }
 
-// TestKeep: a Keep is a Channel like any other.
-func TestKeep(t *testing.T) {
+// testKeep: a Keep is a Channel like any other.
+func testKeep(t *testing.T, ends NewEnds) {
 	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
-		return newSite(t, n).keep(t, channel.KeepConfig{})
+		return newSite(t, ends, n).keep(t, channel.KeepConfig{})
 	})
 }
 
@@ -87,10 +87,10 @@ func within(t *testing.T) context.Context {
 	return ctx
 }
 
-// TestKeepReopens: flows end with their wire, dials wait for the next.
-func TestKeepReopens(t *testing.T) {
+// testKeepReopens: flows end with their wire, dials wait for the next.
+func testKeepReopens(t *testing.T, ends NewEnds) {
 	noLeak(t)
-	s := newSite(t, &channel.Host{})
+	s := newSite(t, ends, &channel.Host{})
 	states := make(chan channel.KeepState, 100)
 	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond, OnState: func(st channel.KeepState) { states <- st }})
 	address := serveTCP(t, echo)
@@ -113,10 +113,10 @@ func TestKeepReopens(t *testing.T) {
 	}
 }
 
-// TestKeepListens: a listener lives on over wires, at its address.
-func TestKeepListens(t *testing.T) {
+// testKeepListens: a listener lives on over wires, at its address.
+func testKeepListens(t *testing.T, ends NewEnds) {
 	noLeak(t)
-	s := newSite(t, &channel.Host{})
+	s := newSite(t, ends, &channel.Host{})
 	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond})
 	l, err := k.Listen(within(t), "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -176,11 +176,11 @@ func answered(t *testing.T, address string) {
 	t.Fatal("nobody answers at", address)
 }
 
-// TestKeepPatience: while the wire is down, a dial waits as long as it may, and
+// testKeepPatience: while the wire is down, a dial waits as long as it may, and
 // then says why; attempts grow rarer but never end.
-func TestKeepPatience(t *testing.T) {
+func testKeepPatience(t *testing.T, ends NewEnds) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newSite(t, &channel.Host{})
+		s := newSite(t, ends, &channel.Host{})
 		away := errors.New("no such pod")
 		s.cut(away)
 		k := s.keep(t, channel.KeepConfig{})

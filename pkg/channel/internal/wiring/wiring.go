@@ -1,0 +1,33 @@
+// Package wiring is what the wires over a byte stream are made of, whatever is
+// spoken on them: the connection below (Tap) and its flows' turns to write, the
+// life of a wire from its first goroutine to its last (Life), datagrams on a
+// stream, connections that wait for an answer, addresses, and the words that
+// kernels' errors cross in.
+package wiring
+
+import (
+	"net"
+	"net/netip"
+)
+
+// Addr is an address that need not be numbers.
+type Addr struct{ Net, Text string }
+
+func (a Addr) Network() string { return a.Net }
+func (a Addr) String() string  { return a.Text }
+
+// ParseAddr is an address as package net would have it, if it is numbers.
+func ParseAddr(network, address string) net.Addr {
+	if network == "ping" {
+		if ip, err := netip.ParseAddr(address); err == nil {
+			return &net.IPAddr{IP: ip.AsSlice(), Zone: ip.Zone()}
+		}
+	}
+	if ap, err := netip.ParseAddrPort(address); err == nil {
+		if network == "tcp" {
+			return net.TCPAddrFromAddrPort(ap)
+		}
+		return net.UDPAddrFromAddrPort(ap)
+	}
+	return Addr{network, address}
+}

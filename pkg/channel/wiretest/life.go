@@ -1,0 +1,275 @@
+package wiretest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
+)
+
+// patience is for what must happen.
+const patience = 20 * time.Second
+
+func noLeak(t *testing.T) {
+	now := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, now) })
+}
+
+// receive waits for what must come.
+func receive[T any](t *testing.T, from <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-from:
+	case <-time.After(patience):
+		t.Fatal("nothing came")
+	}
+	return v
+}
+
+// frozen is a connection that can stop to carry anything, as a cut cable does.
+type frozen struct {
+	net.Conn
+	cut  chan struct{}
+	gone chan struct{}
+	once sync.Once
+}
+
+func freeze(c net.Conn, cut chan struct{}) *frozen {
+	return &frozen{Conn: c, cut: cut, gone: make(chan struct{})}
+}
+
+func (f *frozen) Read(p []byte) (int, error) {
+	n, err := f.Conn.Read(p)
+	select {
+	case <-f.cut:
+		<-f.gone
+		return 0, net.ErrClosed
+	default:
+		return n, err
+	}
+}
+
+func (f *frozen) Write(p []byte) (int, error) {
+	select {
+	case <-f.cut:
+		return len(p), nil
+	default:
+		return f.Conn.Write(p)
+	}
+}
+
+func (f *frozen) Close() error {
+	f.once.Do(func() { close(f.gone) })
+	return f.Conn.Close() // which the other end does not get to see
+}
+
+// testSilence: with the default settings, a wire that carries nothing any more
+// is dead at both ends within 15 seconds, and one that is merely idle lives.
+func testSilence(t *testing.T, ends NewEnds) {
+	synctest.Test(t, func(t *testing.T) {
+		e := ends(t, Beats{})
+		a, b := net.Pipe()
+		cut := make(chan struct{})
+		served := serve(context.Background(), freeze(b, cut), e, &channel.Host{})
+		ch, err := e.Dial(context.Background(), freeze(a, cut))
+		if err != nil {
+			t.Fatal(err)
+		}
+		died := make(chan error, 1)
+		go func() { died <- ch.Wait() }()
+		time.Sleep(time.Hour)
+		if len(died) > 0 {
+			t.Fatal("died of idleness:", <-died)
+		}
+		close(cut)
+		began := time.Now()
+		var silent wiring.ErrSilent
+		if err := <-died; !errors.As(err, &silent) {
+			t.Errorf("near end: %v, want silence", err)
+		}
+		if err := <-served; !errors.As(err, &silent) {
+			t.Errorf("far end: %v, want silence", err)
+		}
+		if took := time.Since(began); took < 9*time.Second || took > 15*time.Second {
+			t.Errorf("dead after %v", took)
+		}
+		a.Close()
+		b.Close()
+		synctest.Wait()
+	})
+}
+
+// testBroken: what was read from a wire that broke is not taken for the whole.
+func testBroken(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	a, b := tcpPipe(t)
+	ch := connect(t, ends, a, b, &channel.Host{})
+	want := ""
+	if ends(t, Beats{}).Rest {
+		want = "lf"
+	}
+	address := serveTCP(t, func(c net.Conn) {
+		c.Write([]byte("half"))
+		io.Copy(io.Discard, c)
+	})
+	var conns []net.Conn
+	for range 3 {
+		c, err := ch.DialContext(context.Background(), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.ReadFull(c, make([]byte, 2)); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	b.Close()
+	if err := ch.Wait(); err == nil || errors.Is(err, net.ErrClosed) {
+		t.Errorf("Wait: %v, want the wire's own error", err)
+	}
+	for _, c := range conns {
+		rest, err := io.ReadAll(c)
+		if string(rest) != want || err == nil {
+			t.Errorf("read %q, %v; want the rest, and an error", rest, err)
+		}
+		if _, err := c.Write([]byte("x")); err == nil {
+			t.Error("write on a broken wire succeeded")
+		}
+	}
+	if _, err := ch.DialContext(context.Background(), "tcp", address); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("dial: %v, want net.ErrClosed", err)
+	}
+}
+
+// serveTCP is a listener on the loopback, and what it does with connections.
+func serveTCP(t *testing.T, handle func(net.Conn)) (address string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				handle(c)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		wg.Wait()
+	})
+	return l.Addr().String()
+}
+
+func echo(c net.Conn) { io.Copy(c, c) }
+
+// testHandshakeBounded: on connections without deadlines, towards a peer that
+// says nothing.
+func testHandshakeBounded(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	e := ends(t, Beats{})
+	for _, shake := range []func(context.Context, net.Conn) error{
+		func(ctx context.Context, c net.Conn) error { _, err := e.Dial(ctx, c); return err },
+		func(ctx context.Context, c net.Conn) error { return e.Serve(ctx, c, &channel.Host{}) },
+	} {
+		a, b := net.Pipe()
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		if err := shake(ctx, a); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, want DeadlineExceeded", err)
+		}
+		cancel()
+		b.Close()
+	}
+}
+
+// testServeEnds: with its context, and with all that ran for it.
+func testServeEnds(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	e := ends(t, Beats{})
+	a, b := tcpPipe(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	served := serve(ctx, b, e, &channel.Host{})
+	ch, err := e.Dial(context.Background(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ch.Close()
+	if _, err := ch.DialContext(ctx, "tcp", serveTCP(t, echo)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ch.Listen(ctx, "tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if err := receive(t, served); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Serve: %v, want net.ErrClosed", err)
+	}
+	if err := ch.Wait(); !errors.Is(err, wiring.ErrHungUp) {
+		t.Errorf("Wait: %v, want %v", err, wiring.ErrHungUp)
+	}
+}
+
+// testSigns: both ends see the other live, and the near end measures.
+func testSigns(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	signs := [2]chan struct{}{make(chan struct{}, 5), make(chan struct{}, 5)}
+	sign := func(to chan struct{}) func() {
+		return func() {
+			select {
+			case to <- struct{}{}:
+			default:
+			}
+		}
+	}
+	e := ends(t, Beats{20 * time.Millisecond, sign(signs[0]), sign(signs[1])})
+	a, b := tcpPipe(t)
+	served := serve(context.Background(), b, e, &channel.Host{})
+	ch, err := e.Dial(context.Background(), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		receive(t, signs[0])
+		receive(t, signs[1])
+	}
+	if rtt := ch.(interface{ RTT() time.Duration }).RTT(); rtt <= 0 || rtt > patience {
+		t.Errorf("RTT %v", rtt)
+	}
+	ch.Close()
+	ch.Wait()
+	receive(t, served)
+}
+
+// testHandshakeSilent: it is bounded where its context is not.
+func testHandshakeSilent(t *testing.T, ends NewEnds) {
+	synctest.Test(t, func(t *testing.T) {
+		e := ends(t, Beats{})
+		a, b := net.Pipe()
+		defer b.Close()
+		go io.Copy(io.Discard, b)
+		began := time.Now()
+		if _, err := e.Dial(context.Background(), a); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, want DeadlineExceeded", err)
+		}
+		if took := time.Since(began); took != 14*time.Second {
+			t.Errorf("gave up after %v", took)
+		}
+	})
+}
