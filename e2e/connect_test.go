@@ -154,7 +154,7 @@ func TestConnect(t *testing.T) {
 	t.Run("a Service made now", newService)
 	t.Run("status", func(t *testing.T) {
 		st := theStatus(t)
-		if !st.Wire.Up || st.Wire.Way != "pods/proxy" || st.Shadow.Kind != "Deployment" || st.DNS.Mode != "resolv.conf" {
+		if !st.Wire.Up || st.Wire.Way != "pods/proxy" || st.Wire.Kind != "tls" || st.Shadow.Kind != "Deployment" || st.DNS.Mode != "resolv.conf" {
 			t.Errorf("%+v", st)
 		}
 		if !strings.HasPrefix(st.Shadow.Pod, "culvert-"+st.Session) {

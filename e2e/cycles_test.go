@@ -101,7 +101,7 @@ func cycle(t *testing.T) {
 	up := make(chan struct{})
 	ended := make(chan error, 1)
 	connect := session.NewConnect(session.ConnectConfig{
-		Cluster: cluster, Image: image, Grace: time.Minute,
+		Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute},
 		Reporter: &upReporter{up: up}, Stderr: os.Stderr, Log: slog.New(slog.DiscardHandler),
 	})
 	go func() { ended <- connect.Run(ctx) }()

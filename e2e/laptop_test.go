@@ -242,10 +242,10 @@ type status struct {
 	PID     int
 	Shadow  struct{ Kind, Pod string }
 	Wire    struct {
-		Up       bool
-		Way      string
-		RTT      string
-		Reopened int
+		Up        bool
+		Kind, Way string
+		RTT       string
+		Reopened  int
 	}
 	Device struct{ Name string }
 	Routes []struct{ Prefix, Source string }

@@ -38,7 +38,7 @@ func TestAPIServerLostInside(t *testing.T) {
 	r := &breaker{t: t}
 	defer r.firewall("-D")
 	err = session.NewConnect(session.ConnectConfig{
-		Cluster: cluster, Image: image, Grace: time.Minute, Reporter: r, Stderr: io.Discard, Log: slog.New(slog.DiscardHandler),
+		Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute}, Reporter: r, Stderr: io.Discard, Log: slog.New(slog.DiscardHandler),
 	}).Run(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "with the routes set, the API server was not reached") {
 		t.Errorf("connect ended with %v", err)

@@ -251,23 +251,23 @@ func TestNoRights(t *testing.T) {
 	check(0)
 }
 
-// One way to the shadow is enough, and status tells which.
+// One way to the shadow is enough for either wire, and status tells which.
 func TestOneWayOnly(t *testing.T) {
 	all := rbac(t, "-n", namespace)
-	for way, role := range map[string]string{
-		"pods/proxy":             without(t, all, forwardRule),
-		"port-forward websocket": without(t, all, proxyRule),
-		"port-forward spdy":      strings.Replace(without(t, all, proxyRule), forwardRule, spdyRule, 1),
+	for _, c := range []struct{ way, role, wire string }{
+		{"pods/proxy", without(t, all, forwardRule), "ssh"},
+		{"port-forward websocket", without(t, all, proxyRule), "ssh"},
+		{"port-forward spdy", strings.Replace(without(t, all, proxyRule), forwardRule, spdyRule, 1), "tls"},
 	} {
-		t.Run(way, func(t *testing.T) {
-			grant(t, namespace, role)
+		t.Run(c.way, func(t *testing.T) {
+			grant(t, namespace, c.role)
 			check := noTrace(t)
-			s := connectWith(t, dev, "-n", namespace)
+			s := connectWith(t, dev, "-n", namespace, "--wire", c.wire)
 			if page := curl(t, "http://web.shop/"); !strings.Contains(page, `"pod":"web-`) {
 				t.Errorf("web.shop: %s", page)
 			}
-			if st := theStatus(t); st.Wire.Way != way {
-				t.Errorf("way %q, want %q", st.Wire.Way, way)
+			if st := theStatus(t); st.Wire.Way != c.way || st.Wire.Kind != c.wire {
+				t.Errorf("%+v, want %s through %s", st.Wire, c.wire, c.way)
 			}
 			s.stop()
 			check(30 * time.Second)

@@ -22,6 +22,7 @@ var layers = [][]string{
 	{"pkg/relay", "pkg/process", "pkg/channel/memchan"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
 	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
+	{"pkg/channel/wires"},
 	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/kube/heal"},
 	{"pkg/kube"},
 	{"pkg/privileged", "pkg/shadow"},

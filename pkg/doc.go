@@ -18,8 +18,8 @@
 //	router      redirect         which laptop gets a request, or the original; ports taken from a pod
 //	netstack    tun              packets to flows to dials; the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
-//	channel/sshchan              both ends of the wire over SSH
-//	channel/tlschan              both ends over TLS, between ends of ours; no session uses it yet
+//	channel/wires                which wire: either end of one over a byte stream, by name
+//	channel/tlschan, sshchan     both ends over TLS, between ends of ours; over SSH, towards any end
 //	relay                        two connections joined
 //	process                      a command run as a part of this one
 //	channel/memchan              a Network in memory: who dials meets who listens
@@ -32,14 +32,14 @@
 // # The way of a packet
 //
 // curl http://web.shop: kernel route -> tun -> netstack (dials first, answers
-// the SYN after) -> channel.Keep -> sshchan -> the API server -> shadow
+// the SYN after) -> channel.Keep -> tlschan -> the API server -> shadow
 // (channel.Host) -> the Service's virtual IP -> and back, through relay.
 //
 // # The way back
 //
 // A client in the cluster asks svc/web: the Service's virtual IP -> the router's
 // pod: shadow -> router (looks at the request, picks a claim) -> memchan ->
-// sshchan -> the API server -> channel.Keep -> relay.Forward (dials the local
+// tlschan -> the API server -> channel.Keep -> relay.Forward (dials the local
 // process, and only then takes the connection) -> the process. No claim, no
 // laptop, a refused dial: the original pods, by a Service beside the first.
 //

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -36,40 +35,21 @@ func (a *app) connectCommand() *cobra.Command {
 		RunE: func(c *cobra.Command, _ []string) error { return a.connect(c, o) },
 	}
 	f := c.Flags()
-	f.StringVar(&o.image, "image", a.defaultImage(), "image of the shadow pod (default from $CULVERT_IMAGE)")
-	f.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret in the namespace for the image's registry (repeatable)")
 	f.StringSliceVar(&o.include, "include", nil, "address range to route to the cluster as well (repeatable)")
 	f.StringSliceVar(&o.exclude, "exclude", nil, "address range never to route to the cluster (repeatable)")
-	f.DurationVar(&o.grace, "grace", time.Minute, "how long the shadow outlives this machine's silence")
-	f.StringVar(&o.way, "way", "", "way through the API server: proxy, websocket or spdy (default: the best that works)")
-	_ = c.RegisterFlagCompletionFunc("way", cobra.FixedCompletions([]string{"proxy", "websocket", "spdy"}, cobra.ShellCompDirectiveNoFileComp))
+	o.flags(a, c, "shadow")
 	return c
 }
 
 type connectOptions struct {
-	image            string
-	pullSecrets      []string
+	farOptions
 	include, exclude []string
-	grace            time.Duration
-	way              string
 }
-
-var ways = map[string]kube.Way{"": "", "proxy": kube.PodsProxy, "websocket": kube.WebSocket, "spdy": kube.SPDY}
-
-// minGrace leaves room for three keepalives.
-const minGrace = 15 * time.Second
 
 // config checks what was typed.
 func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
-	cfg = session.ConnectConfig{Image: o.image, PullSecrets: o.pullSecrets, Grace: o.grace}
-	if cfg.Way, err = wayNamed(o.way); err != nil {
+	if cfg.FarEnd, err = o.farEnd(); err != nil {
 		return cfg, err
-	}
-	if o.image == "" {
-		return cfg, usage(errors.New("--image is empty"))
-	}
-	if o.grace < minGrace {
-		return cfg, usage(fmt.Errorf("--grace is %v or more, not %v", minGrace, o.grace))
 	}
 	if cfg.Include, err = parsePrefixes("--include", o.include); err != nil {
 		return cfg, err
@@ -79,14 +59,6 @@ func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	}
 	cfg.Exclude, err = parsePrefixes("--exclude", o.exclude)
 	return cfg, err
-}
-
-func wayNamed(name string) (kube.Way, error) {
-	way, known := ways[name]
-	if !known {
-		return "", usage(fmt.Errorf("--way is proxy, websocket or spdy, not %q", name))
-	}
-	return way, nil
 }
 
 // parsePrefixes takes ranges and single addresses.

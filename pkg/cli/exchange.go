@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -80,7 +79,7 @@ func (a *app) exchangeCommand() *cobra.Command {
 	f.StringVar(&o.local.EnvFile, "env-file", "", "write the original's environment to this file while it lasts")
 	f.StringVar(&o.local.Mounts, "mounts", "", "copy the original's mounted ConfigMaps and Secrets below this folder while it lasts")
 	f.StringVar(&o.local.Container, "container", "", "container of the original's pod, for environment and mounts (default: its main one)")
-	o.flags(a, c)
+	o.flags(a, c, "router")
 	return c
 }
 
@@ -108,7 +107,7 @@ func (a *app) exposeCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&as, "as", "", "name of the new Service, and its port if it is another: NAME[:SERVICE_PORT]")
-	o.flags(a, c)
+	o.flags(a, c, "router")
 	return c
 }
 
@@ -121,39 +120,20 @@ func beforeDash(c *cobra.Command, args []string) (before, command []string) {
 }
 
 type exchangeOptions struct {
+	farOptions
 	local        session.Local
 	to, headers  []string
 	method       string
 	path         string
 	mirror, take bool
-	image        string
-	pullSecrets  []string
-	grace        time.Duration
-	way          string
-}
-
-// flags are those of both verbs.
-func (o *exchangeOptions) flags(a *app, c *cobra.Command) {
-	f := c.Flags()
-	f.StringVar(&o.image, "image", a.defaultImage(), "image of the router pod (default from $CULVERT_IMAGE)")
-	f.StringSliceVar(&o.pullSecrets, "image-pull-secret", nil, "Secret in the namespace for the image's registry (repeatable)")
-	f.DurationVar(&o.grace, "grace", time.Minute, "how long the router outlives this machine's silence")
-	f.StringVar(&o.way, "way", "", "way through the API server: proxy, websocket or spdy (default: the best that works)")
-	_ = c.RegisterFlagCompletionFunc("way", cobra.FixedCompletions([]string{"proxy", "websocket", "spdy"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
 // config checks what was typed.
 func (o exchangeOptions) config() (cfg session.ExchangeConfig, err error) {
-	cfg = session.ExchangeConfig{Image: o.image, PullSecrets: o.pullSecrets, Grace: o.grace, Mirror: o.mirror, Take: o.take}
-	if cfg.Way, err = wayNamed(o.way); err != nil {
+	if cfg.FarEnd, err = o.farEnd(); err != nil {
 		return cfg, err
 	}
-	if o.image == "" {
-		return cfg, usage(errors.New("--image is empty"))
-	}
-	if o.grace < minGrace {
-		return cfg, usage(fmt.Errorf("--grace is %v or more, not %v", minGrace, o.grace))
-	}
+	cfg.Mirror, cfg.Take = o.mirror, o.take
 	if len(o.to) == 0 {
 		return cfg, usage(errors.New("--to is missing: the port on this machine that the traffic goes to, as --to 8080"))
 	}

@@ -165,7 +165,7 @@ func wireLine(w session.WireStatus) string {
 	if w.Up {
 		state = "up"
 	}
-	line := fmt.Sprintf("%s since %v through %s", state, time.Since(w.Since).Round(time.Second), w.Way)
+	line := fmt.Sprintf("%s since %v, %s through %s", state, time.Since(w.Since).Round(time.Second), w.Kind, w.Way)
 	if w.RTT != "" {
 		line += ", round trip " + w.RTT
 	}

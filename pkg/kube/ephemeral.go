@@ -31,7 +31,7 @@ type EphemeralConfig struct {
 	Ports     []ServicePort     // that are taken
 	Protocols map[string]string // as a RouterConfig's
 	Grace     time.Duration
-	Way       Way
+	Path      Path
 
 	HostKey       []byte // the shadow's SSH host key, private
 	AuthorizedKey []byte // the laptop's public key
@@ -66,8 +66,8 @@ const (
 func (c *Cluster) NewEphemeral(cfg EphemeralConfig, rights *Rights) *Ephemeral {
 	e := &Ephemeral{cluster: c, cfg: cfg, holder: Self()}
 	e.ways.order = rights.Ways
-	if cfg.Way != "" {
-		e.ways.order = []Way{cfg.Way}
+	if cfg.Path.Way != "" {
+		e.ways.order = []Way{cfg.Path.Way}
 	}
 	return e
 }
@@ -75,17 +75,17 @@ func (c *Cluster) NewEphemeral(cfg EphemeralConfig, rights *Rights) *Ephemeral {
 // OpenEphemeral is the shadow in a pod that has taken these ports already, with
 // what it is dialled with; nil if there is none. One that has taken only some of
 // them is ErrExchanged.
-func (c *Cluster) OpenEphemeral(p *Pod, ports []ServicePort, way Way, rights *Rights) (*Ephemeral, RouterKeys, *ExchangeMark, error) {
+func (c *Cluster) OpenEphemeral(p *Pod, ports []ServicePort, path Path, rights *Rights) (*Ephemeral, RouterKeys, *ExchangeMark, error) {
 	g, err := hosting(p.raw, ports)
 	if g == nil || err != nil {
 		return nil, RouterKeys{}, nil, err
 	}
-	e, keys, mark := c.openGuest(p, *g, way, rights)
+	e, keys, mark := c.openGuest(p, *g, path, rights)
 	return e, keys, mark, nil
 }
 
-func (c *Cluster) openGuest(p *Pod, g guest, way Way, rights *Rights) (*Ephemeral, RouterKeys, *ExchangeMark) {
-	e := c.NewEphemeral(EphemeralConfig{Session: g.session, Pod: p, Grace: g.grace, Way: way}, rights)
+func (c *Cluster) openGuest(p *Pod, g guest, path Path, rights *Rights) (*Ephemeral, RouterKeys, *ExchangeMark) {
+	e := c.NewEphemeral(EphemeralConfig{Session: g.session, Pod: p, Grace: g.grace, Path: path}, rights)
 	e.door = g.door
 	return e, g.keys, &ExchangeMark{Session: g.session, By: g.by.Owner(), Since: g.since}
 }
@@ -99,7 +99,7 @@ type TakenPod struct {
 }
 
 // TakenPods are those of the namespace, once for each shadow.
-func (c *Cluster) TakenPods(ctx context.Context, rights *Rights) ([]TakenPod, error) {
+func (c *Cluster) TakenPods(ctx context.Context, path Path, rights *Rights) ([]TakenPod, error) {
 	list, err := c.client.CoreV1().Pods(c.Namespace).List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return nil, fmt.Errorf("list pods in namespace %s: %w", c.Namespace, sorted(err))
@@ -111,7 +111,7 @@ func (c *Cluster) TakenPods(ctx context.Context, rights *Rights) ([]TakenPod, er
 			continue
 		}
 		for _, g := range guests(p.raw) {
-			e, keys, mark := c.openGuest(p, g, "", rights)
+			e, keys, mark := c.openGuest(p, g, path, rights)
 			all = append(all, TakenPod{p.Name, *mark, e, keys})
 		}
 	}
@@ -312,7 +312,7 @@ func (e *Ephemeral) Dial(ctx context.Context) (net.Conn, Way, error) {
 	if s != nil && s.State.Terminated != nil {
 		return nil, "", fmt.Errorf("%w: the ephemeral container of pod %s ended%s", ErrGone, e.Pod(), lastWords(*s))
 	}
-	conn, way, err := e.cluster.dialPod(ctx, &e.ways, door{e.Pod(), e.door})
+	conn, way, err := e.cluster.dialPod(ctx, &e.ways, door{e.Pod(), e.door, e.cfg.Path.Upgrade})
 	e.cluster.dropSlow(err)
 	return conn, way, err
 }

@@ -171,20 +171,20 @@ func TestEphemeralCreate(t *testing.T) {
 	if again := c.NewEphemeral(ephemeralConfig(p), ephemeralRightsHeld()).Create(t.Context(), nil); !errors.Is(again, ErrExchanged) {
 		t.Errorf("a second one: %v", again)
 	}
-	joined, keys, mark, err := c.OpenEphemeral(p, []ServicePort{PodPort("udp", 53)}, "", ephemeralRightsHeld())
+	joined, keys, mark, err := c.OpenEphemeral(p, []ServicePort{PodPort("udp", 53)}, Path{}, ephemeralRightsHeld())
 	if err != nil || joined.door != 7465 || joined.cfg.Grace != time.Minute || string(keys.ClientKey) != "client" || string(keys.HostPublic) != "public" || mark.By != Self().Owner() || mark.Since.IsZero() {
 		t.Errorf("%+v %+v %+v %v", joined, keys, mark, err)
 	}
-	if _, _, _, err := c.OpenEphemeral(p, []ServicePort{PodPort("udp", 53), PodPort("tcp", 9)}, "", ephemeralRightsHeld()); !errors.Is(err, ErrExchanged) || !strings.Contains(err.Error(), "udp/53 of pod a and not tcp/9") {
+	if _, _, _, err := c.OpenEphemeral(p, []ServicePort{PodPort("udp", 53), PodPort("tcp", 9)}, Path{}, ephemeralRightsHeld()); !errors.Is(err, ErrExchanged) || !strings.Contains(err.Error(), "udp/53 of pod a and not tcp/9") {
 		t.Errorf("half of it: %v", err)
 	}
-	if other, _, _, err := c.OpenEphemeral(p, []ServicePort{PodPort("tcp", 9)}, "", ephemeralRightsHeld()); other != nil || err != nil {
+	if other, _, _, err := c.OpenEphemeral(p, []ServicePort{PodPort("tcp", 9)}, Path{}, ephemeralRightsHeld()); other != nil || err != nil {
 		t.Errorf("another port: %v, %v", other, err)
 	}
 	if door := freeDoor(p.raw, []ServicePort{PodPort("tcp", 7466)}); door != 7467 {
 		t.Errorf("the next door is %d", door)
 	}
-	taken, err := c.TakenPods(t.Context(), ephemeralRightsHeld())
+	taken, err := c.TakenPods(t.Context(), Path{}, ephemeralRightsHeld())
 	if err != nil || len(taken) != 1 || taken[0].Pod != "a" || taken[0].Mark.Session != "x1" {
 		t.Errorf("taken: %+v, %v", taken, err)
 	}

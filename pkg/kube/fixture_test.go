@@ -12,9 +12,13 @@ import (
 )
 
 // testConfig is a session's shadow without keys that mean anything.
+const upgradeTo = "culvert-tls"
+
+var testPath = Path{Upgrade: upgradeTo}
+
 func testConfig(session string) ShadowConfig {
 	return ShadowConfig{
-		Session: session, Image: "localhost/culvert-shadow:dev",
+		Session: session, Path: testPath, Image: "localhost/culvert-shadow:dev",
 		HostKey: []byte("host: key\n# \"${IMAGE}\"\n"), AuthorizedKey: []byte("ssh-ed25519 AAAA laptop\n"), Grace: time.Minute,
 	}
 }

@@ -76,8 +76,8 @@ func (r *RouterConfig) ports() []ServicePort {
 // OpenRouter is the router of a session that somebody made, and what it is
 // dialled with. ErrGone is that there is none, or none for much longer. Create
 // is for who made it.
-func (c *Cluster) OpenRouter(ctx context.Context, session string, way Way, rights *Rights) (*Shadow, RouterKeys, error) {
-	s, keys, err := c.openRouter(ctx, session, way, rights)
+func (c *Cluster) OpenRouter(ctx context.Context, session string, path Path, rights *Rights) (*Shadow, RouterKeys, error) {
+	s, keys, err := c.openRouter(ctx, session, path, rights)
 	if apierrors.IsNotFound(err) {
 		err = fmt.Errorf("%w: %w", ErrGone, err)
 	}
@@ -87,7 +87,7 @@ func (c *Cluster) OpenRouter(ctx context.Context, session string, way Way, right
 	return s, keys, nil
 }
 
-func (c *Cluster) openRouter(ctx context.Context, session string, way Way, rights *Rights) (*Shadow, RouterKeys, error) {
+func (c *Cluster) openRouter(ctx context.Context, session string, path Path, rights *Rights) (*Shadow, RouterKeys, error) {
 	name, core := rootName(session), c.client.CoreV1()
 	lease, err := c.client.CoordinationV1().Leases(c.Namespace).Get(ctx, name, metav1.GetOptions{})
 	if err != nil {
@@ -107,7 +107,7 @@ func (c *Cluster) openRouter(ctx context.Context, session string, way Way, right
 	if len(keys.ClientKey) == 0 || len(keys.HostPublic) == 0 {
 		return nil, keys, fmt.Errorf("secret %s lacks its keys", name)
 	}
-	s := c.NewShadow(ShadowConfig{Session: session, Way: way}, rights)
+	s := c.NewShadow(ShadowConfig{Session: session, Path: path}, rights)
 	s.router, s.joined, s.mode = true, true, c.routerMode(ctx, name)
 	s.pod = lease.Annotations[annPod]
 	s.workload = parseWorkload(lease.Annotations[annWorkload])

@@ -193,7 +193,7 @@ func joins(t *testing.T, c *Cluster, s *Shadow) {
 	if found.Exchange == nil || found.Exchange.Session != s.cfg.Session || found.Selector["app"] != "web" || found.Ports[0].Target != 8080 {
 		t.Fatalf("%+v", found)
 	}
-	other, keys, err := c.OpenRouter(t.Context(), found.Exchange.Session, "", s.rights)
+	other, keys, err := c.OpenRouter(t.Context(), found.Exchange.Session, testPath, s.rights)
 	must(t, err)
 	if string(keys.ClientKey) != "client" || string(keys.HostPublic) != "public" || other.Mode() != s.Mode() || !reflect.DeepEqual(other.original, s.original) {
 		t.Errorf("%+v, %q", other, keys)
@@ -251,7 +251,7 @@ func TestLiveRouterHeals(t *testing.T) {
 	}
 	must(t, itself.client.CoordinationV1().Leases(admin.Namespace).Delete(t.Context(), s.name(), metav1.DeleteOptions{}))
 	gone(t, admin, s.cfg.Session, 60*time.Second)
-	if _, _, err := admin.OpenRouter(t.Context(), s.cfg.Session, "", s.rights); !errors.Is(err, ErrGone) {
+	if _, _, err := admin.OpenRouter(t.Context(), s.cfg.Session, testPath, s.rights); !errors.Is(err, ErrGone) {
 		t.Errorf("%v", err)
 	}
 }

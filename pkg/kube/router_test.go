@@ -265,7 +265,7 @@ func TestOpenRouter(t *testing.T) {
 		if err != nil || found.Exchange == nil || found.Exchange.Session != "x1" || found.Exchange.By != Self().Owner() || found.Selector["app"] != "web" {
 			t.Fatalf("%+v, %v", found, err)
 		}
-		second, keys, err := c.OpenRouter(t.Context(), "x1", SPDY, routerRights(ByDeployment))
+		second, keys, err := c.OpenRouter(t.Context(), "x1", Path{Way: SPDY}, routerRights(ByDeployment))
 		if err != nil || string(keys.ClientKey) != "client" || string(keys.HostPublic) != "public" || second.Mode() != mode {
 			t.Fatalf("%s: %+v, %q, %v", mode, second, keys, err)
 		}
@@ -282,7 +282,7 @@ func TestOpenRouter(t *testing.T) {
 		if err := first.Delete(t.Context()); err != nil {
 			t.Error(err)
 		}
-		if _, _, err := c.OpenRouter(t.Context(), "x1", "", routerRights(mode)); !errors.Is(err, ErrGone) {
+		if _, _, err := c.OpenRouter(t.Context(), "x1", Path{}, routerRights(mode)); !errors.Is(err, ErrGone) {
 			t.Errorf("%v", err)
 		}
 	}
@@ -290,7 +290,7 @@ func TestOpenRouter(t *testing.T) {
 	if err := c.NewShadow(testConfig("x2"), allRights(ByDeployment)).Create(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := c.OpenRouter(t.Context(), "x2", "", allRights(ByDeployment)); err == nil || errors.Is(err, ErrGone) {
+	if _, _, err := c.OpenRouter(t.Context(), "x2", Path{}, allRights(ByDeployment)); err == nil || errors.Is(err, ErrGone) {
 		t.Errorf("a session that is none: %v", err)
 	}
 }

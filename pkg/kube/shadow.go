@@ -21,7 +21,7 @@ type ShadowConfig struct {
 	AuthorizedKey []byte   // the laptop's public key
 	Grace         time.Duration
 	Mode          Mode // "" is what the rights allow
-	Way           Way  // "" is the best that works
+	Path          Path
 
 	Router *RouterConfig // nil: it is nobody's router
 }
@@ -77,8 +77,8 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 		}
 	}
 	s.ways.order = rights.Ways
-	if cfg.Way != "" {
-		s.ways.order = []Way{cfg.Way}
+	if cfg.Path.Way != "" {
+		s.ways.order = []Way{cfg.Path.Way}
 	}
 	return s
 }

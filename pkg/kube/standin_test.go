@@ -118,7 +118,7 @@ func TestStandIns(t *testing.T) {
 		if err := s.Swap(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		other, _, err := c.OpenRouter(t.Context(), "x1", "", routerRights(mode))
+		other, _, err := c.OpenRouter(t.Context(), "x1", Path{}, routerRights(mode))
 		if err != nil || other.StandsFor() != "db-1" || !maps.Equal(other.original, map[string]string{"app": "db"}) ||
 			other.podSelector(other.pod) != labelSession+"=x1,"+labelPod+"=db-1" {
 			t.Errorf("%+v, %v", other, err)

@@ -27,9 +27,16 @@ import (
 )
 
 // A Way leads from here through the API server to the shadow's port. On all of
-// them the same is said to the shadow: a GET with `Upgrade: culvert-ssh`,
-// answered by 101, and from there on the bytes are the channel's.
+// them the same is said to the shadow: a GET with an Upgrade header, answered by
+// 101, and from there on the bytes are the wire's.
 type Way string
+
+// A Path is a Way, "" for the best that works, and what wire to ask for at its end:
+// the Upgrade header's value.
+type Path struct {
+	Way     Way
+	Upgrade string
+}
 
 // The ways, the best first (measured: the first has 2 to 5 times the throughput
 // of the others and a quarter of their delay).
@@ -40,7 +47,6 @@ const (
 )
 
 const (
-	upgradeTo = "culvert-ssh"
 	wayLimit  = 8 * time.Second // for one way, before the next is tried
 	askLimit  = 5 * time.Second // for one question of a dial to the API server
 	wayBuffer = 64 << 10
@@ -120,13 +126,14 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	return s.cluster.dialPod(ctx, &s.ways, door{pod, port})
+	return s.cluster.dialPod(ctx, &s.ways, door{pod, port, s.cfg.Path.Upgrade})
 }
 
-// A door is where a shadow in a pod is dialled.
+// A door is where a shadow in a pod is dialled, and what is asked for there.
 type door struct {
-	pod  string
-	port int
+	pod     string
+	port    int
+	upgrade string
 }
 
 func (d door) String() string { return d.pod + ":" + strconv.Itoa(d.port) }
@@ -223,7 +230,7 @@ func (c *Cluster) dialProxy(ctx context.Context, at door) (net.Conn, error) {
 	// The request lives as long as the connection does.
 	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, end)
-	resp, err := trip.RoundTrip(upgradeRequest(life, target))
+	resp, err := trip.RoundTrip(upgradeRequest(life, target, at.upgrade))
 	if err == nil {
 		err = switched(resp)
 	}
@@ -269,10 +276,10 @@ func (c *Cluster) upgradeTransport() (http.RoundTripper, *http.Transport, error)
 	return trip, base, err
 }
 
-func upgradeRequest(ctx context.Context, target *url.URL) *http.Request {
+func upgradeRequest(ctx context.Context, target *url.URL, to string) *http.Request {
 	req := &http.Request{
 		Method: http.MethodGet, URL: target, Host: target.Host, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-		Header: http.Header{"Connection": {"Upgrade"}, "Upgrade": {upgradeTo}},
+		Header: http.Header{"Connection": {"Upgrade"}, "Upgrade": {to}},
 	}
 	return req.WithContext(ctx)
 }
@@ -421,7 +428,7 @@ func newConn(way Way, at door, r io.Reader, w io.Writer, close func() error) *st
 // upgrade is the shadow's hand-shake, on the ways where the API server does not
 // do it for us.
 func (c *streamConn) upgrade() error {
-	if err := upgradeRequest(context.Background(), &url.URL{Scheme: "http", Host: "culvert", Path: "/"}).Write(c); err != nil {
+	if err := upgradeRequest(context.Background(), &url.URL{Scheme: "http", Host: "culvert", Path: "/"}, c.at.upgrade).Write(c); err != nil {
 		return fmt.Errorf("ask for the upgrade: %w", c.reason(err))
 	}
 	buffered := bufio.NewReader(c.r)

@@ -152,7 +152,7 @@ func TestDialFallsBack(t *testing.T) {
 		}
 	}
 	cfg := testConfig("x1")
-	cfg.Way = SPDY
+	cfg.Path.Way = SPDY
 	forced := s.cluster.NewShadow(cfg, allRights(ByDeployment))
 	if _, _, err := forced.Dial(t.Context()); err == nil || strings.Contains(err.Error(), string(WebSocket)) {
 		t.Errorf("forced: %v", err)

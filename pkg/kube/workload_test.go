@@ -333,7 +333,7 @@ func TestScaleIsUndone(t *testing.T) {
 				err = s.Delete(t.Context())
 			case "joined":
 				var other *Shadow
-				if other, _, err = s.cluster.OpenRouter(t.Context(), "x1", "", routerRights(ByDeployment)); err == nil {
+				if other, _, err = s.cluster.OpenRouter(t.Context(), "x1", Path{}, routerRights(ByDeployment)); err == nil {
 					err = other.Delete(t.Context())
 				}
 			case "clean":

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/kube/heal"
 	"github.com/culvert-dev/culvert/pkg/relay"
@@ -43,7 +43,7 @@ func (x *Exchange) attach(ctx context.Context) (*attached, error) {
 	}
 	r = &attached{keys: k.laptop, made: true, ours: true}
 	r.shadow = x.cfg.Cluster.NewShadow(kube.ShadowConfig{
-		Session: routerID(x.id), Image: x.cfg.Image, PullSecrets: x.cfg.PullSecrets, Grace: x.cfg.Grace, Way: x.cfg.Way,
+		Session: routerID(x.id), Image: x.cfg.Image, PullSecrets: x.cfg.PullSecrets, Grace: x.cfg.Grace, Path: x.cfg.path(),
 		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic, Router: x.routerConfig(service, k),
 	}, x.rights)
 	r.place = r.shadow
@@ -98,7 +98,7 @@ func (x *Exchange) join(ctx context.Context) (*kube.Service, *attached, error) {
 }
 
 func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*attached, error) {
-	s, k, err := x.cfg.Cluster.OpenRouter(ctx, mark.Session, x.cfg.Way, x.rights)
+	s, k, err := x.cfg.Cluster.OpenRouter(ctx, mark.Session, x.cfg.path(), x.rights)
 	if err != nil {
 		return nil, err
 	}
@@ -108,11 +108,11 @@ func (x *Exchange) openRouter(ctx context.Context, mark *kube.ExchangeMark) (*at
 		}
 		return nil, err
 	}
-	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
+	known, err := wires.ParseKeys(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{place: s, shadow: s, keys: id, turned: time.Now(), by: mark.By, session: mark.Session}
+	r := &attached{place: s, shadow: s, keys: known, turned: time.Now(), by: mark.By, session: mark.Session}
 	x.use(r)
 	return r, nil
 }
@@ -175,7 +175,7 @@ func (x *Exchange) dialBeside(ctx context.Context) (channel.Channel, error) {
 // wireTo makes a wire of a connection to r, unless another router was put in its
 // place meanwhile.
 func (x *Exchange) wireTo(ctx context.Context, r *attached, conn net.Conn) (channel.Channel, error) {
-	wire, err := wireOver(ctx, conn, r.keys, x.cfg.Log)
+	wire, err := x.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: r.keys, Log: x.cfg.Log})
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/dns"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
@@ -23,12 +25,7 @@ import (
 type ConnectConfig struct {
 	Cluster *kube.Cluster
 
-	Image       string
-	PullSecrets []string
-	Way         kube.Way // "" is the best that works
-
-	// Grace is how long the shadow outlives the laptop's silence.
-	Grace time.Duration
+	FarEnd
 
 	// Include and Exclude are added to, and cut out of, what is found.
 	Include, Exclude []netip.Prefix
@@ -37,6 +34,18 @@ type ConnectConfig struct {
 	Stderr   io.Writer // for what the privileged child says
 	Log      *slog.Logger
 }
+
+// A FarEnd is what runs in the cluster for a session, and how it is reached.
+type FarEnd struct {
+	Image       string
+	PullSecrets []string
+	Way         kube.Way      // "" is the best that works
+	Wire        wires.Wire    // "" is the best
+	Grace       time.Duration // how long it outlives this machine's silence
+}
+
+// path is how it is dialled.
+func (f FarEnd) path() kube.Path { return pathTo(f.Way, f.Wire) }
 
 // A Connect joins this machine to the cluster's network, until it is told to
 // stop.
@@ -67,6 +76,7 @@ type Connect struct {
 
 // NewConnect starts nothing.
 func NewConnect(cfg ConnectConfig) *Connect {
+	cfg.Wire = cmp.Or(cfg.Wire, wires.TLS)
 	return &Connect{course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg, zonesChanged: make(chan struct{}, 1)}
 }
 

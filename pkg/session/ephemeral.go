@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/shadow"
@@ -61,7 +61,7 @@ func (x *Exchange) findPod(ctx context.Context) error {
 	if x.forwards, err = assign(name, ports, x.cfg.To); err != nil {
 		return err
 	}
-	e, _, _, err := x.cfg.Cluster.OpenEphemeral(p, x.claimedPorts(), x.cfg.Way, x.rights)
+	e, _, _, err := x.cfg.Cluster.OpenEphemeral(p, x.claimedPorts(), x.cfg.path(), x.rights)
 	if err != nil {
 		return err
 	}
@@ -177,15 +177,15 @@ func (x *Exchange) claimedPorts() (ports []kube.ServicePort) {
 }
 
 func (x *Exchange) joinPod(p *kube.Pod) (*attached, error) {
-	e, k, mark, err := x.cfg.Cluster.OpenEphemeral(p, x.claimedPorts(), x.cfg.Way, x.rights)
+	e, k, mark, err := x.cfg.Cluster.OpenEphemeral(p, x.claimedPorts(), x.cfg.path(), x.rights)
 	if e == nil || err != nil {
 		return nil, err
 	}
-	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
+	known, err := wires.ParseKeys(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, fmt.Errorf("keys of router %s: %w", mark.Session, err)
 	}
-	r := &attached{place: e, pod: p.Name, keys: id, turned: time.Now(), by: mark.By}
+	r := &attached{place: e, pod: p.Name, keys: known, turned: time.Now(), by: mark.By}
 	x.use(r)
 	return r, nil
 }
@@ -204,7 +204,7 @@ func (x *Exchange) addTo(ctx context.Context, p *kube.Pod) (*attached, error) {
 		id += "-" + strconv.Itoa(n) // the entries of those before are there still
 	}
 	e := x.cfg.Cluster.NewEphemeral(kube.EphemeralConfig{
-		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: x.protocols(), Grace: x.cfg.Grace, Way: x.cfg.Way,
+		Session: id, Image: x.cfg.Image, Pod: p, Ports: x.claimedPorts(), Protocols: x.protocols(), Grace: x.cfg.Grace, Path: x.cfg.path(),
 		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic, ClientKey: k.laptopKey, HostPublic: k.shadowPublic,
 	}, x.rights)
 	r := &attached{place: e, pod: p.Name, keys: k.laptop, made: true, ours: true}
@@ -225,7 +225,7 @@ func (x *Exchange) endUnasked(ctx context.Context, r *attached) (ours bool) {
 	if r.place.WaitReady(ctx, x.cfg.Reporter.Progress) != nil {
 		return true
 	}
-	err := overWire(ctx, r.place, r.keys, x.cfg.Log, func(far channel.Network) error {
+	err := overWire(ctx, r.place, x.cfg.Wire, wires.Config{Keys: r.keys, Log: x.cfg.Log}, func(far channel.Network) error {
 		_, err := shadow.End(ctx, far, 0)
 		return err
 	})

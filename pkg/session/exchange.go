@@ -1,6 +1,7 @@
 package session
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +12,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/shadow"
@@ -30,10 +31,7 @@ type ExchangeConfig struct {
 	Mirror bool         // copies only
 	Take   bool         // from whoever holds the same Match
 
-	Image       string
-	PullSecrets []string
-	Way         kube.Way      // "" is the best that works
-	Grace       time.Duration // how long the router outlives the laptops' silence
+	FarEnd
 
 	Local Local
 
@@ -86,7 +84,7 @@ type attached struct {
 	place   outpost
 	shadow  *kube.Shadow // that place is; nil in a pod
 	pod     string       // that it is in; "" for a Service's router
-	keys    sshchan.Identity
+	keys    wires.Keys
 	stop    context.CancelFunc // ends its lease's renewal
 	by      string             // who made it, where not this machine
 	session string             // that it was made for then
@@ -114,6 +112,7 @@ func (r *attached) isTurned() bool {
 
 // NewExchange starts nothing.
 func NewExchange(cfg ExchangeConfig) *Exchange {
+	cfg.Wire = cmp.Or(cfg.Wire, wires.TLS)
 	return &Exchange{
 		course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg,
 		reopened: make(chan struct{}, 1), finding: make(chan struct{}, 1),
@@ -273,7 +272,7 @@ func (x *Exchange) openWire(ctx context.Context) (string, error) {
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}
-	return fmt.Sprintf("wire open through %s", x.attachment().place.Way()), nil
+	return fmt.Sprintf("wire open: %s through %s", x.cfg.Wire, x.attachment().place.Way()), nil
 }
 
 // claim listens at the router and makes the traffic come.

@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
@@ -53,7 +53,7 @@ func heldBehind(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *
 
 // heldWithin is what is held of pods.
 func heldWithin(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *slog.Logger) ([]Status, error) {
-	pods, err := c.TakenPods(ctx, rights)
+	pods, err := c.TakenPods(ctx, pathTo("", wires.TLS), rights)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +92,7 @@ func heldStatuses(c *kube.Cluster, kind string, mark kube.ExchangeMark, of Excha
 func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube.Rights, log *slog.Logger) (Method, []shadow.ClaimInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	s, k, err := c.OpenRouter(ctx, session, "", rights)
+	s, k, err := c.OpenRouter(ctx, session, pathTo("", wires.TLS), rights)
 	if err != nil {
 		return "", nil, err
 	}
@@ -107,12 +107,12 @@ func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube
 func claimsAt(ctx context.Context, s outpost, k kube.RouterKeys, log *slog.Logger) ([]shadow.ClaimInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	id, err := sshchan.ParseIdentity(k.ClientKey, k.HostPublic)
+	known, err := wires.ParseKeys(k.ClientKey, k.HostPublic)
 	if err != nil {
 		return nil, err
 	}
 	var claims []shadow.ClaimInfo
-	err = overWire(ctx, s, id, log, func(far channel.Network) (err error) {
+	err = overWire(ctx, s, wires.TLS, wires.Config{Keys: known, Log: log}, func(far channel.Network) (err error) {
 		claims, err = shadow.Claims(ctx, far)
 		return err
 	})
@@ -120,12 +120,12 @@ func claimsAt(ctx context.Context, s outpost, k kube.RouterKeys, log *slog.Logge
 }
 
 // overWire asks a router over a wire of its own.
-func overWire(ctx context.Context, s outpost, id sshchan.Identity, log *slog.Logger, ask func(far channel.Network) error) error {
+func overWire(ctx context.Context, s outpost, w wires.Wire, cfg wires.Config, ask func(far channel.Network) error) error {
 	conn, _, err := s.Dial(ctx)
 	if err != nil {
 		return err
 	}
-	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: id, Log: log})
+	wire, err := w.Dial(ctx, conn, cfg)
 	if err != nil {
 		return err
 	}

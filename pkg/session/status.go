@@ -86,7 +86,8 @@ type ShadowStatus struct {
 // WireStatus tells of the connection to the shadow.
 type WireStatus struct {
 	Up        bool      `json:"up"`
-	Way       string    `json:"way"`
+	Kind      string    `json:"kind"`  // tls or ssh
+	Way       string    `json:"way"`   // through the API server
 	Since     time.Time `json:"since"` // it is as it is
 	RTT       string    `json:"rtt,omitempty"`
 	Reopened  int       `json:"reopened"`

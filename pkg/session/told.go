@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
 	"github.com/culvert-dev/culvert/pkg/router"
@@ -46,7 +47,7 @@ func (c *Connect) status() Status {
 	s := c.basics("connect", c.cfg.Cluster)
 	flows := flowStatus(c.stack.Stats())
 	s.Shadow = ShadowStatus{Kind: string(c.shadow.Mode()), Pod: pod}
-	s.Wire = wireStatus(c.keep.State(), c.shadow.Way())
+	s.Wire = wireStatus(c.keep.State(), c.cfg.Wire, c.shadow.Way())
 	s.Flows = &flows
 	s.Device = &DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()}
 	s.Routes = slices.Clone(c.routes)
@@ -69,7 +70,7 @@ func (x *Exchange) status() Status {
 		pod = r.shadow.Pod() // its own word is the name it has taken
 	}
 	s.Shadow = ShadowStatus{Kind: string(r.place.Mode()), Pod: pod}
-	s.Wire = wireStatus(x.keep.State(), r.place.Way())
+	s.Wire = wireStatus(x.keep.State(), x.cfg.Wire, r.place.Way())
 	service := x.service.Name
 	if r.pod != "" {
 		service = ""
@@ -111,8 +112,8 @@ func podNow(ctx context.Context, keep *channel.Keep) string {
 	return info.Hostname
 }
 
-func wireStatus(k channel.KeepState, way kube.Way) WireStatus {
-	w := WireStatus{Up: k.Up, Way: string(way), Since: k.Since, Reopened: k.Reopened}
+func wireStatus(k channel.KeepState, kind wires.Wire, way kube.Way) WireStatus {
+	w := WireStatus{Up: k.Up, Kind: string(kind), Way: string(way), Since: k.Since, Reopened: k.Reopened}
 	if k.RTT > 0 {
 		w.RTT = k.RTT.Round(10 * time.Microsecond).String()
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"strings"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
@@ -23,7 +23,7 @@ const firstWire = 45 * time.Second
 // keys are made for one session and kept in memory; the shadow's half is in a
 // Secret of the session.
 type keys struct {
-	laptop                  sshchan.Identity
+	laptop                  wires.Keys
 	laptopKey, laptopPublic []byte
 	shadowKey, shadowPublic []byte
 }
@@ -37,8 +37,13 @@ func newKeys(session string) (k keys, err error) {
 	if err != nil {
 		return k, err
 	}
-	identity, err := sshchan.ParseIdentity(laptopKey, shadowPublic)
-	return keys{identity, laptopKey, laptopPublic, shadowKey, shadowPublic}, err
+	laptop, err := wires.ParseKeys(laptopKey, shadowPublic)
+	return keys{laptop, laptopKey, laptopPublic, shadowKey, shadowPublic}, err
+}
+
+// pathTo is how a shadow is dialled that is to serve a wire.
+func pathTo(way kube.Way, wire wires.Wire) kube.Path {
+	return kube.Path{Way: way, Upgrade: wire.Upgrade()}
 }
 
 func (c *Connect) createShadow(ctx context.Context) (string, error) {
@@ -47,7 +52,7 @@ func (c *Connect) createShadow(ctx context.Context) (string, error) {
 		return "", err
 	}
 	c.shadow = c.cfg.Cluster.NewShadow(kube.ShadowConfig{
-		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Way: c.cfg.Way,
+		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Path: c.cfg.path(),
 		HostKey: c.keys.shadowKey, AuthorizedKey: c.keys.laptopPublic,
 	}, c.rights)
 	c.undo.add("remove the shadow", c.shadow.Delete)
@@ -72,7 +77,7 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 		return "", err
 	}
 	c.learn(info)
-	return fmt.Sprintf("wire open through %s", c.shadow.Way()), nil
+	return fmt.Sprintf("wire open: %s through %s", c.cfg.Wire, c.shadow.Way()), nil
 }
 
 type opener = func(context.Context) (channel.Channel, error)
@@ -125,7 +130,7 @@ func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return wireOver(ctx, conn, c.keys.laptop, c.cfg.Log)
+	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
 }
 
 // dialBeside dials the same shadow while the wire to it is silent. Should that
@@ -135,15 +140,7 @@ func (c *Connect) dialBeside(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return wireOver(ctx, conn, c.keys.laptop, c.cfg.Log)
-}
-
-func wireOver(ctx context.Context, conn net.Conn, id sshchan.Identity, log *slog.Logger) (channel.Channel, error) {
-	wire, err := sshchan.Dial(ctx, conn, sshchan.Config{Identity: id, Log: log})
-	if err != nil {
-		return nil, err // not wire: a nil one in the interface is none
-	}
-	return wire, nil
+	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
 }
 
 // dialNewShadow makes the shadow again: it ends itself when this machine was
@@ -169,7 +166,7 @@ func (c *Connect) wireChanged(s channel.KeepState) {
 	case !s.Up:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
 	case s.Reopened > 0:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again, through %s", c.shadow.Way()))
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again: %s through %s", c.cfg.Wire, c.shadow.Way()))
 	}
 }
 

@@ -12,13 +12,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 )
 
 const (
-	// Upgrade is what the laptop asks for, by a GET of "/".
-	Upgrade = "culvert-ssh"
-
 	// strangerLimit is how long a connection may take to show the right key.
 	strangerLimit = 10 * time.Second
 	maxStrangers  = 64
@@ -56,7 +53,7 @@ func (d *door) known(c net.Conn) {
 // answer reads one request and does what it asks for. There is no http.Server,
 // because a connection is to be bounded as a whole until it has shown a key, and
 // because nothing here is asked twice on one connection.
-func (s *Shadow) answer(ctx, wires context.Context, conn net.Conn, id sshchan.Identity) {
+func (s *Shadow) answer(ctx, connected context.Context, conn net.Conn, keys wires.Keys) {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	s.door.enter(conn)
@@ -69,11 +66,15 @@ func (s *Shadow) answer(ctx, wires context.Context, conn net.Conn, id sshchan.Id
 	case req.Method == http.MethodGet && req.URL.Path == "/healthz":
 		respond(conn, http.StatusOK, "ok\n")
 	case req.Method == http.MethodGet && req.URL.Path == "/" && wantsUpgrade(req.Header):
-		if s.leaving.Load() {
+		wire := wires.Asked(req.Header.Get("Upgrade"))
+		switch {
+		case wire == "":
+			respond(conn, http.StatusNotImplemented, "this shadow knows no such wire\n")
+		case s.leaving.Load():
 			respond(conn, http.StatusServiceUnavailable, isLeaving+"\n")
-			return
+		default:
+			s.wire(connected, conn, r, wire, keys)
 		}
-		s.wire(wires, conn, r, id)
 	default:
 		respond(conn, http.StatusNotFound, "not found\n")
 	}
@@ -81,8 +82,7 @@ func (s *Shadow) answer(ctx, wires context.Context, conn net.Conn, id sshchan.Id
 
 func wantsUpgrade(h http.Header) bool {
 	connection := strings.Split(strings.ToLower(strings.Join(h.Values("Connection"), ",")), ",")
-	asks := slices.ContainsFunc(connection, func(s string) bool { return strings.TrimSpace(s) == "upgrade" })
-	return asks && strings.EqualFold(h.Get("Upgrade"), Upgrade)
+	return slices.ContainsFunc(connection, func(s string) bool { return strings.TrimSpace(s) == "upgrade" })
 }
 
 func respond(w io.Writer, status int, text string) {
@@ -95,9 +95,9 @@ func respond(w io.Writer, status int, text string) {
 	_ = resp.Write(w) // who hung up needs no answer
 }
 
-// wire hands conn over to SSH, until it is gone.
-func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, id sshchan.Identity) {
-	_, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+Upgrade+"\r\n\r\n")
+// wire serves what was asked for on conn, until that is gone.
+func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, wire wires.Wire, keys wires.Keys) {
+	_, err := io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+wire.Upgrade()+"\r\n\r\n")
 	if err != nil {
 		return
 	}
@@ -110,10 +110,10 @@ func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, id ss
 			_ = conn.SetDeadline(time.Time{})
 			s.door.known(conn)
 			s.door.wires.Add(1)
-			s.cfg.Log.Info("wire opened", "remote", conn.RemoteAddr())
+			s.cfg.Log.Info("wire opened", "wire", wire, "remote", conn.RemoteAddr())
 		})
 	}
-	err = sshchan.Serve(ctx, &early{conn, r}, sshchan.Config{Identity: id, OnAlive: alive, Log: s.cfg.Log}, s.network)
+	err = wire.Serve(ctx, &early{conn, r}, wires.Config{Keys: keys, OnAlive: alive, Log: s.cfg.Log}, s.network)
 	stranger := false
 	known.Do(func() { stranger = true })
 	if stranger {

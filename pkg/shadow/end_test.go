@@ -94,7 +94,7 @@ func TestEndRefused(t *testing.T) {
 func TestKeysThemselves(t *testing.T) {
 	host, _ := keys(t)
 	_, laptop := keys(t)
-	if _, err := (Config{Keys: &Keys{host, laptop}, KeysDir: "/nowhere"}).identity(); err != nil {
+	if _, err := (Config{Keys: &Keys{host, laptop}, KeysDir: "/nowhere"}).keys(); err != nil {
 		t.Error(err)
 	}
 	if err := New(Config{Listen: "127.0.0.1:0", Keys: &Keys{}}).Run(t.Context()); err == nil {

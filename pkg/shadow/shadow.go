@@ -43,7 +43,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/router"
 )
 
@@ -150,7 +150,7 @@ var (
 // and Heal has succeeded; then it returns nil. After ctx a router goes on for as
 // long as it has connections, but not for long.
 func (s *Shadow) Run(ctx context.Context) error {
-	id, err := s.cfg.identity()
+	keys, err := s.cfg.keys()
 	if err != nil {
 		return err
 	}
@@ -166,7 +166,7 @@ func (s *Shadow) Run(ctx context.Context) error {
 	s.bound <- ln.Addr()
 	s.pulse.beat()
 	defer s.network.wait()
-	err = s.serve(ctx, ln, control, id)
+	err = s.serve(ctx, ln, control, keys)
 	if errors.Is(err, errLapsed) || errors.Is(err, errLeft) {
 		return nil
 	}
@@ -174,16 +174,16 @@ func (s *Shadow) Run(ctx context.Context) error {
 }
 
 // serve runs the parts. All end with life; wires may have to end before.
-func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, id sshchan.Identity) error {
+func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, keys wires.Keys) error {
 	g, life := errgroup.WithContext(s.lifetime(ctx))
-	wires, hangUp := context.WithCancel(life)
+	connected, hangUp := context.WithCancel(life)
 	defer hangUp()
 	working, stop := context.WithCancel(life)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)()
 	g.Go(func() error { <-life.Done(); return ln.Close() })
 	g.Go(func() error { return s.control(life, control) })
-	g.Go(func() error { return s.accept(life, wires, ln, id) })
+	g.Go(func() error { return s.accept(life, connected, ln, keys) })
 	g.Go(func() error { return s.outlive(working) })
 	if s.router != nil {
 		g.Go(func() error { return s.route(life) })
@@ -207,31 +207,31 @@ func (s *Shadow) lifetime(ctx context.Context) context.Context {
 	return context.WithoutCancel(ctx)
 }
 
-func (c Config) identity() (sshchan.Identity, error) {
+func (c Config) keys() (wires.Keys, error) {
 	if c.Keys == nil {
-		return readIdentity(c.KeysDir)
+		return readKeys(c.KeysDir)
 	}
-	return sshchan.ParseIdentity(c.Keys.Host, c.Keys.Authorized)
+	return wires.ParseKeys(c.Keys.Host, c.Keys.Authorized)
 }
 
-func readIdentity(dir string) (sshchan.Identity, error) {
+func readKeys(dir string) (wires.Keys, error) {
 	private, err := os.ReadFile(filepath.Join(dir, "host_key"))
 	if err != nil {
-		return sshchan.Identity{}, fmt.Errorf("read keys: %w", err)
+		return wires.Keys{}, fmt.Errorf("read keys: %w", err)
 	}
 	peer, err := os.ReadFile(filepath.Join(dir, "authorized_key"))
 	if err != nil {
-		return sshchan.Identity{}, fmt.Errorf("read keys: %w", err)
+		return wires.Keys{}, fmt.Errorf("read keys: %w", err)
 	}
-	id, err := sshchan.ParseIdentity(private, peer)
+	keys, err := wires.ParseKeys(private, peer)
 	if err != nil {
-		return sshchan.Identity{}, fmt.Errorf("read keys in %s: %w", dir, err)
+		return wires.Keys{}, fmt.Errorf("read keys in %s: %w", dir, err)
 	}
-	return id, nil
+	return keys, nil
 }
 
 // accept serves connections until ctx ends, and returns when they are gone.
-func (s *Shadow) accept(ctx, wires context.Context, ln net.Listener, id sshchan.Identity) error {
+func (s *Shadow) accept(ctx, connected context.Context, ln net.Listener, keys wires.Keys) error {
 	var all sync.WaitGroup
 	defer all.Wait()
 	for {
@@ -249,7 +249,7 @@ func (s *Shadow) accept(ctx, wires context.Context, ln net.Listener, id sshchan.
 			pause(ctx, 100*time.Millisecond)
 			continue
 		}
-		all.Go(func() { s.answer(ctx, wires, conn, id) })
+		all.Go(func() { s.answer(ctx, connected, conn, keys) })
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 )
 
 const (
@@ -36,7 +37,8 @@ type pod struct {
 	t      *testing.T
 	shadow *Shadow
 	addr   string
-	laptop sshchan.Identity
+	public []byte // of its key
+	laptop wires.Keys
 	stop   context.CancelFunc
 	ended  chan error
 }
@@ -50,13 +52,13 @@ func keys(t *testing.T) (private, public []byte) {
 	return private, public
 }
 
-func identity(t *testing.T, private, peer []byte) sshchan.Identity {
+func parsed(t *testing.T, private, peer []byte) wires.Keys {
 	t.Helper()
-	id, err := sshchan.ParseIdentity(private, peer)
+	keys, err := wires.ParseKeys(private, peer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return id
+	return keys
 }
 
 // start runs a shadow on loopback. Its inner network may be reached at
@@ -75,7 +77,7 @@ func start(t *testing.T, cfg Config) *pod {
 		cfg.Network = cluster{&channel.Host{}}
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	p := &pod{t: t, shadow: New(cfg), laptop: identity(t, key, hostPub), stop: stop, ended: make(chan error, 1)}
+	p := &pod{t: t, shadow: New(cfg), public: hostPub, laptop: parsed(t, key, hostPub), stop: stop, ended: make(chan error, 1)}
 	p.shadow.retry = time.Millisecond
 	go func() { p.ended <- p.shadow.Run(ctx) }()
 	p.addr = (<-p.shadow.bound).String()
@@ -107,26 +109,30 @@ func (p *pod) dial() net.Conn {
 	return c
 }
 
-const upgrade = "GET / HTTP/1.1\r\nHost: pod\r\nConnection: keep-alive, Upgrade\r\nUpgrade: culvert-ssh\r\n\r\n"
+func upgrade(w wires.Wire) string {
+	return "GET / HTTP/1.1\r\nHost: pod\r\nConnection: keep-alive, Upgrade\r\nUpgrade: " + w.Upgrade() + "\r\n\r\n"
+}
 
-// switched asks for the upgrade.
-func (p *pod) switched() net.Conn {
+// switched asks for a wire.
+func (p *pod) switched(w wires.Wire) net.Conn {
 	p.t.Helper()
 	c := p.dial()
-	io.WriteString(c, upgrade)
+	io.WriteString(c, upgrade(w))
 	r := bufio.NewReader(c)
 	resp, err := http.ReadResponse(r, nil)
-	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Upgrade") != Upgrade {
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Upgrade") != w.Upgrade() {
 		p.t.Fatalf("upgrade: %v, %v", resp, err)
 	}
 	return &early{c, r}
 }
 
-// open opens a wire that keeps itself alive every so often.
-func (p *pod) open(keepalive time.Duration) channel.Channel {
+// open opens a wire with so many signs of life.
+func (p *pod) open(beat time.Duration) channel.Channel { return p.openOne(wires.TLS, beat) }
+
+func (p *pod) openOne(w wires.Wire, beat time.Duration) channel.Channel {
 	p.t.Helper()
-	c := p.switched()
-	ch, err := sshchan.Dial(p.t.Context(), c, sshchan.Config{Identity: p.laptop, Keepalive: keepalive})
+	c := p.switched(w)
+	ch, err := w.Dial(p.t.Context(), c, wires.Config{Keys: p.laptop, Beat: beat})
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -199,7 +205,7 @@ func TestWireReachesTheCluster(t *testing.T) {
 func TestUpgradeWithEarlyBytes(t *testing.T) {
 	p := start(t, Config{Grace: long})
 	c := p.dial()
-	io.WriteString(c, upgrade+"SSH-2.0-culvert\r\n")
+	io.WriteString(c, upgrade(wires.SSH)+"SSH-2.0-culvert\r\n")
 	r := bufio.NewReader(c)
 	if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 101 {
 		t.Fatalf("%v, %v", resp, err)
@@ -223,7 +229,7 @@ func TestRequests(t *testing.T) {
 		"GET / HTTP/1.1\r\nHost: x\r\n\r\n":                                   404,
 		"GET /info HTTP/1.1\r\nHost: " + controlHost + "\r\n\r\n":             404,
 		"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n":      404,
-		"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n": 404,
+		"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n": 501,
 		"GET / HTTP/1.1\r\nUpgrade: culvert-ssh\r\nHost: x\r\n\r\n":           404,
 		"SSH-2.0-culvert\r\n\r\n":                                             0,
 		"GET / HTTP/1.1\r\nX: " + strings.Repeat("x", maxHeader) + "\r\n\r\n": 0,
@@ -244,17 +250,20 @@ func TestInfo(t *testing.T) {
 	p := start(t, Config{Grace: long, Version: "v9"})
 	p.shadow.network.resolv = parseResolvConf([]byte("nameserver 10.96.0.10\nsearch shop.svc.cluster.local svc.cluster.local\n"))
 	port := echo(t)
-	wire := p.open(time.Second)
+	wire, other := p.open(time.Second), p.openOne(wires.SSH, time.Second)
 	c, err := wire.DialContext(t.Context(), "tcp", net.JoinHostPort(clusterIP, port))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if info, err := Ask(t.Context(), other); err != nil || info.Wires != 2 {
+		t.Errorf("over the other wire: %+v, %v", info, err)
 	}
 	info, err := Ask(t.Context(), wire)
 	if err != nil {
 		t.Fatal(err)
 	}
 	hostname, _ := os.Hostname()
-	if info.Version != "v9" || info.Hostname != hostname || info.Flows != 1 || info.Wires != 1 || info.Uptime <= 0 {
+	if info.Version != "v9" || info.Hostname != hostname || info.Flows != 1 || info.Wires != 2 || info.Uptime <= 0 {
 		t.Errorf("info %+v", info)
 	}
 	if !reflect.DeepEqual(info.ResolvConf, p.shadow.network.resolv) {
@@ -281,28 +290,26 @@ func TestWrongKeyIsRefused(t *testing.T) {
 	var healed atomic.Int32
 	p := start(t, Config{Grace: 500 * time.Millisecond, Heal: func(context.Context) error { healed.Add(1); return nil }})
 	stranger, _ := keys(t)
-	id := p.laptop
-	id.Key = identity(t, stranger, mustPublic(t)).Key
-	for healed.Load() == 0 { // strangers are no sign of life
+	id := parsed(t, stranger, p.public)
+	for i := 0; healed.Load() == 0; i++ { // strangers are no sign of life
+		w := []wires.Wire{wires.TLS, wires.SSH}[i%2]
 		c, err := net.Dial("tcp", p.addr)
 		if err != nil {
 			break
 		}
-		io.WriteString(c, upgrade)
+		io.WriteString(c, upgrade(w))
 		r := bufio.NewReader(c)
 		if _, err := http.ReadResponse(r, nil); err != nil {
 			c.Close()
 			break
 		}
-		if _, err := sshchan.Dial(t.Context(), &early{c, r}, sshchan.Config{Identity: id}); err == nil {
+		if _, err := w.Dial(t.Context(), &early{c, r}, wires.Config{Keys: id}); err == nil {
 			t.Fatal("a stranger was let in")
 		}
 		c.Close()
 	}
 	p.end()
 }
-
-func mustPublic(t *testing.T) []byte { _, pub := keys(t); return pub }
 
 func TestSilenceHealsOnce(t *testing.T) {
 	var healed atomic.Int32
@@ -403,7 +410,7 @@ func TestSlowStrangersDoNotKeepTheLaptopOut(t *testing.T) {
 	var slow []net.Conn
 	for i := range 2 * maxStrangers {
 		c := p.dial()
-		io.WriteString(c, upgrade[:10+i%30])
+		io.WriteString(c, upgrade(wires.TLS)[:10+i%30])
 		slow = append(slow, c)
 	}
 	if _, err := Ask(t.Context(), p.open(time.Second)); err != nil {
@@ -435,7 +442,7 @@ func TestStopEndsEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.dial() // says nothing
-	p.switched()
+	p.switched(wires.TLS)
 	p.stop()
 	p.end()
 	if _, err := io.ReadAll(c); err == nil {

@@ -48,8 +48,8 @@ func main() {
 	last.Store(int64(time.Since(start)))
 	http.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {})
 	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Upgrade") != "culvert-ssh" {
-			http.Error(w, "upgrade to culvert-ssh", http.StatusUpgradeRequired)
+		if r.Header.Get("Upgrade") != "culvert-tls" {
+			http.Error(w, "upgrade to culvert-tls", http.StatusUpgradeRequired)
 			return
 		}
 		conn, buf, err := w.(http.Hijacker).Hijack()
@@ -59,7 +59,7 @@ func main() {
 		defer conn.Close()
 		open.Add(1)
 		defer func() { open.Add(-1); last.Store(int64(time.Since(start))) }()
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: culvert-ssh\r\n\r\n")
+		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: culvert-tls\r\n\r\n")
 		serve(conn, buf)
 	})
 	for _, text := range routes {
