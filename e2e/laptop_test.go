@@ -244,6 +244,7 @@ type status struct {
 	Wire    struct {
 		Up        bool
 		Kind, Way string
+		NotDirect string
 		RTT       string
 		Reopened  int
 	}

@@ -24,6 +24,13 @@ type KeepConfig struct {
 	Beside                 func(ctx context.Context) (Channel, error)
 	Silence, BesideTimeout time.Duration
 
+	// Better, if set, makes a wire that is to be preferred to those of Open and
+	// Beside. It is tried when one of those is up, again after BetterEvery, and then
+	// after twice as long each time up to ten times that; a better wire that was lost
+	// early counts as a failure. Its ctx ends after BetterTimeout. Zero means 30 s and 5 s.
+	Better                     func(ctx context.Context) (Channel, error)
+	BetterEvery, BetterTimeout time.Duration
+
 	// Between failed attempts Keep waits, with jitter, MinBackoff at first and
 	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
 	MinBackoff, MaxBackoff time.Duration
@@ -43,6 +50,8 @@ type KeepState struct {
 	Reopened int           // wires opened after the first
 	Err      error         // what went wrong last: kept while up, for people to read
 	RTT      time.Duration // of the wire, where it measures one; 0: unknown
+	Better   bool          // the wire is one of Better
+	NoBetter error         // why not, where that was tried
 }
 
 // Keep is a Channel that opens itself again. It never gives up: while the wire
@@ -67,6 +76,10 @@ type Keep struct {
 	wire  *keptWire     // nil while down
 	next  chan struct{} // closed when wire is set
 
+	sought int       // attempts at a better wire, since one was good for long
+	seekAt time.Time // not before
+	found  time.Time // when the last better wire came up; zero: it has been thought of
+
 	told KeepState // what OnState has heard last; Run's own
 }
 
@@ -79,6 +92,7 @@ type keptWire struct {
 	age     context.CancelFunc
 	gone    chan struct{} // closed when Wait has returned
 	err     error         // of Wait; after gone
+	better  bool
 }
 
 var _ Channel = (*Keep)(nil)
@@ -90,6 +104,8 @@ func NewKeep(cfg KeepConfig) *Keep {
 	orDuration(&cfg.MaxBackoff, 5*time.Second)
 	orDuration(&cfg.Silence, 3*time.Second)
 	orDuration(&cfg.BesideTimeout, 2*time.Second)
+	orDuration(&cfg.BetterEvery, 30*time.Second)
+	orDuration(&cfg.BetterTimeout, 5*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -162,10 +178,10 @@ func (k *Keep) life(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
-	for {
-		w := k.begin(ctx, ch)
+	for better := false; ; {
+		w := k.begin(ctx, ch, better)
 		k.up(w)
-		if ch = k.beside(ctx, w); ch == nil {
+		if ch, better = k.successor(ctx, w); ch == nil {
 			<-w.gone
 			return w.err
 		}
@@ -179,8 +195,8 @@ func (k *Keep) open(ctx context.Context, limit time.Duration, how func(context.C
 }
 
 // begin follows a wire to its end.
-func (k *Keep) begin(ctx context.Context, ch Channel) *keptWire {
-	w := &keptWire{Channel: ch, gone: make(chan struct{})}
+func (k *Keep) begin(ctx context.Context, ch Channel, better bool) *keptWire {
+	w := &keptWire{Channel: ch, gone: make(chan struct{}), better: better}
 	w.present, w.past = context.WithCancel(context.Background())
 	w.aging, w.age = context.WithCancel(context.Background())
 	k.wg.Go(func() {
@@ -224,6 +240,9 @@ func (k *Keep) up(w *keptWire) {
 		close(k.next)
 		k.state.Up, k.state.Since = true, time.Now()
 	}
+	if k.state.Better = w.better; w.better {
+		k.state.NoBetter, k.found = nil, time.Now()
+	}
 	s := k.state
 	k.mu.Unlock()
 	if before != nil {
@@ -239,7 +258,7 @@ func (k *Keep) down(err error) {
 	if k.wire != nil {
 		k.wire.past()
 		k.wire, k.next = nil, make(chan struct{})
-		k.state.Up, k.state.Since = false, time.Now()
+		k.state.Up, k.state.Since, k.state.Better = false, time.Now(), false
 	}
 	k.state.Err = err
 	s := k.state

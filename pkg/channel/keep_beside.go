@@ -19,25 +19,35 @@ type Silent interface {
 	Retire()
 }
 
-// beside waits until w is gone, or was silent or is to be renewed, and another wire is
-// open beside it.
-func (k *Keep) beside(ctx context.Context, w *keptWire) Channel {
+// successor waits until w is gone, or was silent or is to be renewed and another wire
+// is open beside it, or a better one is.
+func (k *Keep) successor(ctx context.Context, w *keptWire) (ch Channel, better bool) {
 	s, ok := w.Channel.(Silent)
-	if !ok || k.cfg.Beside == nil {
-		return nil
+	if !ok {
+		return nil, false
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	found := k.seek(ctx, w)
 	for {
+		var silent <-chan time.Time
+		var aged <-chan struct{}
+		if k.cfg.Beside != nil {
+			silent, aged = time.After(k.cfg.Silence-s.Silence()), w.aging.Done()
+		}
 		select {
-		case <-time.After(k.cfg.Silence - s.Silence()):
-		case <-w.aging.Done():
+		case ch := <-found:
+			return ch, true
+		case <-silent:
+		case <-aged:
 		case <-w.gone:
-			return nil
+			return nil, false
 		}
 		if !k.wanting(w, s) {
 			continue
 		}
 		if ch := k.attempts(ctx, w, s); ch != nil {
-			return ch
+			return ch, false
 		}
 	}
 }

@@ -162,3 +162,14 @@ func TestInterruptible(t *testing.T) {
 	}
 	<-hurry
 }
+
+func TestEndpoint(t *testing.T) {
+	for text, good := range map[string]bool{
+		"": true, "auto": true, "node7": true, "203.0.113.7": true, "fd00::1": true, "node7:30000": true, "[fd00::1]:30000": true,
+		":30000": false, "node7:http": false, "node7:0": false, "node7:99999": false, "[fd00::1]": false, "https://node7": false, "a b": false,
+	} {
+		if got, err := endpoint(text); good != (err == nil) || good && got != text {
+			t.Errorf("%q: %q, %v", text, got, err)
+		}
+	}
+}

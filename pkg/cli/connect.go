@@ -3,9 +3,12 @@ package cli
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -37,6 +40,7 @@ func (a *app) connectCommand() *cobra.Command {
 	f := c.Flags()
 	f.StringSliceVar(&o.include, "include", nil, "address range to route to the cluster as well (repeatable)")
 	f.StringSliceVar(&o.exclude, "exclude", nil, "address range never to route to the cluster (repeatable)")
+	f.StringVar(&o.endpoint, "endpoint", "", "where to reach the shadow past the API server, when it can: auto (a port of its node), HOST or HOST:PORT")
 	o.flags(a, c, "shadow")
 	return c
 }
@@ -44,11 +48,15 @@ func (a *app) connectCommand() *cobra.Command {
 type connectOptions struct {
 	farOptions
 	include, exclude []string
+	endpoint         string
 }
 
 // config checks what was typed.
 func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	if cfg.FarEnd, err = o.farEnd(); err != nil {
+		return cfg, err
+	}
+	if cfg.Endpoint, err = endpoint(o.endpoint); err != nil {
 		return cfg, err
 	}
 	if cfg.Include, err = parsePrefixes("--include", o.include); err != nil {
@@ -59,6 +67,18 @@ func (o connectOptions) config() (cfg session.ConnectConfig, err error) {
 	}
 	cfg.Exclude, err = parsePrefixes("--exclude", o.exclude)
 	return cfg, err
+}
+
+// endpoint is an address or a name, and a port if there is one.
+func endpoint(text string) (string, error) {
+	host, port, err := net.SplitHostPort(text)
+	if err != nil {
+		host, port = text, "1"
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); text != "" && (host == "" || err != nil || n == 0 || strings.ContainsAny(host, "/ [")) {
+		return "", usage(fmt.Errorf("--endpoint is auto, HOST or HOST:PORT, not %q", text))
+	}
+	return text, nil
 }
 
 // parsePrefixes takes ranges and single addresses.

@@ -172,6 +172,9 @@ func wireLine(w session.WireStatus) string {
 	if w.Reopened > 0 {
 		line += fmt.Sprintf(", opened again %d times", w.Reopened)
 	}
+	if w.NotDirect != "" {
+		line += ", and not past the API server: " + w.NotDirect
+	}
 	if !w.Up && w.LastError != "" {
 		line += ": " + w.LastError
 	}

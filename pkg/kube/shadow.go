@@ -39,6 +39,8 @@ type Shadow struct {
 	noIDs   bool // the cluster refuses a user and groups that it has not chosen
 	ways    ways
 
+	published published
+
 	router   bool
 	joined   bool              // somebody else made it
 	service  string            // whose traffic the router takes
@@ -172,7 +174,8 @@ func (s *Shadow) createByDeployment(ctx context.Context, o *objects, open bool) 
 	if err != nil {
 		return err
 	}
-	o.ownedBy(refTo("coordination.k8s.io/v1", "Lease", root))
+	s.published.made(refTo("coordination.k8s.io/v1", "Lease", root))
+	o.ownedBy(s.published.root)
 	grants := func(step func() error) error {
 		if s.mode == ByBareDeployment {
 			return nil
@@ -219,7 +222,8 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 	if err != nil {
 		return err
 	}
-	o.ownedBy(refTo("batch/v1", "Job", root))
+	s.published.made(refTo("batch/v1", "Job", root))
+	o.ownedBy(s.published.root)
 	err = together(
 		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
 		func() error {

@@ -31,11 +31,11 @@ import (
 // 101, and from there on the bytes are the wire's.
 type Way string
 
-// A Path is a Way, "" for the best that works, and what wire to ask for at its end:
-// the Upgrade header's value.
+// A Path is how to get to a shadow.
 type Path struct {
-	Way     Way
-	Upgrade string
+	Way      Way    // "" is the best that works
+	Upgrade  string // what wire to ask for there: the header's value
+	Endpoint string // past the API server: Auto, HOST, HOST:PORT, or "" for never
 }
 
 // The ways, the best first (measured: the first has 2 to 5 times the throughput
@@ -64,6 +64,13 @@ func (w *ways) list() []Way {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]Way(nil), w.order...)
+}
+
+// arrived notes a way as the last one.
+func (w *ways) arrived(way Way) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.last = way
 }
 
 // worked moves a way to the front.
@@ -126,7 +133,7 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	return s.cluster.dialPod(ctx, &s.ways, door{pod, port, s.cfg.Path.Upgrade})
+	return s.cluster.dialPod(ctx, &s.ways, door{pod.Name, port, s.cfg.Path.Upgrade})
 }
 
 // A door is where a shadow in a pod is dialled, and what is asked for there.
@@ -161,14 +168,14 @@ func notReached(err error) bool {
 	return errors.As(err, &op) && op.Op == "dial"
 }
 
-// readyPod is the name of the pod to dial: after a replacement, the new one.
-func (s *Shadow) readyPod(ctx context.Context) (string, error) {
+// readyPod is the pod to dial: after a replacement, the new one.
+func (s *Shadow) readyPod(ctx context.Context) (*corev1.Pod, error) {
 	ask, cancel := context.WithTimeout(ctx, askLimit)
 	defer cancel()
 	list, err := s.cluster.client.CoreV1().Pods(s.cluster.Namespace).
 		List(ask, metav1.ListOptions{LabelSelector: s.podSelector(s.pod)})
 	if err != nil {
-		return "", fmt.Errorf("find the shadow's pod in namespace %s: %w", s.cluster.Namespace, sorted(err))
+		return nil, fmt.Errorf("find the shadow's pod in namespace %s: %w", s.cluster.Namespace, sorted(err))
 	}
 	var newest *corev1.Pod
 	for i := range list.Items {
@@ -178,10 +185,10 @@ func (s *Shadow) readyPod(ctx context.Context) (string, error) {
 		}
 	}
 	if newest == nil {
-		return "", s.noPod(ctx, len(list.Items))
+		return nil, s.noPod(ctx, len(list.Items))
 	}
 	s.ways.seen(newest.Name)
-	return newest.Name, nil
+	return newest, nil
 }
 
 // noPod tells a pod that is not ready from a session that is over.

@@ -27,6 +27,8 @@ type ConnectConfig struct {
 
 	FarEnd
 
+	Endpoint string // where the wire goes past the API server, as kube.Path has it
+
 	// Include and Exclude are added to, and cut out of, what is found.
 	Include, Exclude []netip.Prefix
 

@@ -268,7 +268,7 @@ func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
-	x.keep = x.keepOpen(x.dialWire, x.dialBeside, x.wireChanged)
+	x.keep = x.keepOpen(channel.KeepConfig{Open: x.dialWire, Beside: x.dialBeside, OnState: x.wireChanged})
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}

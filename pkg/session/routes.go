@@ -54,8 +54,28 @@ func (c *Connect) pin(ctx context.Context) error {
 	for _, u := range upstreams {
 		pinned = append(pinned, u.Addr())
 	}
-	c.plan.pinned = pinned
-	return nil
+	endpoint, err := c.endpointAddrs(ctx)
+	c.plan.pinned = append(pinned, endpoint...)
+	return err
+}
+
+// endpointAddrs are those of a host that the person has named.
+func (c *Connect) endpointAddrs(ctx context.Context) ([]netip.Addr, error) {
+	host := c.cfg.Endpoint
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	if host == "" || host == kube.Auto {
+		return nil, nil
+	}
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, fmt.Errorf("look up the endpoint: %w", err)
+	}
+	for i, a := range addrs {
+		addrs[i] = a.Unmap()
+	}
+	return addrs, nil
 }
 
 // readRoutes reads the cluster's ranges, and fails where this machine uses them.

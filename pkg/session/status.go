@@ -92,6 +92,7 @@ type WireStatus struct {
 	RTT       string    `json:"rtt,omitempty"`
 	Reopened  int       `json:"reopened"`
 	LastError string    `json:"lastError,omitempty"`
+	NotDirect string    `json:"notDirect,omitempty"` // why not past the API server, where that is wanted
 }
 
 // FlowStatus counts what is open now, and bytes since the start.

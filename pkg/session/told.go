@@ -117,6 +117,9 @@ func wireStatus(k channel.KeepState, kind wires.Wire, way kube.Way) WireStatus {
 	if k.RTT > 0 {
 		w.RTT = k.RTT.Round(10 * time.Microsecond).String()
 	}
+	if k.NoBetter != nil {
+		w.NotDirect = k.NoBetter.Error()
+	}
 	if k.Err != nil {
 		w.LastError = k.Err.Error()
 	}

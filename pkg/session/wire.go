@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -51,8 +52,10 @@ func (c *Connect) createShadow(ctx context.Context) (string, error) {
 	if c.keys, err = newKeys(c.id); err != nil {
 		return "", err
 	}
+	to := c.cfg.path()
+	to.Endpoint = c.cfg.Endpoint
 	c.shadow = c.cfg.Cluster.NewShadow(kube.ShadowConfig{
-		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Path: c.cfg.path(),
+		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Path: to,
 		HostKey: c.keys.shadowKey, AuthorizedKey: c.keys.laptopPublic,
 	}, c.rights)
 	c.undo.add("remove the shadow", c.shadow.Delete)
@@ -68,7 +71,11 @@ func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
 }
 
 func (c *Connect) openWire(ctx context.Context) (string, error) {
-	c.keep = c.keepOpen(c.dialWire, c.dialBeside, c.wireChanged)
+	how := channel.KeepConfig{Open: c.dialWire, Beside: c.dialBeside, OnState: c.wireChanged}
+	if c.cfg.Endpoint != "" {
+		how.Better = c.dialDirect
+	}
+	c.keep = c.keepOpen(how)
 	if err := ready(ctx, c.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the shadow: %w", err)
 	}
@@ -80,11 +87,10 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 	return fmt.Sprintf("wire open: %s through %s", c.cfg.Wire, c.shadow.Way()), nil
 }
 
-type opener = func(context.Context) (channel.Channel, error)
-
 // keepOpen keeps a wire open until that is undone.
-func (c *course) keepOpen(open, beside opener, changed func(channel.KeepState)) *channel.Keep {
-	keep := channel.NewKeep(channel.KeepConfig{Open: open, OpenTimeout: reopenLimit, Beside: beside, OnState: changed, Log: c.log})
+func (c *course) keepOpen(how channel.KeepConfig) *channel.Keep {
+	how.OpenTimeout, how.Log = reopenLimit, c.log
+	keep := channel.NewKeep(how)
 	c.background("wire", keep.Run)
 	c.undo.add("close the wire", func(context.Context) error {
 		err := keep.Close()
@@ -143,6 +149,22 @@ func (c *Connect) dialBeside(ctx context.Context) (channel.Channel, error) {
 	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
 }
 
+// dialDirect dials the shadow past the API server.
+func (c *Connect) dialDirect(ctx context.Context) (channel.Channel, error) {
+	conn, err := c.shadow.DialDirect(ctx, c.routed)
+	if err != nil {
+		return nil, err
+	}
+	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
+}
+
+// routed tells of addresses that the wire itself may not use.
+func (c *Connect) routed(a netip.Addr) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.routes, func(r RouteStatus) bool { return r.Prefix.Contains(a) })
+}
+
 // dialNewShadow makes the shadow again: it ends itself when this machine was
 // silent for the grace time, as after a sleep.
 func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, error) {
@@ -165,6 +187,8 @@ func (c *Connect) wireChanged(s channel.KeepState) {
 	case c.gctx.Err() != nil:
 	case !s.Up:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
+	case s.Better:
+		c.cfg.Reporter.Say(fmt.Sprintf("the wire goes past the API server now, through %s", c.shadow.Way()))
 	case s.Reopened > 0:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again: %s through %s", c.cfg.Wire, c.shadow.Way()))
 	}

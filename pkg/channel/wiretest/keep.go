@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -214,6 +216,82 @@ func testKeepPatience(t *testing.T, ends NewEnds) {
 		}
 		if err := k.Ready(context.Background()); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Ready: %v, want net.ErrClosed", err)
+		}
+	})
+}
+
+// testKeepBetter: a better wire takes over when there is one, at first and after it
+// was lost, though later and later; what is open elsewhere goes on there.
+func testKeepBetter(t *testing.T, ends NewEnds) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &road{}
+		r.ends = ends(t, Beats{})
+		l, err := r.network.Listen(t.Context(), "tcp", echoAt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go echoAll(l)
+		var mu sync.Mutex
+		var tried []time.Time
+		tries := func() []time.Time {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(tried)
+		}
+		var there atomic.Bool
+		var wire atomic.Pointer[channel.Channel] // the last better one
+		k := channel.NewKeep(channel.KeepConfig{Open: r.open, Beside: r.open, Better: func(ctx context.Context) (channel.Channel, error) {
+			mu.Lock()
+			tried = append(tried, time.Now())
+			mu.Unlock()
+			if !there.Load() {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			ch, err := r.open(ctx)
+			wire.Store(&ch)
+			return ch, err
+		}})
+		go k.Run(context.Background())
+		if err := k.Ready(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		old := dialEcho(t, k)
+		time.Sleep(20 * time.Minute)
+		if s := k.State(); s.Better || !errors.Is(s.NoBetter, context.DeadlineExceeded) || s.Reopened != 0 {
+			t.Errorf("none is there: %+v", s)
+		}
+		if at := tries(); len(at) < 5 || len(at) > 10 || at[1].Sub(at[0]) < 15*time.Second || at[len(at)-1].Sub(at[len(at)-2]) > 6*time.Minute {
+			t.Errorf("tried at %v", at)
+		}
+		there.Store(true)
+		time.Sleep(12 * time.Minute)
+		if s := k.State(); !s.Better || s.NoBetter != nil || s.Reopened != 1 {
+			t.Errorf("it is there: %+v", s)
+		}
+		exchange(t, old)
+		dialEcho(t, k).Close()
+		n := len(tries())
+		for range 2 { // the first was good for long, the second was not
+			(*wire.Load()).Close()
+			dialEcho(t, k).Close()
+			if k.State().Better {
+				t.Error("lost, and still told of")
+			}
+			time.Sleep(2 * time.Minute)
+			if s := k.State(); !s.Better || len(tries()) != n+1 {
+				t.Errorf("after %d tries %+v", len(tries())-n, s)
+			}
+			n++
+		}
+		exchange(t, old)
+		old.Close()
+		k.Close()
+		k.Wait()
+		l.Close()
+		synctest.Wait()
+		if _, served, _ := r.counts(); served != 0 {
+			t.Errorf("%d wires are left", served)
 		}
 	})
 }

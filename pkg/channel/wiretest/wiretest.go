@@ -63,6 +63,7 @@ func Run(t *testing.T, ends NewEnds) {
 		{"keep beside in vain", testKeepBesideInVain},
 		{"keep beside dead", testKeepBesideDead},
 		{"keep beside nothing open", testKeepBesideNothingOpen},
+		{"keep better", testKeepBetter},
 		{"renew", testRenew},
 		{"forward refused", testForwardRefused},
 		{"forward burst", testForwardBurst},
