@@ -92,7 +92,7 @@ func TestDialDirect(t *testing.T) {
 }
 
 func TestDialDirectRefused(t *testing.T) {
-	s, client, port := atNode(t, Auto)
+	s, _, port := atNode(t, Auto)
 	if _, err := s.DialDirect(t.Context(), func(a netip.Addr) bool { return a.IsLoopback() }); err == nil || !strings.Contains(err.Error(), "no address outside") {
 		t.Errorf("in a circle: %v", err)
 	}
@@ -101,7 +101,7 @@ func TestDialDirectRefused(t *testing.T) {
 	if _, err := s.DialDirect(t.Context(), anywhereElse); !errors.Is(err, ErrForbidden) || !strings.Contains(err.Error(), "create services in namespace dev") {
 		t.Errorf("without the right: %v", err)
 	}
-	s, client, _ = atNode(t, Auto)
+	s, client, _ := atNode(t, Auto)
 	client.PrependReactor("create", "services", func(k8stesting.Action) (bool, runtime.Object, error) {
 		return true, nil, apierrors.NewForbidden(corev1.Resource("services"), "", errors.New("exceeded quota: no-ports"))
 	})
