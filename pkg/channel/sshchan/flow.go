@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -341,9 +342,7 @@ func (f *flow) writeError(err error) error {
 
 // Close tells the other end that all was sent, unless a write is under way.
 func (f *flow) Close() error {
-	f.once.Do(func() {
-		defer f.w.Count(-1)
-		close(f.closed)
+	f.end(func() {
 		select {
 		case f.writing <- struct{}{}:
 			f.sendFin()
@@ -358,15 +357,23 @@ func (f *flow) Close() error {
 // Abort closes with the reason: the other end reads it in place of an end of
 // file.
 func (f *flow) Abort(reason error) error {
-	f.once.Do(func() {
-		defer f.w.Count(-1)
-		close(f.closed)
+	f.end(func() {
 		if f.w.ours {
 			f.ch.SendRequest(abortRequest, false, []byte(wiring.Say(reason)))
 		}
 		f.ch.Close()
 	})
 	return nil
+}
+
+// end ends it once, with a last word. A deadline would keep it in memory.
+func (f *flow) end(last func()) {
+	f.once.Do(func() {
+		defer f.w.Count(-1)
+		defer f.SetDeadline(time.Time{})
+		close(f.closed)
+		last()
+	})
 }
 
 // sendFin needs the turn to write.

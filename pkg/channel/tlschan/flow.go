@@ -137,9 +137,11 @@ func (f *flow) Abort(reason error) error {
 	return nil
 }
 
+// end ends it once, with a last word. A deadline would keep it in memory.
 func (f *flow) end(last func()) {
 	f.once.Do(func() {
 		defer f.w.Count(-1)
+		defer f.writeBy.Set(time.Time{})
 		close(f.closed)
 		last()
 	})

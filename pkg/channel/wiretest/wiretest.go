@@ -65,6 +65,7 @@ func Run(t *testing.T, ends NewEnds) {
 		{"keep beside nothing open", testKeepBesideNothingOpen},
 		{"keep better", testKeepBetter},
 		{"renew", testRenew},
+		{"churn", testChurn},
 		{"forward refused", testForwardRefused},
 		{"forward burst", testForwardBurst},
 		{"forward given up", testForwardGivenUp},
