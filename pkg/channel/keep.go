@@ -24,6 +24,10 @@ type KeepConfig struct {
 	Beside                 func(ctx context.Context) (Channel, error)
 	Silence, BesideTimeout time.Duration
 
+	// Age, if set, is how old a wire of Open or Beside becomes before Beside makes the
+	// next: load balancers and API servers end what is too old, without a word.
+	Age time.Duration
+
 	// Better, if set, makes a wire that is to be preferred to those of Open and
 	// Beside. It is tried when one of those is up, again after BetterEvery, and then
 	// after twice as long each time up to ten times that; a better wire that was lost
@@ -50,6 +54,7 @@ type KeepState struct {
 	Reopened int           // wires opened after the first
 	Err      error         // what went wrong last: kept while up, for people to read
 	RTT      time.Duration // of the wire, where it measures one; 0: unknown
+	Renewed  bool          // the wire took over from one with which nothing was wrong
 	Better   bool          // the wire is one of Better
 	NoBetter error         // why not, where that was tried
 }
@@ -202,6 +207,9 @@ func (k *Keep) begin(ctx context.Context, ch Channel, better bool) *keptWire {
 	k.wg.Go(func() {
 		defer close(w.gone)
 		defer w.age()
+		if k.cfg.Age > 0 && !better {
+			defer time.AfterFunc(k.cfg.Age, w.age).Stop()
+		}
 		defer context.AfterFunc(ctx, func() { ch.Close() })()
 		w.err = ch.Wait()
 	})
@@ -240,6 +248,7 @@ func (k *Keep) up(w *keptWire) {
 		close(k.next)
 		k.state.Up, k.state.Since = true, time.Now()
 	}
+	k.state.Renewed = before != nil && before.aging.Err() != nil
 	if k.state.Better = w.better; w.better {
 		k.state.NoBetter, k.found = nil, time.Now()
 	}

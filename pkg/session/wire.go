@@ -89,7 +89,7 @@ func (c *Connect) openWire(ctx context.Context) (string, error) {
 
 // keepOpen keeps a wire open until that is undone.
 func (c *course) keepOpen(how channel.KeepConfig) *channel.Keep {
-	how.OpenTimeout, how.Log = reopenLimit, c.log
+	how.OpenTimeout, how.Age, how.Log = reopenLimit, wireAge, c.log
 	keep := channel.NewKeep(how)
 	c.background("wire", keep.Run)
 	c.undo.add("close the wire", func(context.Context) error {
@@ -122,6 +122,9 @@ func (c *Connect) learn(info shadow.Info) {
 		c.warn("the shadow may not send echo requests here, so ping does not reach the cluster")
 	}
 }
+
+// wireAge is less than the hour after which some managed clusters end a connection.
+const wireAge = 45 * time.Minute
 
 // reopenLimit bounds one opening of the wire, with a new shadow at worst.
 const reopenLimit = 2 * time.Minute
@@ -189,7 +192,7 @@ func (c *Connect) wireChanged(s channel.KeepState) {
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
 	case s.Better:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire goes past the API server now, through %s", c.shadow.Way()))
-	case s.Reopened > 0:
+	case s.Reopened > 0 && !s.Renewed:
 		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again: %s through %s", c.cfg.Wire, c.shadow.Way()))
 	}
 }

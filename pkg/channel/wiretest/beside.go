@@ -271,6 +271,27 @@ func testRenew(t *testing.T, ends NewEnds) {
 	})
 }
 
+// testKeepAge: there is a new wire before the old one is too old, of which a flow
+// does not know.
+func testKeepAge(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, _ *channel.Keep, _ <-chan channel.KeepState) {
+		k := channel.NewKeep(channel.KeepConfig{Open: r.open, Beside: r.open, Age: time.Hour})
+		go k.Run(context.Background())
+		c := dialEcho(t, k)
+		time.Sleep(150 * time.Minute)
+		exchange(t, c)
+		if s := k.State(); s.Reopened != 2 || !s.Renewed || s.Err != nil {
+			t.Errorf("state %+v", s)
+		}
+		if _, served, _ := r.counts(); served != 3 { // the other Keep's, that of the flow, and the present one
+			t.Errorf("%d served", served)
+		}
+		c.Close()
+		k.Close()
+		k.Wait()
+	})
+}
+
 // testKeepBesideDead: a wire that is not heard again takes what is open with it.
 func testKeepBesideDead(t *testing.T, ends NewEnds) {
 	onRoad(t, ends, func(t *testing.T, r *road, k *channel.Keep, _ <-chan channel.KeepState) {

@@ -64,6 +64,7 @@ func Run(t *testing.T, ends NewEnds) {
 		{"keep beside dead", testKeepBesideDead},
 		{"keep beside nothing open", testKeepBesideNothingOpen},
 		{"keep better", testKeepBetter},
+		{"keep age", testKeepAge},
 		{"renew", testRenew},
 		{"churn", testChurn},
 		{"forward refused", testForwardRefused},
