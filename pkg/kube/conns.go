@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
 // conns are the open connections to the API server. The transports below
@@ -36,6 +38,9 @@ func (c *conns) dialApart(ctx context.Context, network, address string) (net.Con
 
 func (c *conns) begin(ctx context.Context, network, address string, pooled bool) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}
+	if !pooled {
+		dialer.Control = channel.Congestion
+	}
 	raw, err := dialer.DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err

@@ -154,7 +154,7 @@ func (s *Shadow) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ln, err := net.Listen("tcp", s.cfg.Listen)
+	ln, err := (&net.ListenConfig{Control: channel.Congestion}).Listen(ctx, "tcp", s.cfg.Listen)
 	if err != nil {
 		return fmt.Errorf("listen for wires: %w", err)
 	}
