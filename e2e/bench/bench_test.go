@@ -122,6 +122,13 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+func TestMissing(t *testing.T) {
+	err := missing([]path{{needs: []string{"sh", "no-such-program"}}, {needs: []string{"no-such-program"}}})
+	if err == nil || strings.Count(err.Error(), "no-such-program") != 1 || strings.Contains(err.Error(), "sh,") {
+		t.Error(err)
+	}
+}
+
 // A condition of nothing needs nothing; only netem can lose.
 func TestLink(t *testing.T) {
 	l, err := openLink("", condition{}, false)

@@ -127,6 +127,9 @@ func benchMain(ctx context.Context, args []string) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("must run as root, to make network namespaces")
 	}
+	if err := missing(o.paths); err != nil {
+		return err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return err

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +16,7 @@ import (
 // A path is one way from the laptop to the service. Each opens on a link, alone.
 type path struct {
 	name, what string
+	needs      []string // programs
 	open       func(self string, l *link) (*tunnel, error)
 }
 
@@ -24,14 +27,39 @@ type tunnel struct {
 	undo      func() error
 }
 
+const sshd = "/usr/sbin/sshd" // by its whole path, for it starts itself again
+
+var openSSHTools = []string{"ssh", sshd}
+
+// tools are needed by the bench itself.
+var tools = []string{"ip", "ss", "tc", "sysctl", "iperf3"}
+
+// missing are the programs that are not there.
+func missing(paths []path) error {
+	wanted := slices.Clone(tools)
+	for _, p := range paths {
+		wanted = append(wanted, p.needs...)
+	}
+	var names []string
+	for _, name := range wanted {
+		if _, err := exec.LookPath(name); err != nil && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	return fmt.Errorf("no %s here (apt-get install iproute2 procps iperf3 openssh-server sshuttle nftables)", strings.Join(names, ", "))
+}
+
 // paths are in the order of the table. A wire more is a line more here, and one
 // in wires.
 var paths = []path{
-	{"direct", "routed packets, no tunnel", openDirect},
-	{"ssh", "OpenSSH ssh -L with its defaults, no TUN", openSSH()},
-	{"ssh-gcm", "OpenSSH ssh -L with aes128-gcm, no TUN", openSSH("-c", "aes128-gcm@openssh.com")},
-	{"sshuttle", "sshuttle as Debian has it, method nft", openSshuttle},
-	{"culvert-ssh", "culvert's TUN, netstack and SSH wire", openCulvert("ssh")},
+	{"direct", "routed packets, no tunnel", nil, openDirect},
+	{"ssh", "OpenSSH ssh -L with its defaults, no TUN", openSSHTools, openSSH()},
+	{"ssh-gcm", "OpenSSH ssh -L with aes128-gcm, no TUN", openSSHTools, openSSH("-c", "aes128-gcm@openssh.com")},
+	{"sshuttle", "sshuttle as Debian has it, method nft", append([]string{"sshuttle", "nft"}, openSSHTools...), openSshuttle},
+	{"culvert-ssh", "culvert's TUN, netstack and SSH wire", nil, openCulvert("ssh")},
 }
 
 // toService is for a tunnel that the whole network of the service leads to.
@@ -63,8 +91,7 @@ PidFile none
 	if err := os.WriteFile(inScratch("sshd_config"), []byte(config), 0o600); err != nil {
 		return nil, err
 	}
-	// By its whole path, for it starts itself again.
-	return start(far, "sshd", "/usr/sbin/sshd", "-D", "-e", "-f", inScratch("sshd_config"))
+	return start(far, "sshd", sshd, "-D", "-e", "-f", inScratch("sshd_config"))
 }
 
 // sshCommand logs in to the sshd at the other end of a link.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,6 +17,7 @@ import (
 
 // A process runs on a host, and is meant with all of its descendants.
 type process struct {
+	host string
 	cmd  *exec.Cmd
 	log  string
 	done chan struct{} // closed when it has ended
@@ -34,7 +36,7 @@ func onHost(ctx context.Context, host string, args ...string) *exec.Cmd {
 
 // start starts a process that runs until it is stopped.
 func start(host, name string, args ...string) (*process, error) {
-	p := &process{log: filepath.Join(scratch, name+".log"), done: make(chan struct{})}
+	p := &process{host: host, log: filepath.Join(scratch, name+".log"), done: make(chan struct{})}
 	f, err := os.Create(p.log)
 	if err != nil {
 		return nil, err
@@ -52,18 +54,22 @@ func start(host, name string, args ...string) (*process, error) {
 	return p, nil
 }
 
-// stop lets it undo what it does, then makes sure of it and of what it started.
+// stop lets it undo what it does, then makes sure of it and of what it started:
+// of those that are still on its host, for a pid may be somebody else's by now.
 func (p *process) stop() {
-	family := descendants(p.cmd.Process.Pid)
+	its := descendants(p.cmd.Process.Pid)
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
 	case <-time.After(patience):
-	}
-	for _, pid := range family {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
+		_ = p.cmd.Process.Kill()
 	}
 	<-p.done
+	for _, pid := range processesIn(netns + p.host) {
+		if slices.Contains(its, pid) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
 }
 
 // said is the end of what it wrote.
