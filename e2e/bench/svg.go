@@ -9,8 +9,8 @@ import (
 
 // Sizes of a plot, in pixels.
 const (
-	plotWidth = 760
-	barLeft   = 200
+	plotWidth = 820
+	barLeft   = 290
 	barMost   = 420
 	barHigh   = 14
 	groupGap  = 16
