@@ -2,18 +2,14 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"io"
 	"math"
-	"net"
 	"strings"
 	"testing"
 	"time"
-
-	"go.uber.org/goleak"
 )
 
 func TestMedian(t *testing.T) {
@@ -111,13 +107,42 @@ func TestModel(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
-	o, err := parseOptions([]string{"-paths", "culvert-ssh,direct", "-rtt", "0,80ms", "-loss", "0,0.1", "-seconds", "1"})
-	if err != nil || len(o.paths) != 2 || o.paths[0].name != "direct" || len(o.conditions) != 4 || o.conditions[3] != (condition{80 * time.Millisecond, 0.1}) {
+	o, err := parseOptions([]string{"-paths", "culvert-ssh,culvert", "-links", "0,80ms/0.1%/50M", "-seconds", "1"})
+	if err != nil || len(o.paths) != 2 || len(o.conditions) != 2 || o.conditions[1] != (condition{RTT: 80 * time.Millisecond, Loss: 0.1, Rate: 50}) {
 		t.Errorf("%+v, %v", o, err)
 	}
-	for _, bad := range []string{"-paths=none", "-rtt=fast", "-rtt=-1s", "-loss=101", "-rounds=0", "-seconds=0.5", "more"} {
+	for _, bad := range []string{"-paths=none", "-links=fast", "-links=-1s", "-links=0/101%", "-links=0/1", "-links=0/%", "-links=0/NaN~", "-rounds=0", "-seconds=0.5", "more"} {
 		if _, err := parseOptions([]string{bad}); err == nil {
 			t.Errorf("%s is no error", bad)
+		}
+	}
+}
+
+// A condition is read as it is written.
+func TestCondition(t *testing.T) {
+	for _, s := range []string{"0s", "20ms", "80ms/0.1%", "1ms/1%/2~/100M"} {
+		c, err := parseCondition(s)
+		if err != nil || c.String() != s || c.perfect() != (s == "0s") {
+			t.Errorf("%s: %v, %v", s, c, err)
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	names := func(ps []path) (s string) {
+		for _, p := range ps {
+			s += p.name + " "
+		}
+		return s
+	}
+	of := []path{{name: "always"}, {name: "asked", when: never}, {name: "lossy", when: lossy}, {name: "whole", when: whole}}
+	for _, c := range []struct {
+		asked []string
+		on    condition
+		want  string
+	}{{nil, condition{}, "always whole "}, {nil, condition{Loss: 1}, "always lossy "}, {[]string{"lossy", "asked"}, condition{}, "asked lossy "}} {
+		if got := names(choose(of, c.asked, c.on)); got != c.want {
+			t.Errorf("%v on %v: %s", c.asked, c.on, got)
 		}
 	}
 }
@@ -129,46 +154,42 @@ func TestMissing(t *testing.T) {
 	}
 }
 
-// A condition of nothing needs nothing; only netem can lose.
-func TestLink(t *testing.T) {
-	l, err := openLink("", condition{}, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if ip, port := l.reach(serviceIP, echoPort); ip != serviceIP || port != echoPort {
-		t.Error(ip, port)
-	}
-	if _, err := openLink("", condition{Loss: 1}, false); err == nil {
-		t.Error("a relay can lose packets")
-	}
-	if ip, port := (&link{By: "relay"}).reach(serviceIP, echoPort); ip != farIP || port != echoPort+delayed {
-		t.Error(ip, port)
-	}
-}
-
 func testReport() *report {
-	return &report{Machine: "2 cores of <one>", Command: "bin/bench", Seconds: 1, Rounds: 3, Base: "ssh", Failures: []string{"sshuttle, 0s RTT: it fell"},
-		Series: []series{{RTTms: 80, By: "relay", Results: []outcome{
-			{"direct", map[string][]float64{"up1": {24, 20, 28}, "p50": {12}}},
-			{"ssh", map[string][]float64{"up1": {2, 1, 3}, "p50": {0.05}, "cpu-up1": {0}}},
-			{"sshuttle", map[string][]float64{}},
-		}}}}
+	r := &report{Machine: "2 cores of <one>", Command: "bin/bench", Seconds: 1, Rounds: 3}
+	s := r.begin("80ms round trip", "link-80ms", "ssh")
+	s.Failures = []string{"sshuttle: it fell\nand broke"}
+	s.Results = []outcome{
+		{"direct", map[string][]float64{"up1": {24, 20, 28}, "p50": {12}}},
+		{"ssh", map[string][]float64{"up1": {2, 1, 3}, "p50": {0.05}, "cpu-up1": {0}}},
+		{"sshuttle", map[string][]float64{}},
+	}
+	r.note("no BBR")
+	r.note("no BBR")
+	return r
 }
 
 func TestTable(t *testing.T) {
 	var b bytes.Buffer
-	testReport().write(&b)
+	if err := testReport().write(&b); err != nil {
+		t.Fatal(err)
+	}
 	for _, want := range [][]string{
-		{"80ms RTT by relay"}, {"medians of 3 rounds of 1 s; ×: of ssh's"},
-		{"direct", "ssh", "sshuttle"},
-		{"1 stream up", "Gbit/s", "24.0 ×12.0", "2.00 ×1.00", "-"},
-		{"request/response, p50", "us", "12.0 ×240", "0.050 ×1.00", "-"},
-		{"CPU of both ends, 1 stream up", "s/GB", "-", "0.000", "-"},
-		{"failed: sshuttle, 0s RTT: it fell"},
+		{"**80ms round trip**; ×: of ssh's"},
+		{"|", "|", "direct", "|", "ssh", "|", "sshuttle", "|"},
+		{"|", "1 stream up,", "Gbit/s", "|", "24.0 ×12.0", "|", "2.00 ×1.00", "|", "-", "|"},
+		{"|", "request/response, p50,", "us", "|", "12.0 ×240", "|", "0.050 ×1.00", "|", "-", "|"},
+		{"|", "CPU of both ends, 1 stream up,", "s/GB", "|", "-", "|", "0.000", "|", "-", "|"},
+		{"failed: sshuttle: it fell; and broke"},
 	} {
 		if !hasLine(b.String(), want) {
 			t.Errorf("no line of %q in\n%s", want, b.String())
 		}
+	}
+	if strings.Contains(b.String(), "1 stream down") {
+		t.Error("a line of what nobody measured")
+	}
+	if strings.Count(b.String(), "no BBR") != 1 {
+		t.Error("a note is not there once")
 	}
 }
 
@@ -227,73 +248,7 @@ func TestPlot(t *testing.T) {
 			t.Errorf("%q is not in\n%s", want, words)
 		}
 	}
-	if name := (series{RTTms: 80, Loss: 0.1}).file(); name != "rtt-80ms-loss-0.1.svg" {
+	if name := (condition{RTT: 80 * time.Millisecond, Loss: 0.1}).file(); name != "80ms-0.1pc" {
 		t.Error(name)
 	}
-}
-
-// The relay is late by a handshake, then by a round trip for each answer; it
-// keeps every byte and half-closes.
-func TestDelay(t *testing.T) {
-	defer goleak.VerifyNone(t)
-	const rtt = 40 * time.Millisecond
-	ctx, cancel := context.WithCancel(t.Context())
-	there, here := listen(t), listen(t)
-	done := make(chan error, 2)
-	go func() { done <- serve(ctx, there, func(c net.Conn) { _, _ = io.Copy(c, c) }) }()
-	go func() { done <- delay(ctx, here, there.Addr().String(), rtt) }()
-	begin := time.Now()
-	c, err := dialEcho(ctx, here.Addr().String(), 10*time.Second)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(begin); took < 2*rtt {
-		t.Errorf("first answer after %v", took)
-	}
-	sent := bytes.Repeat([]byte("0123456789abcdef"), inFlight/4) // more than may be on its way
-	go func() {
-		_, _ = c.Write(sent)
-		_ = c.(*net.TCPConn).CloseWrite()
-	}()
-	if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, sent) {
-		t.Errorf("%d bytes of %d came back, %v", len(got), len(sent), err)
-	}
-	c.Close()
-	cancel()
-	for range 2 {
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// What nobody takes is a reset, not an end.
-func TestDelayRefused(t *testing.T) {
-	defer goleak.VerifyNone(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	there, here := listen(t), listen(t)
-	there.Close()
-	done := make(chan error, 1)
-	go func() { done <- delay(ctx, here, there.Addr().String(), 40*time.Millisecond) }() // after the handshake
-	c, err := net.Dial("tcp", here.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("a refused connection ends with %v", err)
-	}
-	c.Close()
-	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-}
-
-func listen(t *testing.T) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
 }

@@ -24,15 +24,18 @@ const (
 	dialTime = 10 * time.Second
 )
 
-// serveMain is the role "serve": the service, which echoes on one port and says
+// serveMain is the role "serve", at an IP: the service, which echoes on one port and says
 // one byte on another.
-func serveMain(ctx context.Context, _ []string) error {
+func serveMain(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return errors.New("serve: want IP")
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	for port, answer := range map[int]func(net.Conn){
 		echoPort:  func(c net.Conn) { _, _ = io.Copy(c, c) },
 		helloPort: func(c net.Conn) { _, _ = c.Write([]byte("x")) },
 	} {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address(serviceIP, port))
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address(args[0], port))
 		if err != nil {
 			return err
 		}
@@ -120,14 +123,24 @@ func askOnce(c net.Conn, buf []byte) error {
 func awaitEcho(ctx context.Context, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	for {
-		c, err := dialEcho(ctx, address, time.Second)
+	for limit := 100 * time.Millisecond; ; limit *= 2 {
+		c, err := dialEcho(ctx, address, limit)
 		if err == nil {
 			return c.Close()
 		}
-		if !until(ctx, time.Now().Add(50*time.Millisecond)) {
+		if !sleep(ctx, time.Now().Add(10*time.Millisecond)) {
 			return fmt.Errorf("no answer from %s: %w", address, err)
 		}
+	}
+}
+
+// sleep waits for a moment, and tells whether it came before ctx ended.
+func sleep(ctx context.Context, due time.Time) bool {
+	select {
+	case <-time.After(time.Until(due)):
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 

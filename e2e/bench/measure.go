@@ -2,10 +2,12 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"strconv"
 	"strings"
@@ -26,13 +28,17 @@ var measures = []measure{
 	{"down1", "1 stream down", "Gbit/s", true},
 	{"up8", "8 streams up", "Gbit/s", true},
 	{"down8", "8 streams down", "Gbit/s", true},
+	{"up4", "4 streams up", "Gbit/s", true},
+	{"down4", "4 streams down", "Gbit/s", true},
 	{"cpu-up1", "CPU of both ends, 1 stream up", "s/GB", false},
 	{"cpu-down1", "CPU of both ends, 1 stream down", "s/GB", false},
 	{"p50", "request/response, p50", "us", false},
 	{"p99", "request/response, p99", "us", false},
 	{"opened", "new connections", "/s", true},
+	{"first", "start to first byte", "s", false},
 	{"rss-near", "RSS of the laptop's end", "MB", false},
 	{"rss-near-held", "same, 1,000 open flows", "MB", false},
+	{"rss-near-after", "same, after all loads", "MB", false},
 	{"rss-far", "RSS of the far end", "MB", false},
 	{"rss-far-held", "same, 1,000 open flows", "MB", false},
 }
@@ -41,6 +47,8 @@ var measures = []measure{
 type bench struct {
 	self    string
 	seconds float64 // of one load
+	service place   // who is asked
+	report  *report
 }
 
 // A probe puts one load on a tunnel.
@@ -49,18 +57,25 @@ type probe struct {
 	run  func(b *bench, ctx context.Context, t *tunnel) (sample, error)
 }
 
-// visits are the loads that a tunnel gets before it is opened anew: loads grow
-// memory, and OpenSSH gets slower by every flow that it has had open at once.
-var visits = [][]probe{{
-	{"memory", (*bench).memory},
-}, {
-	{"1 stream up", stream("up1", 1, false)},
-	{"1 stream down", stream("down1", 1, true)},
-	{"8 streams up", stream("up8", 8, false)},
-	{"8 streams down", stream("down8", 8, true)},
-	{"request/response", (*bench).requests},
-	{"new connections", (*bench).connections},
-}}
+// Of several visits to a path, each opens it anew: loads grow memory, and OpenSSH
+// gets slower by every flow that it has had open at once.
+var (
+	memory = []probe{{"memory", (*bench).memory}}
+	bulk   = streams(false)
+	// settled leaves out the second in which windows and rates are found.
+	settled = streams(true)
+	small   = []probe{{"request/response", (*bench).requests}, {"new connections", (*bench).connections}}
+	after   = probe{"memory after all", (*bench).memoryAfter}
+)
+
+func streams(settled bool) []probe {
+	return []probe{
+		{"1 stream up", stream("up", 1, settled)},
+		{"1 stream down", stream("down", 1, settled)},
+		{"several streams up", stream("up", 0, settled)},
+		{"several streams down", stream("down", 0, settled)},
+	}
+}
 
 // grace is what a load may take longer than it was told to.
 const grace = 20 * time.Second
@@ -69,34 +84,53 @@ func (b *bench) bounded(ctx context.Context) (context.Context, context.CancelFun
 	return context.WithTimeout(ctx, grace+time.Duration(b.seconds*float64(time.Second)))
 }
 
-func stream(key string, n int, down bool) func(*bench, context.Context, *tunnel) (sample, error) {
+// stream puts n streams on a tunnel, or as many as its place has as several.
+func stream(way string, n int, settled bool) func(*bench, context.Context, *tunnel) (sample, error) {
 	return func(b *bench, ctx context.Context, t *tunnel) (sample, error) {
 		ctx, cancel := b.bounded(ctx)
 		defer cancel()
-		ip, port := t.reach(iperfPort)
-		args := []string{"iperf3", "-J", "-c", ip, "-p", fmt.Sprint(port), "-t", fmt.Sprintf("%.0f", b.seconds), "-P", fmt.Sprint(n)}
-		if down {
-			args = append(args, "-R")
+		// One for each load: one that was broken off keeps its server busy.
+		server, err := start(b.service, "iperf3", "iperf3", "-s", "-1", "-p", strconv.Itoa(iperfPort))
+		if err != nil {
+			return nil, err
 		}
-		before, from := cpu(t.ends()), crossed()
-		out, err := output(ctx, laptop, args...)
-		used, bytes := cpu(t.ends())-before, crossed()-from
+		defer server.stop()
+		if err := listening(ctx, server, iperfPort); err != nil {
+			return nil, err
+		}
+		n := cmp.Or(n, t.several)
+		key := way + strconv.Itoa(n)
+		before, from := cpu(t.ends()), b.crossed()
+		out, err := output(ctx, t.at, b.iperf(t, n, way, settled)...)
+		used, bytes := cpu(t.ends())-before, b.crossed()-from
 		rate, parseErr := parseIperf(out)
 		if parseErr != nil {
 			return nil, errors.Join(parseErr, err)
 		}
 		s := sample{key: rate / 1e9}
-		if len(t.ends()) > 0 && n == 1 {
+		if len(t.far) > 0 && n == 1 {
 			s["cpu-"+key] = used.Seconds() / (bytes / 1e9)
 		}
 		return s, nil
 	}
 }
 
+func (b *bench) iperf(t *tunnel, n int, way string, settled bool) []string {
+	ip, port := t.reach(iperfPort)
+	args := []string{"iperf3", "-J", "-c", ip, "-p", strconv.Itoa(port), "-t", fmt.Sprintf("%.0f", b.seconds), "-P", strconv.Itoa(n)}
+	if way == "down" {
+		args = append(args, "-R")
+	}
+	if settled {
+		args = append(args, "-O", "1")
+	}
+	return append(args, "-C", cmp.Or(t.congestion, "cubic"))
+}
+
 // crossed is how many bytes have come to the service and left it. iperf3's own
 // count leaves out what was on its way when time was up, and has cost CPU, too.
-func crossed() float64 {
-	out, err := output(context.Background(), service, "cat", "/proc/net/dev")
+func (b *bench) crossed() float64 {
+	out, err := output(context.Background(), b.service, "cat", "/proc/net/dev")
 	if err != nil {
 		return math.NaN()
 	}
@@ -145,7 +179,7 @@ func (b *bench) load(ctx context.Context, t *tunnel, which string, port int) (s 
 	ctx, cancel := b.bounded(ctx)
 	defer cancel()
 	ip, p := t.reach(port)
-	out, err := output(ctx, laptop, b.self, "load", which, address(ip, p), fmt.Sprint(b.seconds))
+	out, err := output(ctx, t.at, b.self, "load", which, address(ip, p), fmt.Sprint(b.seconds))
 	if err != nil {
 		return nil, err
 	}
@@ -160,6 +194,14 @@ func (b *bench) connections(ctx context.Context, t *tunnel) (sample, error) {
 	return b.load(ctx, t, "open", helloPort)
 }
 
+// memoryAfter is what the laptop's end has kept.
+func (b *bench) memoryAfter(_ context.Context, t *tunnel) (sample, error) {
+	if len(t.near) == 0 {
+		return nil, nil
+	}
+	return sample{"rss-near-after": rss(t.near)}, nil
+}
+
 // memory is that of both ends, before and while many flows are open.
 func (b *bench) memory(ctx context.Context, t *tunnel) (sample, error) {
 	if len(t.ends()) == 0 {
@@ -167,9 +209,9 @@ func (b *bench) memory(ctx context.Context, t *tunnel) (sample, error) {
 	}
 	ctx, cancel := b.bounded(ctx)
 	defer cancel()
-	s := sample{"rss-near": rss(t.near), "rss-far": rss(t.far)}
+	s := t.memory("")
 	ip, port := t.reach(echoPort)
-	c := onHost(ctx, laptop, b.self, "load", "hold", address(ip, port))
+	c := onHost(ctx, t.at, b.self, "load", "hold", address(ip, port))
 	stdin, err := c.StdinPipe()
 	if err != nil {
 		return s, err
@@ -185,11 +227,19 @@ func (b *bench) memory(ctx context.Context, t *tunnel) (sample, error) {
 	if err != nil {
 		err = fmt.Errorf("hold %d flows: %w", held, err)
 	} else {
-		s["rss-near-held"], s["rss-far-held"] = rss(t.near), rss(t.far)
+		maps.Copy(s, t.memory("-held"))
 	}
 	_ = stdin.Close()
 	if e := c.Wait(); e != nil && err == nil {
 		err = e
 	}
 	return s, err
+}
+
+func (t *tunnel) memory(when string) sample {
+	s := sample{"rss-near" + when: rss(t.near)}
+	if len(t.far) > 0 {
+		s["rss-far"+when] = rss(t.far)
+	}
+	return s
 }

@@ -13,18 +13,28 @@ import (
 	"time"
 )
 
-// A path is one way from the laptop to the service. Each opens on a link, alone.
+// A path is one way from the laptop to the service, opened alone.
 type path struct {
 	name, what string
-	needs      []string // programs
-	open       func(self string, l *link) (*tunnel, error)
+	needs      []string             // programs
+	bbr        bool                 // needs it of the kernel
+	when       func(condition) bool // it is measured unasked; nil is always
+	open       func(ctx context.Context, self string) (*tunnel, error)
 }
+
+func never(condition) bool   { return false }
+func lossy(c condition) bool { return c.Loss > 0 }
+func whole(c condition) bool { return c.Loss == 0 }
 
 // A tunnel is a path that is open.
 type tunnel struct {
-	reach     func(port int) (ip string, p int) // where the laptop finds the service
-	near, far []*process
-	undo      func() error
+	at         place                             // the laptop
+	reach      func(port int) (ip string, p int) // where it finds the service
+	near, far  []*process
+	begun      time.Time // when the laptop's end was started
+	several    int       // streams
+	congestion string    // control, of who has no tunnel
+	undo       func() error
 }
 
 const sshd = "/usr/sbin/sshd" // by its whole path, for it starts itself again
@@ -32,7 +42,7 @@ const sshd = "/usr/sbin/sshd" // by its whole path, for it starts itself again
 var openSSHTools = []string{"ssh", sshd}
 
 // tools are needed by the bench itself.
-var tools = []string{"ip", "ss", "tc", "sysctl", "iperf3"}
+var tools = []string{"ip", "ss", "sysctl", "iperf3"}
 
 // missing are the programs that are not there.
 func missing(paths []path) error {
@@ -55,22 +65,35 @@ func missing(paths []path) error {
 // paths are in the order of the table. A wire more is a line more here, and one
 // in wires.
 var paths = []path{
-	{"direct", "routed packets, no tunnel", nil, openDirect},
-	{"ssh", "OpenSSH ssh -L with its defaults, no TUN", openSSHTools, openSSH()},
-	{"ssh-gcm", "OpenSSH ssh -L with aes128-gcm, no TUN", openSSHTools, openSSH("-c", "aes128-gcm@openssh.com")},
-	{"sshuttle", "sshuttle as Debian has it, method nft", append([]string{"sshuttle", "nft"}, openSSHTools...), openSshuttle},
-	{"culvert-ssh", "culvert's TUN, netstack and SSH wire", nil, openCulvert("ssh")},
+	{name: "direct", what: "routed packets, no tunnel", open: openDirect("")},
+	{name: "direct-bbr", what: "the same, its ends with BBR", when: lossy, bbr: true, open: openDirect("bbr")},
+	{name: "ssh", what: "OpenSSH ssh -L with its defaults, no TUN", needs: openSSHTools, open: openSSH()},
+	{name: "ssh-gcm", what: "OpenSSH ssh -L with aes128-gcm, no TUN", needs: openSSHTools, when: never, open: openSSH("-c", "aes128-gcm@openssh.com")},
+	{name: "sshuttle", what: "sshuttle as Debian has it, method nft", needs: append([]string{"sshuttle", "nft"}, openSSHTools...), when: whole, open: openSshuttle},
+	{name: "tls-each", what: "a TLS connection for each flow, no TUN", when: never, open: openEach("")},
+	{name: "tls-each-bbr", what: "the same, with BBR", when: never, bbr: true, open: openEach("bbr")},
+	{name: "culvert-ssh", what: "culvert's TUN, netstack and SSH wire", open: openCulvert("ssh", "")},
+	{name: "culvert-tls", what: "culvert's TUN, netstack and TLS wire", open: openCulvert("tls", "")},
+	{name: "culvert-tls-bbr", what: "the same, the wire's socket with BBR", when: lossy, bbr: true, open: openCulvert("tls", "bbr")},
 }
 
 // toService is for a tunnel that the whole network of the service leads to.
 func toService(port int) (string, int) { return serviceIP, port }
 
-func openDirect(_ string, l *link) (*tunnel, error) {
-	reach := func(port int) (string, int) { return l.reach(serviceIP, port) }
-	forward := func(on int) error {
-		return command("ip", "netns", "exec", prefix+far, "sysctl", "-qw", fmt.Sprintf("net.ipv4.ip_forward=%d", on))
+// bare is a tunnel in the bench's own namespaces, without its ends.
+func bare() *tunnel {
+	return &tunnel{at: host(laptop), reach: toService, several: 8}
+}
+
+func openDirect(congestion string) func(context.Context, string) (*tunnel, error) {
+	return func(context.Context, string) (*tunnel, error) {
+		forward := func(on int) error {
+			return run("ip", "netns", "exec", prefix+far, "sysctl", "-qw", fmt.Sprintf("net.ipv4.ip_forward=%d", on))
+		}
+		t := bare()
+		t.congestion, t.undo = congestion, func() error { return forward(0) }
+		return t, forward(1)
 	}
-	return &tunnel{reach: reach, undo: func() error { return forward(0) }}, forward(1)
 }
 
 // The files of sshd and ssh: their own, and nothing of this machine's.
@@ -91,11 +114,11 @@ PidFile none
 	if err := os.WriteFile(inScratch("sshd_config"), []byte(config), 0o600); err != nil {
 		return nil, err
 	}
-	return start(far, "sshd", sshd, "-D", "-e", "-f", inScratch("sshd_config"))
+	return start(host(far), "sshd", sshd, "-D", "-e", "-f", inScratch("sshd_config"))
 }
 
-// sshCommand logs in to the sshd at the other end of a link.
-func sshCommand(l *link, flags ...string) ([]string, error) {
+// sshCommand logs in to the sshd at the far end.
+func sshCommand(flags ...string) ([]string, error) {
 	public, err := os.ReadFile(inScratch("far.pub"))
 	if err != nil {
 		return nil, err
@@ -103,110 +126,115 @@ func sshCommand(l *link, flags ...string) ([]string, error) {
 	if err := os.WriteFile(inScratch("known_hosts"), append([]byte("far "), public...), 0o600); err != nil {
 		return nil, err
 	}
-	ip, port := l.reach(farIP, sshdPort)
-	return append([]string{"ssh", "-F", "none", "-i", inScratch("near"), "-p", strconv.Itoa(port),
-		"-o", "HostName=" + ip, "-o", "HostKeyAlias=far", "-o", "UserKnownHostsFile=" + inScratch("known_hosts"), "-o", "GlobalKnownHostsFile=none",
+	return append([]string{"ssh", "-F", "none", "-i", inScratch("near"), "-p", strconv.Itoa(sshdPort),
+		"-o", "HostName=" + farIP, "-o", "HostKeyAlias=far", "-o", "UserKnownHostsFile=" + inScratch("known_hosts"), "-o", "GlobalKnownHostsFile=none",
 		"-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes"}, flags...), nil
 }
 
-// overSSH starts both ends of what runs over OpenSSH.
-func overSSH(l *link, name string, near func(ssh []string) []string, flags ...string) (*tunnel, error) {
-	ssh, err := sshCommand(l, flags...)
+// between starts the far end, and when that listens the laptop's.
+func between(ctx context.Context, port int, far func() (*process, error), near func() (*process, error)) (*tunnel, error) {
+	t := bare()
+	p, err := far()
 	if err != nil {
-		return nil, err
-	}
-	daemon, err := startSSHD()
-	if err != nil {
-		return nil, err
-	}
-	t := &tunnel{reach: toService, far: []*process{daemon}}
-	if err := listening(daemon, sshdPort); err != nil {
 		return t, err
 	}
-	client, err := start(laptop, name, near(ssh)...)
-	if err == nil {
-		t.near = []*process{client}
+	t.far = []*process{p}
+	if err := listening(ctx, p, port); err != nil {
+		return t, err
+	}
+	t.begun = time.Now()
+	if p, err = near(); err == nil {
+		t.near = []*process{p}
 	}
 	return t, err
 }
 
-func openSSH(flags ...string) func(string, *link) (*tunnel, error) {
-	return func(_ string, l *link) (*tunnel, error) {
-		t, err := overSSH(l, "ssh", func(ssh []string) []string {
-			for _, port := range []int{iperfPort, echoPort, helloPort} {
+// overSSH starts both ends of what runs over OpenSSH.
+func overSSH(ctx context.Context, name string, near func(ssh []string) []string, flags ...string) (*tunnel, error) {
+	ssh, err := sshCommand(flags...)
+	if err != nil {
+		return nil, err
+	}
+	return between(ctx, sshdPort, startSSHD, func() (*process, error) { return start(host(laptop), name, near(ssh)...) })
+}
+
+// forwarded are the service's ports, for what forwards ports and not a network.
+var forwarded = []int{iperfPort, echoPort, helloPort}
+
+func onLoopback(port int) (string, int) { return "127.0.0.1", port }
+
+func openSSH(flags ...string) func(context.Context, string) (*tunnel, error) {
+	return func(ctx context.Context, _ string) (*tunnel, error) {
+		t, err := overSSH(ctx, "ssh", func(ssh []string) []string {
+			for _, port := range forwarded {
 				ssh = append(ssh, "-L", fmt.Sprintf("127.0.0.1:%d:%s", port, address(serviceIP, port)))
 			}
 			return append(ssh, "-N", "root@far")
 		}, flags...)
 		if t != nil {
-			t.reach = func(port int) (string, int) { return "127.0.0.1", port }
+			t.reach = onLoopback
 		}
 		return t, err
 	}
 }
 
-func openSshuttle(_ string, l *link) (*tunnel, error) {
-	t, err := overSSH(l, "sshuttle", func(ssh []string) []string {
+func openSshuttle(ctx context.Context, _ string) (*tunnel, error) {
+	t, err := overSSH(ctx, "sshuttle", func(ssh []string) []string {
 		return []string{"sshuttle", "--method", "nft", "-e", strings.Join(ssh, " "), "-r", "root@far", serviceNet}
 	})
 	if t != nil {
 		// It takes its rules away itself; should it not, they end here.
-		t.undo = func() error { return command("ip", "netns", "exec", prefix+laptop, "nft", "flush", "ruleset") }
+		t.undo = func() error { return run("ip", "netns", "exec", prefix+laptop, "nft", "flush", "ruleset") }
 	}
 	return t, err
 }
 
-// openCulvert joins the product's own rooms: see ends.go.
-func openCulvert(wire string) func(string, *link) (*tunnel, error) {
-	return func(self string, l *link) (*tunnel, error) {
-		t := &tunnel{reach: toService}
-		farEnd, err := start(far, "culvert-far", self, "far", "-wire", wire, "-keys", scratch, "-listen", address(farIP, wirePort))
-		if err != nil {
-			return t, err
-		}
-		t.far = []*process{farEnd}
-		if err := listening(farEnd, wirePort); err != nil {
-			return t, err
-		}
-		ip, port := l.reach(farIP, wirePort)
-		nearEnd, err := start(laptop, "culvert-near", self, "near", "-wire", wire, "-keys", scratch, "-to", address(ip, port), "-route", serviceNet)
-		if err == nil {
-			t.near = []*process{nearEnd}
-		}
+// openEnds starts the two roles of ends.go, both with the same flags.
+func openEnds(ctx context.Context, self string, flags ...string) (*tunnel, error) {
+	role := func(at, name string) func() (*process, error) {
+		args := append([]string{self, name, "-keys", scratch, "-far", address(farIP, wirePort)}, flags...)
+		return func() (*process, error) { return start(host(at), "culvert-"+name, args...) }
+	}
+	return between(ctx, wirePort, role(far, "far"), role(laptop, "near"))
+}
+
+func openCulvert(wire, congestion string) func(context.Context, string) (*tunnel, error) {
+	return func(ctx context.Context, self string) (*tunnel, error) {
+		return openEnds(ctx, self, "-wire", wire, "-congestion", congestion)
+	}
+}
+
+func openEach(congestion string) func(context.Context, string) (*tunnel, error) {
+	return func(ctx context.Context, self string) (*tunnel, error) {
+		t, err := openEnds(ctx, self, "-wire", "each", "-congestion", congestion)
+		t.reach = onLoopback
 		return t, err
 	}
 }
 
-// listening waits until p, on the far end, is heard at a port.
-func listening(p *process, port int) error {
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		out, err := output(context.Background(), far, "ss", "-Hltn", fmt.Sprintf("sport = :%d", port))
-		if err != nil {
-			return err
-		}
-		if len(out) > 0 {
-			return nil
-		}
-		select {
-		case <-p.done:
-			return fmt.Errorf("nobody listens on port %d: %s", port, p.said())
-		default:
-		}
-	}
-	return fmt.Errorf("nobody listens on port %d: %s", port, p.said())
+// listening waits until p is heard at a port.
+func listening(ctx context.Context, p *process, port int) error {
+	return p.until(ctx, fmt.Sprintf("port %d", port), func() (bool, error) {
+		out, err := output(ctx, p.at, "ss", "-Hlntu", fmt.Sprintf("sport = :%d", port))
+		return len(out) > 0, err
+	})
 }
 
-// ready waits until the service answers through the tunnel.
-func (t *tunnel) ready(ctx context.Context, self string) error {
+// ready waits until the service answers through the tunnel, and tells how long
+// that took since the laptop's end was started.
+func (t *tunnel) ready(ctx context.Context, self string) (sample, error) {
 	ip, port := t.reach(echoPort)
-	if _, err := output(ctx, laptop, self, "load", "ready", address(ip, port)); err != nil {
+	if _, err := output(ctx, t.at, self, "load", "ready", address(ip, port)); err != nil {
 		errs := []error{err}
-		for _, p := range append(t.near, t.far...) {
+		for _, p := range t.ends() {
 			errs = append(errs, errors.New(p.said()))
 		}
-		return errors.Join(errs...)
+		return nil, errors.Join(errs...)
 	}
-	return nil
+	if len(t.near) == 0 {
+		return nil, nil
+	}
+	return sample{"first": time.Since(t.begun).Seconds()}, nil
 }
 
 func (t *tunnel) ends() []*process { return append(append([]*process(nil), t.near...), t.far...) }

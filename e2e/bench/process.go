@@ -15,9 +15,21 @@ import (
 	"time"
 )
 
-// A process runs on a host, and is meant with all of its descendants.
+// A place is a network namespace, and what leads a command there.
+type place struct {
+	netns string
+	enter []string
+	stays bool // what leads there waits for the command, and is no part of it
+}
+
+// host is one of the bench's own.
+func host(name string) place {
+	return place{netns: netnsDir + name, enter: []string{"ip", "netns", "exec", prefix + name}}
+}
+
+// A process runs at a place, and is meant with all of its descendants.
 type process struct {
-	host string
+	at   place
 	cmd  *exec.Cmd
 	log  string
 	done chan struct{} // closed when it has ended
@@ -26,23 +38,27 @@ type process struct {
 // patience is how long a process may take to end before it is killed.
 const patience = 5 * time.Second
 
-// onHost is a command that runs in the namespace of a host, out of reach of a
-// terminal's Ctrl-C: the bench ends what it started, in its own order.
-func onHost(ctx context.Context, host string, args ...string) *exec.Cmd {
-	c := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", prefix + host}, args...)...)
+// mark is in the environment of what the bench starts.
+const mark = "CV_BENCH=1"
+
+// onHost is a command that runs at a place, out of reach of a terminal's Ctrl-C:
+// the bench ends what it started, in its own order.
+func onHost(ctx context.Context, at place, args ...string) *exec.Cmd {
+	c := exec.CommandContext(ctx, at.enter[0], append(slices.Clone(at.enter[1:]), args...)...)
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.Env = append(os.Environ(), mark)
 	return c
 }
 
 // start starts a process that runs until it is stopped.
-func start(host, name string, args ...string) (*process, error) {
-	p := &process{host: host, log: filepath.Join(scratch, name+".log"), done: make(chan struct{})}
+func start(at place, name string, args ...string) (*process, error) {
+	p := &process{at: at, log: filepath.Join(scratch, name+".log"), done: make(chan struct{})}
 	f, err := os.Create(p.log)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	p.cmd = onHost(context.Background(), host, args...)
+	p.cmd = onHost(context.Background(), at, args...)
 	p.cmd.Stdout, p.cmd.Stderr = f, f
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
@@ -57,7 +73,7 @@ func start(host, name string, args ...string) (*process, error) {
 // stop lets it undo what it does, then makes sure of it and of what it started:
 // of those that are still on its host, for a pid may be somebody else's by now.
 func (p *process) stop() {
-	its := descendants(p.cmd.Process.Pid)
+	its := family(stats(), p.cmd.Process.Pid)
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
@@ -65,11 +81,28 @@ func (p *process) stop() {
 		_ = p.cmd.Process.Kill()
 	}
 	<-p.done
-	for _, pid := range processesIn(netns + p.host) {
+	for _, pid := range processesIn(p.at.netns) {
 		if slices.Contains(its, pid) {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
+}
+
+// until waits for something of which only asking again tells, while p is alive.
+func (p *process) until(ctx context.Context, what string, ready func() (bool, error)) error {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+		if ok, err := ready(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("%s: it has ended: %s", what, p.said())
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return fmt.Errorf("%s: not there after %v: %s", what, patience, p.said())
 }
 
 // said is the end of what it wrote.
@@ -80,13 +113,13 @@ func (p *process) said() string {
 }
 
 // output runs a command on a host to its end.
-func output(ctx context.Context, host string, args ...string) ([]byte, error) {
-	c := onHost(ctx, host, args...)
+func output(ctx context.Context, at place, args ...string) ([]byte, error) {
+	c := onHost(ctx, at, args...)
 	var stderr bytes.Buffer
 	c.Stderr = &stderr
 	out, err := c.Output()
 	if err != nil {
-		return out, fmt.Errorf("%s on %s: %w: %s", filepath.Base(args[0]), host, err, strings.TrimSpace(stderr.String()))
+		return out, fmt.Errorf("%s in %s: %w: %s", filepath.Base(args[0]), filepath.Base(at.netns), err, strings.TrimSpace(stderr.String()))
 	}
 	return out, nil
 }
@@ -147,13 +180,20 @@ func family(all map[int]stat, pid int) []int {
 	return pids
 }
 
-func descendants(pid int) []int { return family(stats(), pid) }
+// family is p and its descendants, without what only led it to its place.
+func (p *process) family(all map[int]stat) []int {
+	pids := family(all, p.cmd.Process.Pid)
+	if p.at.stays {
+		return pids[1:]
+	}
+	return pids
+}
 
 // cpu is the time that the processes have used so far.
 func cpu(ps []*process) (sum time.Duration) {
 	all := stats()
 	for _, p := range ps {
-		for _, pid := range family(all, p.cmd.Process.Pid) {
+		for _, pid := range p.family(all) {
 			sum += all[pid].cpu
 		}
 	}
@@ -163,7 +203,7 @@ func cpu(ps []*process) (sum time.Duration) {
 // rss is the memory that the processes have, in megabytes.
 func rss(ps []*process) (sum float64) {
 	for _, p := range ps {
-		for _, pid := range descendants(p.cmd.Process.Pid) {
+		for _, pid := range p.family(stats()) {
 			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 			sum += parseRSS(string(b))
 		}

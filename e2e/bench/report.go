@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -16,22 +18,22 @@ import (
 
 // A report is the outcome of one run. As JSON it has every round's figures.
 type report struct {
-	Time     time.Time `json:"time"`
-	Machine  string    `json:"machine"`
-	Command  string    `json:"command"`
-	Seconds  float64   `json:"seconds"`
-	Rounds   int       `json:"rounds"`
-	Base     string    `json:"base"` // the path that ratios are to
-	Series   []series  `json:"series"`
-	Failures []string  `json:"failures,omitempty"`
+	Time    time.Time `json:"time"`
+	Machine string    `json:"machine"`
+	Command string    `json:"command"`
+	Seconds float64   `json:"seconds"`
+	Rounds  int       `json:"rounds"`
+	Series  []*series `json:"series"`
+	Notes   []string  `json:"notes,omitempty"` // what was left out, and why
 }
 
-// A series is all paths on one condition of the link.
+// A series is paths side by side.
 type series struct {
-	RTTms   float64   `json:"rttMs"`
-	Loss    float64   `json:"lossPercent"`
-	By      string    `json:"by,omitempty"` // netem or relay
-	Results []outcome `json:"results"`
+	Title    string    `json:"title"`
+	File     string    `json:"file"` // name of the plot
+	Base     string    `json:"base"` // the path that ratios are to
+	Results  []outcome `json:"results"`
+	Failures []string  `json:"failures,omitempty"`
 }
 
 // An outcome has the figures of one path, a round each, by the keys of measures.
@@ -40,12 +42,18 @@ type outcome struct {
 	Figures map[string][]float64 `json:"figures"`
 }
 
-func (s series) String() string {
-	c := condition{RTT: time.Duration(s.RTTms * float64(time.Millisecond)), Loss: s.Loss}.String()
-	if s.By == "" {
-		return c
+// begin adds a series.
+func (r *report) begin(title, file, base string) *series {
+	s := &series{Title: title, File: file + ".svg", Base: base}
+	r.Series = append(r.Series, s)
+	return s
+}
+
+// note says something of the run, once.
+func (r *report) note(n string) {
+	if !slices.Contains(r.Notes, n) {
+		r.Notes = append(r.Notes, n)
 	}
-	return c + " by " + s.By
 }
 
 // outcome is that of a path, which is made if it is not there yet.
@@ -69,13 +77,13 @@ func (o *outcome) add(s sample) {
 }
 
 // median of a measure, and its ratio to that of the base. NaN where there is none.
-func (s series) median(path, base, key string) (v, ratio float64) {
+func (s *series) median(path, key string) (v, ratio float64) {
 	v, b := math.NaN(), math.NaN()
 	for _, o := range s.Results {
 		if o.Path == path {
 			v = median(o.Figures[key])
 		}
-		if o.Path == base {
+		if o.Path == s.Base {
 			b = median(o.Figures[key])
 		}
 	}
@@ -85,30 +93,52 @@ func (s series) median(path, base, key string) (v, ratio float64) {
 	return v, v / b
 }
 
-// write has a table for each condition, a line for each measure: the medians,
-// and what they are of the base's.
-func (r *report) write(out io.Writer) {
-	fmt.Fprintf(out, "%s\n%s\nmedians of %d rounds of %g s; ×: of %s's\n", r.Machine, r.Command, r.Rounds, r.Seconds, r.Base)
+// measures are those of which anything is known.
+func (s *series) measures() (known []measure) {
+	for _, m := range measures {
+		if slices.ContainsFunc(s.Results, func(o outcome) bool { return len(o.Figures[m.Key]) > 0 }) {
+			known = append(known, m)
+		}
+	}
+	return known
+}
+
+// write has a table for each series, a line for each measure: the medians, and
+// what they are of the base's. It is Markdown that can be read as it is.
+func (r *report) write(out io.Writer) error {
+	b := &bytes.Buffer{}
+	fmt.Fprintf(b, "%s, %s: `%s`. Medians of %d rounds, loads of %g s.\n", r.Time.Format(time.DateOnly), r.Machine, r.Command, r.Rounds, r.Seconds)
 	for _, s := range r.Series {
-		fmt.Fprintf(out, "\n%s\n", s)
-		w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-		fmt.Fprint(w, "\t\t")
+		fmt.Fprintf(b, "\n**%s**; ×: of %s's\n\n", s.Title, s.Base)
+		s.table(b)
+		for _, f := range s.Failures {
+			fmt.Fprintf(b, "\nfailed: %s\n", strings.ReplaceAll(f, "\n", "; "))
+		}
+	}
+	for _, n := range r.Notes {
+		fmt.Fprintf(b, "\nnote: %s\n", n)
+	}
+	_, err := out.Write(b.Bytes())
+	return err
+}
+
+func (s *series) table(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
+	row := func(cells ...string) { fmt.Fprintf(w, "| %s\t|\n", strings.Join(cells, "\t| ")) }
+	head, rule := []string{""}, []string{"---"}
+	for _, o := range s.Results {
+		head, rule = append(head, o.Path), append(rule, "---")
+	}
+	row(head...)
+	row(rule...)
+	for _, m := range s.measures() {
+		cells := []string{m.Name + ", " + m.Unit}
 		for _, o := range s.Results {
-			fmt.Fprintf(w, "%s\t", o.Path)
+			cells = append(cells, cell(s.median(o.Path, m.Key)))
 		}
-		fmt.Fprintln(w)
-		for _, m := range measures {
-			fmt.Fprintf(w, "%s\t%s\t", m.Name, m.Unit)
-			for _, o := range s.Results {
-				fmt.Fprintf(w, "%s\t", cell(s.median(o.Path, r.Base, m.Key)))
-			}
-			fmt.Fprintln(w)
-		}
-		w.Flush()
+		row(cells...)
 	}
-	for _, f := range r.Failures {
-		fmt.Fprintln(out, "failed:", f)
-	}
+	w.Flush()
 }
 
 func cell(v, ratio float64) string {
@@ -134,34 +164,39 @@ func figure(v float64) string {
 	return fmt.Sprintf("%.3f", v)
 }
 
-// save writes the JSON and a plot for each condition into a folder.
+// save writes tables, JSON and a plot for each series into a folder, if there is
+// one, and takes away the plots that were there.
 func (r *report) save(dir string) error {
+	if dir == "" || len(r.Series) == 0 {
+		return nil
+	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
+	}
+	old, _ := filepath.Glob(filepath.Join(dir, "*.svg"))
+	for _, path := range old {
+		if err := os.Remove(path); err != nil {
+			return err
+		}
 	}
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "bench.json"), append(b, '\n'), 0o644); err != nil {
-		return err
+	var tables bytes.Buffer
+	errs := []error{r.write(&tables)}
+	put := func(name string, content []byte) {
+		errs = append(errs, os.WriteFile(filepath.Join(dir, name), content, 0o644))
 	}
+	put("bench.json", append(b, '\n'))
 	for _, s := range r.Series {
 		var svg bytes.Buffer
 		plot(&svg, r, s)
-		if err := os.WriteFile(filepath.Join(dir, s.file()), svg.Bytes(), 0o644); err != nil {
-			return err
-		}
+		put(s.File, svg.Bytes())
+		fmt.Fprintf(&tables, "\n![%s](%s)\n", s.Title, s.File)
 	}
-	return nil
-}
-
-func (s series) file() string {
-	name := fmt.Sprintf("rtt-%gms", s.RTTms)
-	if s.Loss > 0 {
-		name += fmt.Sprintf("-loss-%g", s.Loss)
-	}
-	return name + ".svg"
+	put("bench.md", tables.Bytes())
+	return errors.Join(errs...)
 }
 
 // machine names this one by what figures depend on.

@@ -3,10 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -14,9 +14,9 @@ import (
 // Three hosts in a row. The far end forwards packets for nobody but the path that
 // is without a tunnel, so that no other path can be taken by mistake.
 const (
-	prefix  = "cv-bench-"
-	scratch = "/run/cv-bench"
-	netns   = "/run/netns/" + prefix
+	prefix   = "cv-bench-"
+	scratch  = "/run/cv-bench"
+	netnsDir = "/run/netns/" + prefix
 
 	laptop, far, service = "laptop", "far", "service"
 
@@ -25,6 +25,8 @@ const (
 	serviceNet = "10.211.2.0/24"
 )
 
+// Congestion control is what most machines have, whatever this one has: on routes
+// anybody may choose it, as a host's default it may be forbidden.
 const network = `
 	ip netns add cv-bench-laptop
 	ip netns add cv-bench-far
@@ -34,19 +36,30 @@ const network = `
 	ip -n cv-bench-service link set lo up
 	ip -n cv-bench-laptop link add eth0 type veth peer name laptop netns cv-bench-far
 	ip -n cv-bench-service link add eth0 type veth peer name service netns cv-bench-far
-	ip -n cv-bench-laptop addr add 10.211.1.1/24 dev eth0
-	ip -n cv-bench-far addr add 10.211.1.2/24 dev laptop
-	ip -n cv-bench-far addr add 10.211.2.1/24 dev service
-	ip -n cv-bench-service addr add 10.211.2.2/24 dev eth0
+	ip -n cv-bench-laptop addr add 10.211.1.1/32 dev eth0
+	ip -n cv-bench-far addr add 10.211.1.2/32 dev laptop
+	ip -n cv-bench-far addr add 10.211.2.1/32 dev service
+	ip -n cv-bench-service addr add 10.211.2.2/32 dev eth0
 	ip -n cv-bench-laptop link set eth0 up
 	ip -n cv-bench-far link set laptop up
 	ip -n cv-bench-far link set service up
 	ip -n cv-bench-service link set eth0 up
-	ip -n cv-bench-laptop route add default via 10.211.1.2
-	ip -n cv-bench-service route add default via 10.211.2.1`
+	ip -n cv-bench-laptop route replace local 127.0.0.1 dev lo table local congctl cubic
+	ip -n cv-bench-laptop route add 10.211.1.0/24 dev eth0 src 10.211.1.1 congctl cubic
+	ip -n cv-bench-laptop route add default metric 2 via 10.211.1.2 congctl cubic
+	ip -n cv-bench-far route add 10.211.1.0/24 dev laptop src 10.211.1.2 congctl cubic
+	ip -n cv-bench-far route add 10.211.2.0/24 dev service src 10.211.2.1 congctl cubic
+	ip -n cv-bench-service route add 10.211.2.0/24 dev eth0 src 10.211.2.2 congctl cubic
+	ip -n cv-bench-service route add default via 10.211.2.1 congctl cubic`
 
 // hostSettings are for many connections in a minute.
 var hostSettings = []string{"net.ipv4.ip_local_port_range=10000 65000", "net.ipv4.tcp_tw_reuse=1"}
+
+// hasBBR tells whether the kernel lets a socket have it.
+func hasBBR() bool {
+	b, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
+	return slices.Contains(strings.Fields(string(b)), "bbr")
+}
 
 // allowFiles lets what is started here open as many files as may be, for a
 // thousand flows are two thousand of them at an end.
@@ -59,32 +72,14 @@ func allowFiles() error {
 	return syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
 }
 
-// one makes sure that there is one bench at a time, however the last one ended.
-func one() (release func(), err error) {
-	l, err := net.Listen("unix", "@"+prefix+"lock")
-	if err != nil {
-		return nil, fmt.Errorf("another bench is running: %w", err)
-	}
-	return func() { l.Close() }, nil
-}
-
-// build makes the hosts, after it has cleaned away what a dead bench left.
+// build makes the hosts.
 func build() error {
-	if err := clean(); err != nil {
-		return fmt.Errorf("clean up after an earlier bench: %w", err)
-	}
-	if err := os.MkdirAll(scratch, 0o700); err != nil {
-		return err
-	}
-	if err := allowFiles(); err != nil {
-		return err
-	}
 	if err := commands(network); err != nil {
 		return err
 	}
 	for _, host := range []string{laptop, far, service} {
 		for _, s := range hostSettings {
-			if err := command("ip", "netns", "exec", prefix+host, "sysctl", "-qw", s); err != nil {
+			if err := run("ip", "netns", "exec", prefix+host, "sysctl", "-qw", s); err != nil {
 				return err
 			}
 		}
@@ -105,13 +100,12 @@ func privsepDir() error {
 	return errors.Join(os.WriteFile(sshdOurs, nil, 0o600), os.Mkdir(sshdDir, 0o755))
 }
 
-// clean searches for what is ours and takes it away: it needs to remember
-// nothing, and so also cleans up after a bench that was killed.
-func clean() error {
-	var errs []error
-	paths, _ := filepath.Glob(netns + "*")
+// clean searches for what is ours and takes it away: it needs to remember nothing, and so also cleans up after a bench that was killed.
+func clean(self string) error {
+	errs := []error{cleanCluster(self)}
+	paths, _ := filepath.Glob(netnsDir + "*")
 	for _, path := range paths {
-		errs = append(errs, killAll(path), command("ip", "netns", "del", filepath.Base(path)))
+		errs = append(errs, killAll(path), run("ip", "netns", "del", filepath.Base(path)))
 	}
 	if _, err := os.Stat(sshdOurs); err == nil {
 		if err := os.Remove(sshdDir); !errors.Is(err, os.ErrNotExist) {
@@ -125,7 +119,7 @@ func clean() error {
 func commands(lines string) error {
 	for line := range strings.Lines(lines) {
 		if args := strings.Fields(line); len(args) > 0 {
-			if err := command(args...); err != nil {
+			if err := run(args...); err != nil {
 				return err
 			}
 		}
@@ -133,7 +127,7 @@ func commands(lines string) error {
 	return nil
 }
 
-func command(args ...string) error {
+func run(args ...string) error {
 	if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
 	}
