@@ -13,9 +13,12 @@ export NODES GOFLAGS
 
 build: bin/culvert
 
-.PHONY: bin/culvert bin/cluster
+.PHONY: bin/culvert bin/cluster bin/bench
 bin/culvert:
 	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $@ ./cmd/culvert
+
+bin/bench:
+	CGO_ENABLED=0 go build -o $@ ./e2e/bench
 
 bin/cluster:
 	cd e2e/cluster && CGO_ENABLED=0 go build -o ../../$@ .
@@ -44,9 +47,14 @@ cluster-down: $(CLUSTER)
 demo: build $(CLUSTER) images
 	e2e/demo.sh
 
-# What an exchange costs: a Service beside itself, exchanged, on a cluster that is up.
-bench: build
-	go test -run='^$$' -bench=. -benchtime=1x -timeout=10m ./e2e
+# culvert's data path beside ssh -L, sshuttle and none, as root; needs iperf3,
+# openssh-server, sshuttle and nftables of Debian. BENCH has flags: see bin/bench -h.
+# Then what an exchange costs, on a cluster that is up.
+bench: build bin/bench $(CLUSTER)
+	bin/bench -out docs/bench $(BENCH)
+	@if $(CLUSTER) status >/dev/null 2>&1; then \
+		set -x; go test -run='^$$' -bench=. -benchtime=1x -timeout=10m ./e2e; \
+	else echo 'no cluster is up, so exchanges are not measured (make cluster-up)'; fi
 
 # Everything: lint, unit tests, other systems, and end to end on a cluster of
 # its own. As root; the last line counts the tests.

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// On the cluster of e2e/cluster culvert itself runs, on its laptop, beside what
+// everybody has: both by way of the API server. Who is asked is in a pod's network
+// namespace, next to the pod's own program.
+const (
+	clusterNetns     = "/run/netns/culvert-laptop"
+	clusterNamespace = "shop"
+	clusterLabel     = "app=cv-bench"
+)
+
+const clusterPod = `
+apiVersion: v1
+kind: Service
+metadata: {name: cv-bench, namespace: shop, labels: {app: cv-bench}}
+spec:
+  selector: {app: cv-bench}
+  ports: [{name: iperf, port: 5201}, {name: echo, port: 7000}, {name: hello, port: 7001}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: cv-bench, namespace: shop, labels: {app: cv-bench}}
+spec:
+  securityContext: {runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}
+  automountServiceAccountToken: false
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: pause
+    image: localhost/client:1
+    imagePullPolicy: IfNotPresent
+    command: [sleep, "1000000000"]
+    securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+`
+
+var clusterPaths = []path{
+	{name: "port-forward", what: "kubectl port-forward, no TUN", open: openPortForward},
+	{name: "culvert", what: "culvert connect with its TUN", open: openConnect},
+}
+
+// harness runs what is built beside self.
+func harness(self string, args ...string) []string {
+	return append([]string{filepath.Join(filepath.Dir(self), "cluster")}, args...)
+}
+
+// clusterLaptop is where the harness's exec leads to.
+func clusterLaptop(self string) place {
+	return place{netns: clusterNetns, stays: true, enter: harness(self, "exec", "laptop", "--",
+		"env", "HOME=/root", "KUBECONFIG="+kubeconfig(self), "CULVERT_IMAGE=localhost/culvert-shadow:dev")}
+}
+
+// kubectl is that of the laptop.
+func kubectl(ctx context.Context, self string, args ...string) (string, error) {
+	out, err := output(ctx, clusterLaptop(self), append([]string{"kubectl", "-n", clusterNamespace}, args...)...)
+	return strings.TrimSpace(string(out)), err
+}
+
+// onCluster measures on a cluster that is up.
+func (b *bench) onCluster(ctx context.Context, o options) error {
+	if !clusterIsUp(b.self) {
+		b.report.note("the ways to a cluster are left out: none is up (make cluster-up)")
+		return nil
+	}
+	pod, err := startPod(ctx, b.self)
+	if err != nil {
+		return err
+	}
+	b.service = pod
+	ip, err := kubectl(ctx, b.self, "get", "pod", "cv-bench", "-o", "jsonpath={.status.podIP}")
+	if err != nil {
+		return err
+	}
+	server, err := start(pod, "serve", b.self, "serve", ip)
+	if err != nil {
+		return err
+	}
+	defer server.stop()
+	if err := listening(ctx, server, helloPort); err != nil {
+		return err
+	}
+	s := b.report.begin("a cluster, by way of its API server", "cluster", "port-forward")
+	visits := [][]probe{memory, append(bulk, small...)}
+	return b.series(ctx, s, choose(clusterPaths, o.paths, condition{}), visits, o.rounds, func() error { return nil })
+}
+
+// startPod makes a pod, and tells the way into its network namespace.
+func startPod(ctx context.Context, self string) (place, error) {
+	apply := onHost(ctx, clusterLaptop(self), "kubectl", "apply", "-f", "-")
+	apply.Stdin = strings.NewReader(clusterPod)
+	if out, err := apply.CombinedOutput(); err != nil {
+		return place{}, fmt.Errorf("make the pod: %w: %s", err, out)
+	}
+	if _, err := kubectl(ctx, self, "wait", "--for=condition=Ready", "--timeout=60s", "pod/cv-bench"); err != nil {
+		return place{}, err
+	}
+	uid, err := kubectl(ctx, self, "get", "pod", "cv-bench", "-o", "jsonpath={.metadata.uid}")
+	if err != nil {
+		return place{}, err
+	}
+	pid, err := inPod(uid)
+	if err != nil {
+		return place{}, err
+	}
+	return place{netns: fmt.Sprintf("/proc/%d/ns/net", pid), enter: []string{"nsenter", "--target", strconv.Itoa(pid), "--net"}}, nil
+}
+
+// inPod finds a process of a pod: its cgroup bears the pod's UID.
+func inPod(uid string) (int, error) {
+	paths, _ := filepath.Glob("/proc/[0-9]*/cgroup")
+	for _, path := range paths {
+		b, _ := os.ReadFile(path)
+		if s := string(b); strings.Contains(s, uid) || strings.Contains(s, strings.ReplaceAll(uid, "-", "_")) {
+			return strconv.Atoi(strings.Split(path, "/")[2])
+		}
+	}
+	return 0, fmt.Errorf("no process of pod %s here", uid)
+}
+
+// clusterIsUp tells whether there is one that was made from here.
+func clusterIsUp(self string) bool {
+	for _, path := range []string{clusterNetns, kubeconfig(self), harness(self)[0]} {
+		if _, err := os.Stat(path); err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+func kubeconfig(self string) string {
+	return filepath.Join(filepath.Dir(self), "../e2e/.run/kubeconfig")
+}
+
+// cleanCluster takes away pod and Service, and what ran on the laptop and beside
+// the pod.
+func cleanCluster(self string) error {
+	if !clusterIsUp(self) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	err := killMarked()
+	_, err2 := kubectl(ctx, self, "delete", "pod,svc", "-l", clusterLabel, "--force", "--grace-period=0", "--ignore-not-found")
+	return errors.Join(err, err2)
+}
+
+// killMarked kills what an earlier bench started: see onHost.
+func killMarked() (err error) {
+	paths, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, path := range paths {
+		b, _ := os.ReadFile(path)
+		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
+			pid, _ := strconv.Atoi(strings.Split(path, "/")[2])
+			if e := syscall.Kill(pid, syscall.SIGKILL); !errors.Is(e, syscall.ESRCH) {
+				err = errors.Join(err, e)
+			}
+		}
+	}
+	return err
+}
+
+func openPortForward(ctx context.Context, self string) (*tunnel, error) {
+	args := []string{"kubectl", "-n", clusterNamespace, "port-forward", "pod/cv-bench"}
+	for _, port := range forwarded {
+		args = append(args, strconv.Itoa(port))
+	}
+	return overAPI(self, "port-forward", onLoopback, args...)
+}
+
+// openConnect reaches the Service by its address.
+func openConnect(ctx context.Context, self string) (*tunnel, error) {
+	ip, err := kubectl(ctx, self, "get", "svc", "cv-bench", "-o", "jsonpath={.spec.clusterIP}")
+	if err != nil {
+		return nil, err
+	}
+	reach := func(port int) (string, int) { return ip, port }
+	return overAPI(self, "connect", reach, filepath.Join(filepath.Dir(self), "culvert"), "connect", "-n", clusterNamespace)
+}
+
+func overAPI(self, name string, reach func(int) (string, int), args ...string) (*tunnel, error) {
+	t := &tunnel{at: clusterLaptop(self), reach: reach, several: 4, begun: time.Now()}
+	p, err := start(t.at, name, args...)
+	if err == nil {
+		t.near = []*process{p}
+	}
+	return t, err
+}

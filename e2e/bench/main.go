@@ -1,0 +1,265 @@
+// Bench is "make bench": ways from a laptop to a service, side by side in one
+// run; see bench -h.
+//
+// Figures of one machine, at one time, compare with nothing; so all paths are
+// measured in turn, round by round, and what is read from the tables are ratios.
+//
+// Laptop, far end and service are network namespaces of the bench's own, and
+// need no cluster. culvert's data path is put together there of the product's
+// rooms (ends.go): what a wire, a netstack and a TUN cost, without Kubernetes.
+// With a cluster that is up, culvert itself is then measured on its laptop
+// beside kubectl port-forward (cluster.go). Nothing is remembered of what was made:
+// whatever has the bench's name is cleaned away, at the end and before the start,
+// by a process that outlives this one (guard.go).
+//
+// The files are in the order of a run: world.go, link.go and relay.go make hosts
+// and link, path.go and ends.go open a way, measure.go and load.go put loads on
+// it, report.go and svg.go show what came out.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// roles are what the bench runs itself as, on its hosts.
+var roles = map[string]func(context.Context, []string) error{
+	"guard": guardMain, "relay": relayMain, "serve": serveMain, "load": loadMain,
+	"far":  endMain(func(w wire) func(context.Context, end) error { return w.far }),
+	"near": endMain(func(w wire) func(context.Context, end) error { return w.near }),
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command(ctx, os.Args[1:]); err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintln(os.Stderr, "bench: error:", err)
+		os.Exit(1)
+	}
+}
+
+// command is a run, or one of the roles in it.
+func command(ctx context.Context, args []string) error {
+	if len(args) > 0 && roles[args[0]] != nil {
+		return roles[args[0]](ctx, args[1:])
+	}
+	return benchMain(ctx, args)
+}
+
+// options are what is asked of a run.
+type options struct {
+	paths      []string
+	conditions []condition
+	seconds    float64
+	rounds     int
+	base, out  string
+	cluster    bool
+}
+
+func parseOptions(args []string) (o options, err error) {
+	f := flag.NewFlagSet("bench", flag.ContinueOnError)
+	names := f.String("paths", "", "`names` of paths to measure, by comma; empty is what shows most")
+	links := f.String("links", "0,20ms,80ms,80ms/0.1%", "`links` from laptop to far end, by comma, each a round trip\nand what more is wanted: /1% lost, /2~ overtaking the others, /100M bit/s.\nEmpty is none")
+	f.BoolVar(&o.cluster, "cluster", true, "measure on a cluster that is up, too")
+	f.Float64Var(&o.seconds, "seconds", 2, "`length` of one load, in whole seconds")
+	f.IntVar(&o.rounds, "rounds", 1, "`number` of rounds that medians are taken of")
+	f.StringVar(&o.base, "base", "ssh", "`path` that ratios are to")
+	f.StringVar(&o.out, "out", "", "`folder` for tables, JSON and plots")
+	f.Usage = func() { usage(f) }
+	if err := f.Parse(args); err != nil {
+		return o, err
+	}
+	if o.seconds < 1 || o.seconds != float64(int(o.seconds)) || o.rounds < 1 || f.NArg() > 0 {
+		return o, errors.New("want whole -seconds and -rounds of at least one, and nothing but flags")
+	}
+	if o.paths, err = known(*names); err != nil {
+		return o, err
+	}
+	for text := range strings.FieldsFuncSeq(*links, func(r rune) bool { return r == ',' }) {
+		c, err := parseCondition(text)
+		if err != nil {
+			return o, err
+		}
+		o.conditions = append(o.conditions, c)
+	}
+	return o, nil
+}
+
+func usage(f *flag.FlagSet) {
+	out := f.Output()
+	fmt.Fprint(out, "usage: bench [flags], as root\n\nMeasures ways from a laptop to a service side by side, and prints a table for each link.\nCtrl-C ends it with what was measured so far.\n\n")
+	f.PrintDefaults()
+	fmt.Fprint(out, "\npaths:\n")
+	for _, p := range slices.Concat(paths, clusterPaths) {
+		fmt.Fprintf(out, "  %-16s %s\n", p.name, p.what)
+	}
+}
+
+// known are names of paths, of which there is each.
+func known(names string) (all []string, err error) {
+	for name := range strings.FieldsFuncSeq(names, func(r rune) bool { return r == ',' }) {
+		if !slices.ContainsFunc(slices.Concat(paths, clusterPaths), func(p path) bool { return p.name == name }) {
+			return nil, fmt.Errorf("no path %q", name)
+		}
+		all = append(all, name)
+	}
+	return all, nil
+}
+
+// choose are those to be measured: by name, or what is always.
+func choose(of []path, names []string, c condition) []path {
+	return slices.DeleteFunc(slices.Clone(of), func(p path) bool {
+		if len(names) > 0 {
+			return !slices.Contains(names, p.name)
+		}
+		return p.when != nil && !p.when(c)
+	})
+}
+
+// able leaves out, and says so, what the kernel has not.
+func (b *bench) able(of []path) []path {
+	if hasBBR() {
+		return of
+	}
+	return slices.DeleteFunc(of, func(p path) bool {
+		if p.bbr {
+			b.report.note(p.name + " is left out: the kernel has no BBR (modprobe tcp_bbr)")
+		}
+		return p.bbr
+	})
+}
+
+func benchMain(ctx context.Context, args []string) (err error) {
+	o, err := parseOptions(args)
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("must run as root, to make network namespaces")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	clean, err := guarded(self)
+	if err != nil {
+		return err
+	}
+	r := &report{Time: time.Now().UTC().Truncate(time.Second), Machine: machine(), Command: strings.Join(append([]string{"bin/bench"}, args...), " "),
+		Seconds: o.seconds, Rounds: o.rounds}
+	err = errors.Join(measureAll(ctx, &bench{self: self, seconds: o.seconds, report: r}, o), clean())
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		r.note("ended before its time")
+		err = nil
+	}
+	return errors.Join(err, r.write(os.Stdout), r.save(o.out))
+}
+
+// measureAll fills a report, as far as it comes.
+func measureAll(ctx context.Context, b *bench, o options) error {
+	if err := errors.Join(allowFiles(), os.MkdirAll(scratch, 0o700)); err != nil {
+		return err
+	}
+	if len(o.conditions) > 0 {
+		if err := b.inNamespaces(ctx, o); err != nil {
+			return err
+		}
+	}
+	if !o.cluster {
+		return nil
+	}
+	return b.onCluster(ctx, o)
+}
+
+// inNamespaces measures on each link.
+func (b *bench) inNamespaces(ctx context.Context, o options) error {
+	for _, c := range o.conditions {
+		if err := missing(choose(paths, o.paths, c)); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(build(), writeKeys()); err != nil {
+		return err
+	}
+	b.service = host(service)
+	if _, err := start(b.service, "serve", b.self, "serve", serviceIP); err != nil {
+		return err
+	}
+	for _, c := range o.conditions {
+		if err := b.onLink(ctx, c, o); err != nil {
+			return fmt.Errorf("link %v: %w", c, err)
+		}
+	}
+	return nil
+}
+
+// onLink leaves out of imperfect links what does not depend on them.
+func (b *bench) onLink(ctx context.Context, c condition, o options) error {
+	l, err := openLink(ctx, b.self, c)
+	if err != nil {
+		return err
+	}
+	visits := [][]probe{memory, slices.Concat(bulk, small, []probe{after})}
+	if !c.perfect() {
+		visits = [][]probe{slices.Concat(settled, small)}
+	}
+	s := b.report.begin(c.words(), "link-"+c.file(), o.base)
+	err = b.series(ctx, s, b.able(choose(paths, o.paths, c)), visits, o.rounds, l.alive)
+	return errors.Join(err, l.close())
+}
+
+// series measures paths in turns, so that what else the machine does meets all of
+// them. What fails is noted, and the others go on.
+func (b *bench) series(ctx context.Context, s *series, of []path, visits [][]probe, rounds int, alive func() error) error {
+	for round := range rounds {
+		for _, p := range of {
+			fmt.Fprintf(os.Stderr, "%s, round %d of %d: %s\n", s.Title, round+1, rounds, p.what)
+			for _, loads := range visits {
+				err := errors.Join(b.visit(ctx, p, loads, s.outcome(p.name)), alive())
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				if err != nil {
+					s.Failures = append(s.Failures, fmt.Sprintf("%s: %v", p.name, err))
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// visit opens a path and puts loads on it, whichever of them fail.
+func (b *bench) visit(ctx context.Context, p path, loads []probe, to *outcome) (err error) {
+	t, err := p.open(ctx, b.self)
+	if t != nil {
+		defer func() { err = errors.Join(err, t.close()) }()
+	}
+	if err != nil {
+		return err
+	}
+	first, err := t.ready(ctx, b.self)
+	if err != nil {
+		return err
+	}
+	to.add(first)
+	var failures []error
+	for _, load := range loads {
+		s, err := load.run(b, ctx, t)
+		to.add(s)
+		if err != nil {
+			failures = append(failures, fmt.Errorf("%s: %w", load.name, err))
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return errors.Join(failures...)
+}
