@@ -78,11 +78,7 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 		return err
 	}
 	b.service = pod
-	ip, err := kubectl(ctx, b.self, "get", "pod", "cv-bench", "-o", "jsonpath={.status.podIP}")
-	if err != nil {
-		return err
-	}
-	server, err := start(pod, "serve", b.self, "serve", ip)
+	server, err := start(pod, "serve", b.self, "serve")
 	if err != nil {
 		return err
 	}
@@ -91,7 +87,10 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 		return err
 	}
 	s := b.report.begin("a cluster, by way of its API server", "cluster", "port-forward")
-	visits := [][]probe{memory, append(bulk, small...)}
+	visits := [][]probe{memory} // port-forward ends with the first reset, as with that of a stream's end
+	for _, p := range slices.Concat(bulk, small) {
+		visits = append(visits, []probe{p})
+	}
 	return b.series(ctx, s, choose(clusterPaths, o.paths, condition{}), visits, o.rounds, func() error { return nil })
 }
 

@@ -190,7 +190,7 @@ func (b *bench) inNamespaces(ctx context.Context, o options) error {
 		return err
 	}
 	b.service = host(service)
-	if _, err := start(b.service, "serve", b.self, "serve", serviceIP); err != nil {
+	if _, err := start(b.service, "serve", b.self, "serve"); err != nil {
 		return err
 	}
 	for _, c := range o.conditions {

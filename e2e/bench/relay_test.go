@@ -151,7 +151,7 @@ func TestLink(t *testing.T) {
 	if err := build(); err != nil {
 		t.Fatal(err)
 	}
-	server, err := start(host(service), "serve", self, "serve", serviceIP)
+	server, err := start(host(service), "serve", self, "serve")
 	if err != nil {
 		t.Fatal(err)
 	}
