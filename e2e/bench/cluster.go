@@ -73,6 +73,10 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 		b.report.note("the ways to a cluster are left out: none is up (make cluster-up)")
 		return nil
 	}
+	of := choose(clusterPaths, o.paths, condition{})
+	if len(of) == 0 {
+		return nil
+	}
 	pod, err := startPod(ctx, b.self)
 	if err != nil {
 		return err
@@ -91,7 +95,7 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 	for _, p := range slices.Concat(bulk, small) {
 		visits = append(visits, []probe{p})
 	}
-	return b.series(ctx, s, choose(clusterPaths, o.paths, condition{}), visits, o.rounds, func() error { return nil })
+	return b.series(ctx, s, of, visits, o.rounds, func() error { return nil })
 }
 
 // startPod makes a pod, and tells the way into its network namespace.

@@ -82,7 +82,7 @@ func streams(settled bool) []probe {
 // what counts long before.
 const (
 	grace       = 20 * time.Second
-	streamGrace = 4 * time.Second
+	streamGrace = 10 * time.Second
 )
 
 func (b *bench) bounded(ctx context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
