@@ -153,24 +153,39 @@ func cleanCluster(self string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	err := killMarked()
+	err := endMarked()
 	_, err2 := kubectl(ctx, self, "delete", "pod,svc", "-l", clusterLabel, "--force", "--grace-period=0", "--ignore-not-found")
 	return errors.Join(err, err2)
 }
 
-// killMarked kills what an earlier bench started: see onHost.
-func killMarked() (err error) {
-	paths, _ := filepath.Glob("/proc/[0-9]*/environ")
-	for _, path := range paths {
-		b, _ := os.ReadFile(path)
-		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
-			pid, _ := strconv.Atoi(strings.Split(path, "/")[2])
-			if e := syscall.Kill(pid, syscall.SIGKILL); !errors.Is(e, syscall.ESRCH) {
-				err = errors.Join(err, e)
+// endMarked ends what an earlier bench started (see onHost). Only who has no parent
+// among them is told: culvert puts back what it changed, and ends its own children.
+func endMarked() error {
+	all := stats()
+	for _, pid := range marked(all) {
+		if !slices.Contains(marked(all), all[pid].parent) {
+			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return err
 			}
 		}
 	}
-	return err
+	for deadline := time.Now().Add(2 * patience); len(marked(stats())) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("processes %v of an earlier bench do not end", marked(stats()))
+		}
+	}
+	return nil
+}
+
+// marked are the processes that bear the mark.
+func marked(all map[int]stat) (pids []int) {
+	for pid := range all {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 func openPortForward(ctx context.Context, self string) (*tunnel, error) {
