@@ -128,6 +128,9 @@ func TestLink(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("must be root, for network namespaces")
 	}
+	if err := missing(nil); err != nil {
+		t.Skip(err)
+	}
 	defer goleak.VerifyNone(t)
 	self, err := os.Executable()
 	if err != nil {
