@@ -47,10 +47,12 @@ cluster-down: $(CLUSTER)
 demo: build $(CLUSTER) images
 	e2e/demo.sh
 
-# culvert's data path beside ssh -L, sshuttle and none, as root; needs iperf3,
-# openssh-server, sshuttle and nftables of Debian. BENCH has flags: see bin/bench -h.
-# Then what an exchange costs, on a cluster that is up.
-bench: build bin/bench $(CLUSTER)
+# Ways from a laptop to a service side by side, as root: ssh -L, sshuttle and
+# culvert's data path in namespaces; kubectl port-forward and culvert on a cluster
+# that is up; then what an exchange costs there. Needs iperf3, openssh-server,
+# sshuttle and nftables of Debian. BENCH has flags: see bin/bench -h.
+bench: build bin/bench $(CLUSTER) images
+	@if $(CLUSTER) status >/dev/null 2>&1; then $(CLUSTER) load dist/culvert-shadow.tar; fi
 	bin/bench -out docs/bench $(BENCH)
 	@if $(CLUSTER) status >/dev/null 2>&1; then \
 		set -x; go test -run='^$$' -bench=. -benchtime=1x -timeout=10m ./e2e; \

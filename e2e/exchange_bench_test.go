@@ -24,16 +24,16 @@ func BenchmarkExchange(b *testing.B) {
 	header.stop()
 
 	var table strings.Builder
-	w := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "\tdirect\trouter to original\t\trouter to laptop\t")
+	w := tabwriter.NewWriter(&table, 0, 0, 1, ' ', 0)
+	fmt.Fprint(w, "| \t| direct\t| router to original\t| router to laptop\t|\n| ---\t| ---\t| ---\t| ---\t|\n")
 	for i, m := range measures {
 		a, o, l := m.of(direct[i]), m.of(through[i]), m.of(exchanged[i])
-		fmt.Fprintf(w, "%s\t%.5g %s\t%.5g\t%.2f\t%.5g\t%.2f\n", m.name, a, m.unit, o, o/a, l, l/a)
+		fmt.Fprintf(w, "| %s, %s\t| %.5g\t| %.5g ×%.2f\t| %.5g ×%.2f\t|\n", m.name, m.unit, a, o, o/a, l, l/a)
 		b.ReportMetric(o/a, m.metric+"-original-ratio")
 		b.ReportMetric(l/a, m.metric+"-laptop-ratio")
 	}
 	w.Flush()
-	b.Logf("beside the Service without culvert; ratios after each\n%s", table.String())
+	b.Logf("**an exchange**; ×: of the Service without culvert\n%s", strings.TrimSpace(table.String()))
 }
 
 // A measure is one number of one load.

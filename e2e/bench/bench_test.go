@@ -45,18 +45,26 @@ func TestQuantile(t *testing.T) {
 }
 
 func TestParseIperf(t *testing.T) {
+	const one = `Accepted connection from 127.0.0.1, port 1
+[ ID] Interval           Transfer     Bitrate
+[  5]   0.00-1.00   sec  1000 KBytes  9999 Kbits/sec                  (omitted)
+[  5]   0.00-1.00   sec  1000 KBytes  2000 Kbits/sec
+[  5]   1.00-2.00   sec  1000 KBytes  4000 Kbits/sec
+[  5]   2.00-2.04   sec  1000 KBytes  9999 Kbits/sec
+- - - - - - - - - - - - - - - - - - - - - - - - -
+[  5]   0.00-2.04   sec  1000 KBytes  3500 Kbits/sec                  receiver
+`
+	const two = `[  5]   0.00-1.00   sec  1000 KBytes  10 Kbits/sec    0   5.00 MBytes
+[  7]   0.00-1.00   sec  1000 KBytes  20 Kbits/sec    0   5.00 MBytes
+[SUM]   0.00-1.00   sec  1000 KBytes  30 Kbits/sec    0
+`
 	for _, c := range []struct {
-		out, err string
-		want     float64
-	}{
-		{out: `{"start":{},"end":{"sum_sent":{"bits_per_second":9e9},"sum_received":{"bytes":25,"bits_per_second":2.5e9}}}`, want: 2.5e9},
-		{out: `{"start":{},"end":{},"error":"unable to connect to server: Connection refused"}`, err: "iperf3: unable to connect"},
-		{out: `{"end":{"sum_received":{"bytes":0,"bits_per_second":0}}}`, err: "nothing was received"},
-		{out: "", err: "read iperf3's JSON"},
-	} {
-		got, err := parseIperf([]byte(c.out))
-		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
-			t.Errorf("%s: %v, %v; want %v, %q", c.out, got, err, c.want, c.err)
+		out        string
+		n, seconds int
+		want       float64
+	}{{one, 1, 2, 3e6}, {one, 1, 1, 2e6}, {two, 2, 1, 3e4}, {two, 2, 2, 0}, {"iperf3: error - refused", 1, 1, 0}, {"", 1, 1, 0}} {
+		if got, err := parseIperf(c.out, c.n, float64(c.seconds)); got != c.want || (err == nil) != (c.want > 0) {
+			t.Errorf("%d s of %d: %v, %v; want %v", c.seconds, c.n, got, err, c.want)
 		}
 	}
 }

@@ -73,16 +73,16 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 		b.report.note("the ways to a cluster are left out: none is up (make cluster-up)")
 		return nil
 	}
+	of := choose(clusterPaths, o.paths, condition{})
+	if len(of) == 0 {
+		return nil
+	}
 	pod, err := startPod(ctx, b.self)
 	if err != nil {
 		return err
 	}
 	b.service = pod
-	ip, err := kubectl(ctx, b.self, "get", "pod", "cv-bench", "-o", "jsonpath={.status.podIP}")
-	if err != nil {
-		return err
-	}
-	server, err := start(pod, "serve", b.self, "serve", ip)
+	server, err := start(pod, "serve", b.self, "serve")
 	if err != nil {
 		return err
 	}
@@ -91,8 +91,11 @@ func (b *bench) onCluster(ctx context.Context, o options) error {
 		return err
 	}
 	s := b.report.begin("a cluster, by way of its API server", "cluster", "port-forward")
-	visits := [][]probe{memory, append(bulk, small...)}
-	return b.series(ctx, s, choose(clusterPaths, o.paths, condition{}), visits, o.rounds, func() error { return nil })
+	visits := [][]probe{memory} // port-forward ends with the first reset, as with that of a stream's end
+	for _, p := range slices.Concat(bulk, small) {
+		visits = append(visits, []probe{p})
+	}
+	return b.series(ctx, s, of, visits, o.rounds, func() error { return nil })
 }
 
 // startPod makes a pod, and tells the way into its network namespace.
@@ -150,24 +153,39 @@ func cleanCluster(self string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	err := killMarked()
+	err := endMarked()
 	_, err2 := kubectl(ctx, self, "delete", "pod,svc", "-l", clusterLabel, "--force", "--grace-period=0", "--ignore-not-found")
 	return errors.Join(err, err2)
 }
 
-// killMarked kills what an earlier bench started: see onHost.
-func killMarked() (err error) {
-	paths, _ := filepath.Glob("/proc/[0-9]*/environ")
-	for _, path := range paths {
-		b, _ := os.ReadFile(path)
-		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
-			pid, _ := strconv.Atoi(strings.Split(path, "/")[2])
-			if e := syscall.Kill(pid, syscall.SIGKILL); !errors.Is(e, syscall.ESRCH) {
-				err = errors.Join(err, e)
+// endMarked ends what an earlier bench started (see onHost). Only who has no parent
+// among them is told: culvert puts back what it changed, and ends its own children.
+func endMarked() error {
+	all := stats()
+	for _, pid := range marked(all) {
+		if !slices.Contains(marked(all), all[pid].parent) {
+			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+				return err
 			}
 		}
 	}
-	return err
+	for deadline := time.Now().Add(2 * patience); len(marked(stats())) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("processes %v of an earlier bench do not end", marked(stats()))
+		}
+	}
+	return nil
+}
+
+// marked are the processes that bear the mark.
+func marked(all map[int]stat) (pids []int) {
+	for pid := range all {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if slices.Contains(strings.Split(string(b), "\x00"), mark) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 func openPortForward(ctx context.Context, self string) (*tunnel, error) {

@@ -24,18 +24,15 @@ const (
 	dialTime = 10 * time.Second
 )
 
-// serveMain is the role "serve", at an IP: the service, which echoes on one port and says
+// serveMain is the role "serve": the service, which echoes on one port and says
 // one byte on another.
-func serveMain(ctx context.Context, args []string) error {
-	if len(args) != 1 {
-		return errors.New("serve: want IP")
-	}
+func serveMain(ctx context.Context, _ []string) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for port, answer := range map[int]func(net.Conn){
 		echoPort:  func(c net.Conn) { _, _ = io.Copy(c, c) },
 		helloPort: func(c net.Conn) { _, _ = c.Write([]byte("x")) },
 	} {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address(args[0], port))
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address("", port))
 		if err != nil {
 			return err
 		}
@@ -123,7 +120,7 @@ func askOnce(c net.Conn, buf []byte) error {
 func awaitEcho(ctx context.Context, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	for limit := 100 * time.Millisecond; ; limit *= 2 {
+	for limit := 100 * time.Millisecond; ; limit = min(2*limit, dialTime) {
 		c, err := dialEcho(ctx, address, limit)
 		if err == nil {
 			return c.Close()

@@ -160,12 +160,22 @@ func benchMain(ctx context.Context, args []string) (err error) {
 		r.note("ended before its time")
 		err = nil
 	}
+	if len(r.Series) == 0 {
+		return err
+	}
 	return errors.Join(err, r.write(os.Stdout), r.save(o.out))
 }
 
 // measureAll fills a report, as far as it comes.
 func measureAll(ctx context.Context, b *bench, o options) error {
 	if err := errors.Join(allowFiles(), os.MkdirAll(scratch, 0o700)); err != nil {
+		return err
+	}
+	wanted := choose(clusterPaths, o.paths, condition{})
+	for _, c := range o.conditions {
+		wanted = append(wanted, choose(paths, o.paths, c)...)
+	}
+	if err := missing(wanted); err != nil {
 		return err
 	}
 	if len(o.conditions) > 0 {
@@ -181,16 +191,11 @@ func measureAll(ctx context.Context, b *bench, o options) error {
 
 // inNamespaces measures on each link.
 func (b *bench) inNamespaces(ctx context.Context, o options) error {
-	for _, c := range o.conditions {
-		if err := missing(choose(paths, o.paths, c)); err != nil {
-			return err
-		}
-	}
 	if err := errors.Join(build(), writeKeys()); err != nil {
 		return err
 	}
 	b.service = host(service)
-	if _, err := start(b.service, "serve", b.self, "serve", serviceIP); err != nil {
+	if _, err := start(b.service, "serve", b.self, "serve"); err != nil {
 		return err
 	}
 	for _, c := range o.conditions {
@@ -203,6 +208,10 @@ func (b *bench) inNamespaces(ctx context.Context, o options) error {
 
 // onLink leaves out of imperfect links what does not depend on them.
 func (b *bench) onLink(ctx context.Context, c condition, o options) error {
+	of := b.able(choose(paths, o.paths, c))
+	if len(of) == 0 {
+		return nil
+	}
 	l, err := openLink(ctx, b.self, c)
 	if err != nil {
 		return err
@@ -212,7 +221,7 @@ func (b *bench) onLink(ctx context.Context, c condition, o options) error {
 		visits = [][]probe{slices.Concat(settled, small)}
 	}
 	s := b.report.begin(c.words(), "link-"+c.file(), o.base)
-	err = b.series(ctx, s, b.able(choose(paths, o.paths, c)), visits, o.rounds, l.alive)
+	err = b.series(ctx, s, of, visits, o.rounds, l.alive)
 	return errors.Join(err, l.close())
 }
 

@@ -42,7 +42,7 @@ const sshd = "/usr/sbin/sshd" // by its whole path, for it starts itself again
 var openSSHTools = []string{"ssh", sshd}
 
 // tools are needed by the bench itself.
-var tools = []string{"ip", "ss", "sysctl", "iperf3"}
+var tools = []string{"ip", "nsenter", "ss", "sysctl", "iperf3"}
 
 // missing are the programs that are not there.
 func missing(paths []path) error {
@@ -224,17 +224,30 @@ func listening(ctx context.Context, p *process, port int) error {
 // that took since the laptop's end was started.
 func (t *tunnel) ready(ctx context.Context, self string) (sample, error) {
 	ip, port := t.reach(echoPort)
-	if _, err := output(ctx, t.at, self, "load", "ready", address(ip, port)); err != nil {
-		errs := []error{err}
+	_, err := output(ctx, t.at, self, "load", "ready", address(ip, port))
+	took := time.Since(t.begun)
+	if err := errors.Join(err, t.alive()); err != nil {
 		for _, p := range t.ends() {
-			errs = append(errs, errors.New(p.said()))
+			err = errors.Join(err, errors.New(p.said()))
 		}
-		return nil, errors.Join(errs...)
+		return nil, err
 	}
 	if len(t.near) == 0 {
 		return nil, nil
 	}
-	return sample{"first": time.Since(t.begun).Seconds()}, nil
+	return sample{"first": took.Seconds()}, nil
+}
+
+// alive tells whether it was this tunnel that answered.
+func (t *tunnel) alive() error {
+	for _, p := range t.ends() {
+		select {
+		case <-p.done:
+			return errors.New("an end has ended")
+		default:
+		}
+	}
+	return nil
 }
 
 func (t *tunnel) ends() []*process { return append(append([]*process(nil), t.near...), t.far...) }

@@ -108,7 +108,11 @@ func (p *process) until(ctx context.Context, what string, ready func() (bool, er
 // said is the end of what it wrote.
 func (p *process) said() string {
 	b, _ := os.ReadFile(p.log)
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return lastLines(string(b))
+}
+
+func lastLines(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
 	return strings.Join(lines[max(0, len(lines)-3):], "; ")
 }
 

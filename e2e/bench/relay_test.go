@@ -65,7 +65,7 @@ func TestSurvivors(t *testing.T) {
 		})
 		got := make([]byte, len(payload))
 		for _, p := range left {
-			missing += place1(t, got, p)
+			missing += putPiece(t, got, p)
 		}
 		if !bytes.Equal(got, want) || n != 10 || missing != len(payload) {
 			t.Errorf("lost %q: %d pieces, %d dice, %d bytes of %d", lost, len(left), n, missing, len(payload))
@@ -73,8 +73,8 @@ func TestSurvivors(t *testing.T) {
 	}
 }
 
-// place1 checks a piece, puts its payload to its place and tells how long it is.
-func place1(t *testing.T, got, p []byte) int {
+// putPiece checks a piece, puts its payload to its place and tells how long it is.
+func putPiece(t *testing.T, got, p []byte) int {
 	t.Helper()
 	ip := header.IPv4(p[vnet:])
 	tcp := header.TCP(ip.Payload())
@@ -128,6 +128,9 @@ func TestLink(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("must be root, for network namespaces")
 	}
+	if err := missing(nil); err != nil {
+		t.Skip(err)
+	}
 	defer goleak.VerifyNone(t)
 	self, err := os.Executable()
 	if err != nil {
@@ -151,7 +154,7 @@ func TestLink(t *testing.T) {
 	if err := build(); err != nil {
 		t.Fatal(err)
 	}
-	server, err := start(host(service), "serve", self, "serve", serviceIP)
+	server, err := start(host(service), "serve", self, "serve")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -107,7 +107,7 @@ func (s *series) measures() (known []measure) {
 // what they are of the base's. It is Markdown that can be read as it is.
 func (r *report) write(out io.Writer) error {
 	b := &bytes.Buffer{}
-	fmt.Fprintf(b, "%s, %s: `%s`. Medians of %d rounds, loads of %g s.\n", r.Time.Format(time.DateOnly), r.Machine, r.Command, r.Rounds, r.Seconds)
+	fmt.Fprintf(b, "%s, %s: `%s`. Rounds: %d, of which medians; loads of %g s.\n", r.Time.Format(time.DateOnly), r.Machine, r.Command, r.Rounds, r.Seconds)
 	for _, s := range r.Series {
 		fmt.Fprintf(b, "\n**%s**; ×: of %s's\n\n", s.Title, s.Base)
 		s.table(b)
@@ -167,7 +167,7 @@ func figure(v float64) string {
 // save writes tables, JSON and a plot for each series into a folder, if there is
 // one, and takes away the plots that were there.
 func (r *report) save(dir string) error {
-	if dir == "" || len(r.Series) == 0 {
+	if dir == "" {
 		return nil
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -26,7 +26,7 @@ func plot(out io.Writer, r *report, s *series) {
 	fmt.Fprintf(out, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" font-family="sans-serif" font-size="11">`+"\n", plotWidth, high)
 	fmt.Fprintf(out, `<rect width="%d" height="%d" fill="white"/>`+"\n", plotWidth, high)
 	text(out, 8, 18, "", fmt.Sprintf("%s; ×: of %s's", s.Title, s.Base), `font-size="14" font-weight="bold"`)
-	text(out, 8, 36, "", fmt.Sprintf("%s; medians of %d rounds of %g s", r.Machine, r.Rounds, r.Seconds), `fill="#555"`)
+	text(out, 8, 36, "", fmt.Sprintf("%s; rounds: %d, of which medians; loads of %g s", r.Machine, r.Rounds, r.Seconds), `fill="#555"`)
 	y := 54
 	for _, m := range measures {
 		y = group(out, s, m, y) + groupGap

@@ -102,7 +102,7 @@ func privsepDir() error {
 
 // clean searches for what is ours and takes it away: it needs to remember nothing, and so also cleans up after a bench that was killed.
 func clean(self string) error {
-	errs := []error{cleanCluster(self)}
+	var errs []error
 	paths, _ := filepath.Glob(netnsDir + "*")
 	for _, path := range paths {
 		errs = append(errs, killAll(path), run("ip", "netns", "del", filepath.Base(path)))
@@ -112,7 +112,7 @@ func clean(self string) error {
 			errs = append(errs, err)
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(scratch))...)
+	return errors.Join(append(errs, cleanCluster(self), os.RemoveAll(scratch))...)
 }
 
 // commands runs a command a line.
