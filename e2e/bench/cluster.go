@@ -47,7 +47,8 @@ spec:
 
 var clusterPaths = []path{
 	{name: "port-forward", what: "kubectl port-forward, no TUN", open: openPortForward},
-	{name: "culvert", what: "culvert connect with its TUN", open: openConnect},
+	{name: "culvert", what: "culvert connect with its TUN", open: connect()},
+	{name: "culvert-wire-ssh", what: "the same with --wire ssh", open: connect("--wire", "ssh")},
 }
 
 // harness runs what is built beside self.
@@ -196,14 +197,17 @@ func openPortForward(ctx context.Context, self string) (*tunnel, error) {
 	return overAPI(self, "port-forward", onLoopback, args...)
 }
 
-// openConnect reaches the Service by its address.
-func openConnect(ctx context.Context, self string) (*tunnel, error) {
-	ip, err := kubectl(ctx, self, "get", "svc", "cv-bench", "-o", "jsonpath={.spec.clusterIP}")
-	if err != nil {
-		return nil, err
+// connect opens culvert's way, with these flags: it reaches the Service by its address.
+func connect(flags ...string) func(context.Context, string) (*tunnel, error) {
+	return func(ctx context.Context, self string) (*tunnel, error) {
+		ip, err := kubectl(ctx, self, "get", "svc", "cv-bench", "-o", "jsonpath={.spec.clusterIP}")
+		if err != nil {
+			return nil, err
+		}
+		reach := func(port int) (string, int) { return ip, port }
+		command := []string{filepath.Join(filepath.Dir(self), "culvert"), "connect", "-n", clusterNamespace}
+		return overAPI(self, "connect", reach, append(command, flags...)...)
 	}
-	reach := func(port int) (string, int) { return ip, port }
-	return overAPI(self, "connect", reach, filepath.Join(filepath.Dir(self), "culvert"), "connect", "-n", clusterNamespace)
 }
 
 func overAPI(self, name string, reach func(int) (string, int), args ...string) (*tunnel, error) {
