@@ -39,7 +39,7 @@ type KeepConfig struct {
 	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
 	MinBackoff, MaxBackoff time.Duration
 
-	// OnState, if set, is called when Up or Reopened has changed, one call at a
+	// OnState, if set, is called when Up has changed, and with each wire, one call at a
 	// time: not for each attempt that fails in between, nor for those before the
 	// first wire. It must not wait for the Keep.
 	OnState func(KeepState)
@@ -51,12 +51,14 @@ type KeepConfig struct {
 type KeepState struct {
 	Up       bool
 	Since    time.Time     // when Up last changed; zero before the first wire
-	Reopened int           // wires opened after the first
+	Reopened int           // wires opened after the first, for want of one that was heard
 	Err      error         // what went wrong last: kept while up, for people to read
 	RTT      time.Duration // of the wire, where it measures one; 0: unknown
-	Renewed  bool          // the wire took over from one with which nothing was wrong
+	Renewed  bool          // the wire took over from one that was only old
 	Better   bool          // the wire is one of Better
 	NoBetter error         // why not, where that was tried
+
+	wires int // so far
 }
 
 // Keep is a Channel that opens itself again. It never gives up: while the wire
@@ -97,8 +99,17 @@ type keptWire struct {
 	age     context.CancelFunc
 	gone    chan struct{} // closed when Wait has returned
 	err     error         // of Wait; after gone
-	better  bool
+	from    origin
 }
+
+// origin is why there is a wire.
+type origin int
+
+const (
+	opened  origin = iota // there was none, or none that was heard
+	renewed               // the one before was only old
+	better
+)
 
 var _ Channel = (*Keep)(nil)
 
@@ -183,10 +194,10 @@ func (k *Keep) life(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open: %w", err)
 	}
-	for better := false; ; {
-		w := k.begin(ctx, ch, better)
+	for from := opened; ; {
+		w := k.begin(ctx, ch, from)
 		k.up(w)
-		if ch, better = k.successor(ctx, w); ch == nil {
+		if ch, from = k.successor(ctx, w); ch == nil {
 			<-w.gone
 			return w.err
 		}
@@ -200,16 +211,13 @@ func (k *Keep) open(ctx context.Context, limit time.Duration, how func(context.C
 }
 
 // begin follows a wire to its end.
-func (k *Keep) begin(ctx context.Context, ch Channel, better bool) *keptWire {
-	w := &keptWire{Channel: ch, gone: make(chan struct{}), better: better}
+func (k *Keep) begin(ctx context.Context, ch Channel, from origin) *keptWire {
+	w := &keptWire{Channel: ch, gone: make(chan struct{}), from: from}
 	w.present, w.past = context.WithCancel(context.Background())
 	w.aging, w.age = context.WithCancel(context.Background())
 	k.wg.Go(func() {
 		defer close(w.gone)
 		defer w.age()
-		if k.cfg.Age > 0 && !better {
-			defer time.AfterFunc(k.cfg.Age, w.age).Stop()
-		}
 		defer context.AfterFunc(ctx, func() { ch.Close() })()
 		w.err = ch.Wait()
 	})
@@ -241,15 +249,16 @@ func (k *Keep) up(w *keptWire) {
 	k.mu.Lock()
 	before := k.wire
 	k.wire = w
-	if !k.state.Since.IsZero() {
+	k.state.wires++
+	if !k.state.Since.IsZero() && w.from == opened {
 		k.state.Reopened++
 	}
 	if before == nil {
 		close(k.next)
 		k.state.Up, k.state.Since = true, time.Now()
 	}
-	k.state.Renewed = before != nil && before.aging.Err() != nil
-	if k.state.Better = w.better; w.better {
+	k.state.Renewed = w.from == renewed
+	if k.state.Better = w.from == better; k.state.Better {
 		k.state.NoBetter, k.found = nil, time.Now()
 	}
 	s := k.state
@@ -277,7 +286,7 @@ func (k *Keep) down(err error) {
 }
 
 func (k *Keep) tell(s KeepState) {
-	if k.cfg.OnState != nil && (s.Up != k.told.Up || s.Reopened != k.told.Reopened) {
+	if k.cfg.OnState != nil && (s.Up != k.told.Up || s.wires != k.told.wires) {
 		k.told = s
 		k.cfg.OnState(s)
 	}

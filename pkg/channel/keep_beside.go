@@ -21,14 +21,15 @@ type Silent interface {
 
 // successor waits until w is gone, or was silent or is to be renewed and another wire
 // is open beside it, or a better one is.
-func (k *Keep) successor(ctx context.Context, w *keptWire) (ch Channel, better bool) {
+func (k *Keep) successor(ctx context.Context, w *keptWire) (Channel, origin) {
 	s, ok := w.Channel.(Silent)
 	if !ok {
-		return nil, false
+		return nil, opened
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	found := k.seek(ctx, w)
+	old := k.tooOld(w, k.cfg.Age)
 	for {
 		var silent <-chan time.Time
 		var aged <-chan struct{}
@@ -37,19 +38,33 @@ func (k *Keep) successor(ctx context.Context, w *keptWire) (ch Channel, better b
 		}
 		select {
 		case ch := <-found:
-			return ch, true
+			return ch, better
+		case <-old: // one attempt, and another much later: nothing is wrong yet
+			if ch, err := k.open(ctx, k.cfg.BesideTimeout, k.cfg.Beside); err == nil {
+				return ch, renewed
+			}
+			old = k.tooOld(w, k.cfg.Age/20)
+			continue
 		case <-silent:
 		case <-aged:
 		case <-w.gone:
-			return nil, false
+			return nil, opened
 		}
 		if !k.wanting(w, s) {
 			continue
 		}
 		if ch := k.attempts(ctx, w, s); ch != nil {
-			return ch, false
+			return ch, opened
 		}
 	}
+}
+
+// tooOld fires when w is, which is after so long; never where that is not wanted.
+func (k *Keep) tooOld(w *keptWire, after time.Duration) <-chan time.Time {
+	if after <= 0 || k.cfg.Beside == nil || w.from == better {
+		return nil
+	}
+	return time.After(after)
 }
 
 // wanting tells whether another wire is wanted beside w.

@@ -13,7 +13,7 @@ const betterMost = 10
 // seek tries to open a better wire than w until ctx ends. What it finds too late it
 // closes.
 func (k *Keep) seek(ctx context.Context, w *keptWire) <-chan Channel {
-	if k.cfg.Better == nil || w.better {
+	if k.cfg.Better == nil || w.from == better {
 		return nil
 	}
 	k.forgive()

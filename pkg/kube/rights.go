@@ -104,7 +104,6 @@ func connectRights() []right {
 		{group: "", resource: "resourcequotas", verbs: []string{"list"}, purpose: optional, without: limits},
 		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"list"}, purpose: optional, without: policy},
 		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"create"}, purpose: optional, without: "a network policy that shuts the shadow in cannot be opened for it"},
-		{group: "", resource: "services", verbs: []string{"create"}, purpose: optional}, // --endpoint auto, which says so itself
 		{group: "", resource: "services", verbs: []string{"list", "watch"}, purpose: optional, without: names},
 		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list", "watch"}, purpose: optional, without: names},
 

@@ -393,7 +393,7 @@ func (x *Exchange) hold(ctx context.Context) error {
 		case again:
 			if lost && x.workload != nil {
 				x.emptyAgain() // and says so
-			} else {
+			} else if !x.keep.State().Renewed {
 				x.cfg.Reporter.Say(x.told())
 			}
 			again, lost, told = false, false, false

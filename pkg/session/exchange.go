@@ -370,7 +370,7 @@ func (x *Exchange) wireChanged(s channel.KeepState) {
 			who = "nobody answers"
 		}
 		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, %s; opening it again: %v", who, s.Err))
-	case s.Reopened > 0:
+	case s.Reopened > 0 || s.Renewed:
 		select {
 		case x.reopened <- struct{}{}:
 		default:

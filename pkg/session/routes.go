@@ -55,8 +55,11 @@ func (c *Connect) pin(ctx context.Context) error {
 		pinned = append(pinned, u.Addr())
 	}
 	endpoint, err := c.endpointAddrs(ctx)
+	if err != nil {
+		return err
+	}
 	c.plan.pinned = append(pinned, endpoint...)
-	return err
+	return nil
 }
 
 // endpointAddrs are those of a host that the person has named.

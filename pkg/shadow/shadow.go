@@ -1,8 +1,8 @@
 // Package shadow is the far end of a session: what runs in the pod.
 //
 // It listens on one port. Whoever connects asks, in HTTP/1.1, either for
-// /healthz, which is for the kubelet, or to upgrade to "culvert-ssh"; from then
-// on the bytes are those of sshchan, which knows the laptop by its key. HTTP is
+// /healthz, which is for the kubelet, or to upgrade to one of the wires; from then
+// on the bytes are the wire's, which knows the laptop by its key. HTTP is
 // there for the sake of the API server, whose pods/proxy carries an upgrade
 // faster than a port-forward carries anything; the other ways say the same, so
 // that there is one door. There may be several wires at once: a new one is

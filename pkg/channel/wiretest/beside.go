@@ -280,7 +280,7 @@ func testKeepAge(t *testing.T, ends NewEnds) {
 		c := dialEcho(t, k)
 		time.Sleep(150 * time.Minute)
 		exchange(t, c)
-		if s := k.State(); s.Reopened != 2 || !s.Renewed || s.Err != nil {
+		if s := k.State(); s.Reopened != 0 || !s.Renewed || s.Err != nil {
 			t.Errorf("state %+v", s)
 		}
 		if _, served, _ := r.counts(); served != 3 { // the other Keep's, that of the flow, and the present one

@@ -266,7 +266,7 @@ func testKeepBetter(t *testing.T, ends NewEnds) {
 		}
 		there.Store(true)
 		time.Sleep(12 * time.Minute)
-		if s := k.State(); !s.Better || s.NoBetter != nil || s.Reopened != 1 {
+		if s := k.State(); !s.Better || s.NoBetter != nil || s.Reopened != 0 {
 			t.Errorf("it is there: %+v", s)
 		}
 		exchange(t, old)
