@@ -21,7 +21,7 @@ func TestEndpoint(t *testing.T) {
 		}
 		return nil
 	}
-	eventually(t, 10*time.Second, "the wire goes past the API server", endpoint)
+	eventually(t, 60*time.Second, "the wire goes past the API server", endpoint)
 	if page := curl(t, "http://web.shop/"); !strings.Contains(page, `"pod":"web-`) {
 		t.Errorf("web.shop: %s", page)
 	}
@@ -42,7 +42,7 @@ func TestEndpoint(t *testing.T) {
 		t.Errorf("%+v", w)
 	}
 	laptop(t, append([]string{"iptables", "-w", "-D"}, rule...)...)
-	eventually(t, 70*time.Second, "the wire goes past the API server again", endpoint)
+	eventually(t, 150*time.Second, "the wire goes past the API server again", endpoint)
 	s.stop()
 	check(30 * time.Second)
 }
