@@ -39,8 +39,8 @@ func (p *published) isNew() bool {
 }
 
 // DialDirect connects to the shadow's pod past the API server, at the Path's
-// Endpoint. Where that names no port, one of the nodes is taken for it. avoid tells which addresses would lead round in a circle. ctx bounds the
-// dial only.
+// Endpoint. Where that names no port, one of the nodes is taken for it. avoid tells
+// which addresses would lead round in a circle. ctx bounds the dial only.
 func (s *Shadow) DialDirect(ctx context.Context, avoid func(netip.Addr) bool) (net.Conn, error) {
 	for {
 		conn, err := s.dialEndpoints(ctx, avoid)

@@ -139,6 +139,10 @@ func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
+	return c.wireOver(ctx, conn)
+}
+
+func (c *Connect) wireOver(ctx context.Context, conn net.Conn) (channel.Channel, error) {
 	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
 }
 
@@ -149,7 +153,7 @@ func (c *Connect) dialBeside(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
+	return c.wireOver(ctx, conn)
 }
 
 // dialDirect dials the shadow past the API server.
@@ -158,7 +162,7 @@ func (c *Connect) dialDirect(ctx context.Context) (channel.Channel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
+	return c.wireOver(ctx, conn)
 }
 
 // routed tells of addresses that the wire itself may not use.

@@ -99,6 +99,8 @@ func BenchmarkForward(b *testing.B) {
 	b.Run("kernel", func(b *testing.B) { benchForward(b, &channel.Host{}, "127.0.0.1:0") })
 }
 
+const benchChunk = 1 << 20
+
 func benchForward(b *testing.B, n channel.Network, at string) {
 	near, far := tcpPipe(b)
 	ch := connect(b, near, far, n)
@@ -108,7 +110,7 @@ func benchForward(b *testing.B, n channel.Network, at string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	address := benchServer(b, func(c net.Conn) { io.Copy(c, c) })
+	address := serveTCP(b, echo)
 	go relay.Forward(ctx, l, to(func() string { return address }), "tcp", "")
 	c, err := n.DialContext(ctx, "tcp", l.Addr().String())
 	if err != nil {

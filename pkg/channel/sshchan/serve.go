@@ -5,7 +5,6 @@ import (
 	"net"
 	"strconv"
 	"sync"
-	"syscall"
 
 	"golang.org/x/crypto/ssh"
 
@@ -69,7 +68,7 @@ func (s *server) open(nc ssh.NewChannel) {
 		return
 	}
 	origin := wiring.ParseAddr(network, net.JoinHostPort(t.OriginHost, strconv.Itoa(int(t.OriginPort))))
-	s.join(network, newConn(s.w, ch, reqs, network, far.RemoteAddr(), origin), far)
+	s.w.Join(network, newConn(s.w, ch, reqs, network, far.RemoteAddr(), origin), far, s.w.cfg.Idle)
 }
 
 // dial ends with the wire.
@@ -77,16 +76,6 @@ func (s *server) dial(network, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.w.Context(), s.w.cfg.DialTimeout)
 	defer cancel()
 	return s.network.DialContext(ctx, network, address)
-}
-
-// join relays until both ends are done or the wire is gone.
-func (s *server) join(network string, near, far net.Conn) {
-	defer context.AfterFunc(s.w.Context(), func() { relay.Abort(far, net.ErrClosed) })()
-	if network == "tcp" {
-		relay.Join(near, far)
-	} else {
-		relay.Datagrams(near, far, s.w.cfg.Idle)
-	}
 }
 
 // request does what a global request asks for.
@@ -200,24 +189,9 @@ func (s *server) forward(b bound, far net.Conn) {
 	t.OriginHost, _, _ = net.SplitHostPort(far.RemoteAddr().String())
 	ch, reqs, err := s.w.conn.OpenChannel(kind, t.payload(b.network))
 	if err != nil {
-		refuse(far, s.w.notOpened(err, ""))
+		wiring.Refuse(far, s.w.notOpened(err, ""))
 		return
 	}
 	near := newConn(s.w, ch, reqs, b.network, far.LocalAddr(), far.RemoteAddr())
-	if p, ok := far.(channel.Pending); ok {
-		if err := p.Answer(nil); err != nil { // it has not waited
-			relay.Abort(near, syscall.ECONNRESET)
-			return
-		}
-	}
-	s.join(b.network, near, far)
-}
-
-// refuse tells who connected what the other end said.
-func refuse(c net.Conn, err error) {
-	if p, ok := c.(channel.Pending); ok {
-		p.Answer(err)
-	} else {
-		relay.Abort(c, err)
-	}
+	s.w.Hand(b.network, near, far, s.w.cfg.Idle)
 }

@@ -35,7 +35,7 @@ func receive[T any](t *testing.T, from <-chan T) (v T) {
 }
 
 // serveTCP is a listener on the loopback, and what it does with connections.
-func serveTCP(t *testing.T, handle func(net.Conn)) (address string) {
+func serveTCP(t testing.TB, handle func(net.Conn)) (address string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

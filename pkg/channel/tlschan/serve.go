@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/libp2p/go-yamux/v5"
@@ -61,7 +60,7 @@ func (s *server) dial(st *yamux.Stream, network, address string) {
 		return
 	}
 	origin := wiring.Addr{Net: network, Text: s.w.conn.RemoteAddr().String()}
-	s.join(network, newConn(s.w, st, network, far.RemoteAddr(), origin), far)
+	s.w.Join(network, newConn(s.w, st, network, far.RemoteAddr(), origin), far, s.w.cfg.Idle)
 }
 
 // reach ends with the wire.
@@ -69,16 +68,6 @@ func (s *server) reach(network, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(s.w.Context(), s.w.cfg.DialTimeout)
 	defer cancel()
 	return s.network.DialContext(ctx, network, address)
-}
-
-// join relays until both ends are done or the wire is gone.
-func (s *server) join(network string, near, far net.Conn) {
-	defer context.AfterFunc(s.w.Context(), func() { relay.Abort(far, net.ErrClosed) })()
-	if network == "tcp" {
-		relay.Join(near, far)
-	} else {
-		relay.Datagrams(near, far, s.w.cfg.Idle)
-	}
 }
 
 // listen listens for the other end, for as long as that has not ended the stream.
@@ -128,24 +117,9 @@ func (s *server) forward(m message, far net.Conn) {
 		err = s.w.Gone()
 	}
 	if err != nil {
-		refuse(far, err)
+		wiring.Refuse(far, err)
 		return
 	}
 	near := newConn(s.w, st, m.a, far.LocalAddr(), far.RemoteAddr())
-	if p, ok := far.(channel.Pending); ok {
-		if err := p.Answer(nil); err != nil { // it has not waited
-			relay.Abort(near, syscall.ECONNRESET)
-			return
-		}
-	}
-	s.join(m.a, near, far)
-}
-
-// refuse tells who connected what the other end said.
-func refuse(c net.Conn, err error) {
-	if p, ok := c.(channel.Pending); ok {
-		p.Answer(err)
-	} else {
-		relay.Abort(c, err)
-	}
+	s.w.Hand(m.a, near, far, s.w.cfg.Idle)
 }
