@@ -17,34 +17,43 @@ const module = "github.com/culvert-dev/culvert/"
 // layers is the map of doc.go, lowest first. A package imports only from
 // layers below its own.
 var layers = [][]string{
-	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest"},
+	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk"},
+	{"pkg/ca", "pkg/ca/catest"},
 	{"pkg/channel", "pkg/dns/dnstest"},
-	{"pkg/relay", "pkg/process", "pkg/channel/memchan"},
+	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
+	{"pkg/channel/internal/signalling", "pkg/channel/internal/mux"},
 	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
+	{"pkg/netstack"},
+	{"pkg/channel/wgchan", "pkg/channel/openssh"},
 	{"pkg/channel/wires"},
-	{"pkg/tun", "pkg/netstack", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/kube/heal"},
-	{"pkg/kube"},
-	{"pkg/privileged", "pkg/shadow"},
-	{"pkg/session"},
+	{"pkg/tun", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/proxy", "pkg/kube/heal"},
+	{"pkg/kube", "pkg/hub"},
+	{"pkg/privileged", "pkg/sandbox", "pkg/shadow"},
+	{"pkg/session", "pkg/cli/hubs"},
 	{"pkg/cli"},
-	{"cmd/culvert", "cmd/shadow"},
+	{"cmd/culvert", "cmd/shadow", "cmd/hub"},
 }
 
 // fences says which packages may import a library, by prefix.
 var fences = map[string][]string{
 	"k8s.io/":                     {"pkg/kube"},
-	"gvisor.dev/":                 {"pkg/netstack"},
-	"golang.zx2c4.com/":           {"pkg/tun", "pkg/netstack"},
-	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan", "pkg/channel/tlschan"}, // there it reads the keys
-	"github.com/libp2p/":          {"pkg/channel/tlschan"},
+	"gvisor.dev/":                 {"pkg/netstack", "pkg/channel/wgchan"},
+	"golang.zx2c4.com/":           {"pkg/channel/wgchan"},
+	"filippo.io/":                 {"pkg/channel/wgchan"},
+	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/hub", "pkg/ca"}, // in tlschan it reads the keys
+	"github.com/coreos/go-oidc":   {"pkg/ca"},
+	"github.com/go-jose/":         {"pkg/ca/catest"},
+	"go.yaml.in/":                 {"pkg/ca"},
 	"github.com/miekg/dns":        {"pkg/dns", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
-	"github.com/spf13/":           {"pkg/cli"},
+	"github.com/spf13/":           {"pkg/cli", "pkg/cli/hubs", "pkg/cli/talk"},
 	"github.com/godbus/":          {"pkg/resolver", "pkg/resolver/resolvertest"},
 	"github.com/vishvananda/":     {"pkg/tun", "pkg/redirect", "pkg/channel/channeltest"},
 	"github.com/google/nftables":  {"pkg/redirect"},
 	"github.com/mdlayher/":        {"pkg/redirect"},
 	"github.com/google/go-contai": {"images"},
+	"github.com/prometheus/":      {"pkg/hub"},
+	"github.com/pires/":           {"pkg/hub"},
 }
 
 // noRoom are names that say nothing of what is in a room.
@@ -122,6 +131,37 @@ func TestFences(t *testing.T) {
 				if strings.HasPrefix(p, prefix) && !slices.Contains(rooms, pkg) {
 					t.Errorf("%s imports %s, which is kept to %v", pkg, p, rooms)
 				}
+			}
+		}
+	}
+}
+
+// lean are the programs of images, and what is not to be linked into them: the cluster's
+// client is most of culvert itself.
+var lean = map[string][]string{
+	"cmd/shadow": {"pkg/kube", "pkg/session"},
+	"cmd/hub":    {"pkg/kube", "pkg/kube/heal", "pkg/session", "pkg/netstack", "pkg/channel/wgchan"},
+}
+
+func TestLean(t *testing.T) {
+	imported := imports(t)
+	for program, heavy := range lean {
+		linked := map[string]bool{}
+		for found := []string{program}; len(found) > 0; {
+			pkg := found[0]
+			found, linked[pkg] = found[1:], true
+			for p := range imported[pkg] {
+				if ours, is := strings.CutPrefix(p, module); is && !linked[ours] {
+					found = append(found, ours)
+				}
+			}
+		}
+		if len(linked) < 3 {
+			t.Errorf("%s links %v", program, linked)
+		}
+		for _, h := range heavy {
+			if linked[h] {
+				t.Errorf("%s links %s", program, h)
 			}
 		}
 	}

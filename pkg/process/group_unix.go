@@ -5,6 +5,7 @@ package process
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -19,26 +20,27 @@ const lastWait = 2 * time.Second
 
 // run is on one thread from the start of the command to its end: Linux tells
 // the command of the end of the thread that started it.
-func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (exit, error) {
+func run(ctx context.Context, cmd *exec.Cmd, cfg Config) (exit, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	guard, err := startGuard(patience)
+	guard, err := startGuard(cfg.Patience)
 	if err != nil {
 		return exit{}, err
 	}
 	defer guard.dismiss()
-	g := &group{patience: patience, terminal: terminalOf(cmd.Stdin)}
+	g := &group{patience: cfg.Patience, terminal: terminalOf(cmd.Stdin)}
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	dieWithParent(cmd.SysProcAttr)
 	said, hush := g.terminal.listen()
 	defer hush()
-	if err := cmd.Start(); err != nil {
+	settled, err := launch(cmd, cfg)
+	if err != nil {
 		return exit{}, err
 	}
 	g.id = cmd.Process.Pid
 	g.terminal.lead(g.id)
 	guard.watch(g.id)
-	end, err := g.wait(ctx, said)
+	end, err := g.wait(ctx, said, settled, cfg.Settled)
 	g.terminal.take()
 	if end.Signal != nil {
 		g.terminal.restore()
@@ -96,7 +98,7 @@ func (g *group) empty() bool { return unix.Kill(-g.id, 0) != nil || allDead(g.id
 var errOutlived = errors.New("it could not be killed")
 
 // wait returns when the group is gone. It passes on what the terminal has said to us.
-func (g *group) wait(ctx context.Context, said <-chan os.Signal) (end exit, err error) {
+func (g *group) wait(ctx context.Context, said <-chan os.Signal, settled <-chan struct{}, then func()) (end exit, err error) {
 	g.escalate = time.NewTimer(0)
 	<-g.escalate.C
 	defer g.escalate.Stop()
@@ -107,7 +109,10 @@ func (g *group) wait(ctx context.Context, said <-chan os.Signal) (end exit, err 
 	signal.Notify(continued, unix.SIGCONT)
 	defer signal.Stop(continued)
 	changes := make(chan change, 1)
-	go watch(g.id, changes)
+	go func() {
+		end, err := Await(g.id, func(by unix.Signal) { changes <- change{stopped: by} })
+		changes <- change{end: end, err: err}
+	}()
 	done := ctx.Done()
 	for ended := false; !ended || !g.empty(); {
 		select {
@@ -115,11 +120,11 @@ func (g *group) wait(ctx context.Context, said <-chan os.Signal) (end exit, err 
 			if c.err != nil {
 				return end, c.err
 			}
-			if c.status.Stopped() {
-				g.terminal.suspend(c.status.StopSignal(), continued)
+			if c.stopped != 0 {
+				g.terminal.suspend(c.stopped, continued)
 				continue
 			}
-			ended, end.ExitError = true, exitOf(c.status)
+			ended, end.ExitError = true, c.end
 			if !g.empty() {
 				g.end(unix.SIGTERM)
 				look.Reset(10 * time.Millisecond)
@@ -128,6 +133,10 @@ func (g *group) wait(ctx context.Context, said <-chan os.Signal) (end exit, err 
 			g.terminal.resume()
 		case s := <-said:
 			_ = unix.Kill(-g.id, s.(unix.Signal))
+		case <-settled:
+			settled = nil
+			g.terminal.settle()
+			then()
 		case <-done:
 			done, end.told = nil, !ended
 			g.end(signalFor(ctx))
@@ -150,21 +159,24 @@ func signalFor(ctx context.Context) unix.Signal {
 
 // A change of the command: it was suspended, or has ended.
 type change struct {
-	status unix.WaitStatus
-	err    error
+	stopped unix.Signal
+	end     ExitError
+	err     error
 }
 
-// watch tells of every stop of the process, and last of its end.
-func watch(pid int, changes chan<- change) {
+// Await waits for the end of a child, and tells of every stop on the way.
+func Await(pid int, stopped func(by unix.Signal)) (ExitError, error) {
 	for {
 		var status unix.WaitStatus
 		_, err := unix.Wait4(pid, &status, unix.WUNTRACED, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		changes <- change{status, err}
-		if err != nil || !status.Stopped() {
-			return
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return ExitError{}, fmt.Errorf("wait for process %d: %w", pid, err)
+		case status.Stopped():
+			stopped(status.StopSignal())
+		default:
+			return exitOf(status), nil
 		}
 	}
 }

@@ -13,13 +13,14 @@ import (
 // run puts the command into a job that ends when its last handle is closed, and
 // the only one is ours. A Ctrl-C on the console reaches the command by itself;
 // there is no other polite word.
-func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (end exit, err error) {
+func run(ctx context.Context, cmd *exec.Cmd, cfg Config) (end exit, err error) {
 	job, err := newJob()
 	if err != nil {
 		return exit{}, err
 	}
 	defer windows.CloseHandle(job)
-	if err := cmd.Start(); err != nil {
+	settled, err := launch(cmd, cfg)
+	if err != nil {
 		return exit{}, err
 	}
 	if err := assign(job, cmd.Process.Pid); err != nil {
@@ -27,7 +28,13 @@ func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (end exit, 
 		return exit{}, errors.Join(err, cmd.Wait())
 	}
 	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	go func() {
+		if settled != nil {
+			<-settled
+			cfg.Settled()
+		}
+		done <- cmd.Wait()
+	}()
 	select {
 	case err = <-done:
 	case <-ctx.Done():
@@ -36,7 +43,7 @@ func run(ctx context.Context, cmd *exec.Cmd, patience time.Duration) (end exit, 
 			select {
 			case <-done:
 				return end, nil
-			case <-time.After(patience):
+			case <-time.After(cfg.Patience):
 			}
 		}
 		_ = windows.TerminateJobObject(job, 1)

@@ -51,6 +51,12 @@ type Config struct {
 	// Patience is how long it may take to end before it is killed; 0 is
 	// DefaultPatience.
 	Patience time.Duration
+
+	// Settled, if set, is called when the command has given its standard output up, as
+	// a program does that has asked all it had to ask and lives on in the background;
+	// also, maybe, when it ends. The terminal is ours again then. Stdout is of no use
+	// with it.
+	Settled func()
 }
 
 // An ExitError is a command that did not end well.
@@ -85,7 +91,7 @@ func Run(ctx context.Context, cfg Config) error {
 	cmd.Env, cmd.Dir = cfg.Env, cfg.Dir
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = cfg.Stdin, cfg.Stdout, cfg.Stderr
 	cmd.WaitDelay = time.Second // who left the group may hold our pipes for ever
-	exit, err := run(ctx, cmd, cfg.Patience)
+	exit, err := run(ctx, cmd, cfg)
 	switch {
 	case err != nil:
 		return fmt.Errorf("run %s: %w", cfg.Args[0], err)
@@ -102,4 +108,26 @@ func Run(ctx context.Context, cfg Config) error {
 type exit struct {
 	ExitError
 	told bool
+}
+
+// launch starts the command. settled is closed when it has given its standard output
+// up, where that is wanted.
+func launch(cmd *exec.Cmd, cfg Config) (settled <-chan struct{}, err error) {
+	if cfg.Settled == nil {
+		return nil, cmd.Start()
+	}
+	cmd.Stdout = nil
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = io.Copy(io.Discard, out)
+	}()
+	return done, nil
 }

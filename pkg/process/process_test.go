@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 		return
 	}
 	os.Unsetenv("CULVERT_PROCESS_TEST")
+	if mode == "background" {
+		os.Exit(background(os.Args[1], os.Args[2]))
+	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt)
@@ -44,7 +47,11 @@ func TestMain(m *testing.M) {
 		}
 		cancel(ErrInterrupt)
 	}()
-	err := Run(ctx, Config{Args: os.Args[1:], Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Patience: 2 * time.Second})
+	cfg := Config{Args: os.Args[1:], Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Patience: 2 * time.Second}
+	if mode == "settled" {
+		cfg.Settled = func() { fmt.Println("settled") }
+	}
+	err := Run(ctx, cfg)
 	fmt.Printf("run: %v, echo %v\n", err, echoes())
 	var failed *ExitError
 	if errors.As(err, &failed) {
@@ -117,6 +124,29 @@ func TestRun(t *testing.T) {
 				t.Errorf("%q %q", out.String(), errOut.String())
 			}
 		})
+	}
+}
+
+// A command that has settled goes on; one that never starts never does.
+func TestRunSettled(t *testing.T) {
+	settled, ctx := make(chan struct{}), t.Context()
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Config{Args: sh("exec >/dev/null; sleep 1000"), Settled: func() { close(settled) }})
+	}()
+	<-settled
+	select {
+	case err := <-done:
+		t.Errorf("it has ended: %v", err)
+	default:
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	if err := Run(t.Context(), Config{Args: []string{"no-such-command-here"}, Settled: func() { t.Error("settled") }}); err == nil {
+		t.Error("nothing was run")
 	}
 }
 

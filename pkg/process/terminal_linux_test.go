@@ -132,13 +132,15 @@ func TestTerminal(t *testing.T) {
 	d.expect("7-")
 }
 
-// server does not read the terminal, and says what it is told.
+// server does not read the terminal, and says what it is told. It is for a shell
+// that forks: one that uses vfork(2), as dash, does not stop with a child that is
+// stopped before its exec.
 const server = `'trap "echo to\ld; exit 0" INT; trap "echo du\mped" QUIT; trap "echo wid\er" WINCH; echo $$ >"$0"; while :; do echo ti\ck; sleep 0.05; done'`
 
 // Ctrl-C is ours, until we pass it on. Of the other keys what serves gets to know.
 func TestTerminalServer(t *testing.T) {
 	d, file := sit(t), filepath.Join(t.TempDir(), "pid")
-	d.line(`CULVERT_PROCESS_TEST=patient "$RUN" sh -c ` + server + " " + file)
+	d.line(`CULVERT_PROCESS_TEST=patient "$RUN" bash -c ` + server + " " + file)
 	d.expect("tick")
 	d.keys("\x1c")
 	d.expect("dumped")
@@ -245,6 +247,19 @@ func TestTerminalPipe(t *testing.T) {
 	d.expect("ready> ")
 	d.line(`run bash -c 'trap "echo to\ld; exit 1" INT; echo sta\rted; while :; do sleep 0.01; done' | (trap "" INT; cat)`)
 	d.expect("started")
+	d.keys("\x03")
+	d.expect("told")
+	d.expect("run: interrupted")
+}
+
+// What gives its output up when it has asked leaves the terminal to us: Ctrl-C is ours.
+func TestTerminalSettled(t *testing.T) {
+	d := sit(t)
+	d.line(`CULVERT_PROCESS_TEST=settled "$RUN" bash -c 'trap "echo to\ld >&2; exit 0" INT; echo as\king >&2; read x; echo "got-$x-" >&2; exec >/dev/null; while :; do sleep 0.05; done'`)
+	d.expect("asking")
+	d.line("one")
+	d.expect("got-one-")
+	d.expect("settled")
 	d.keys("\x03")
 	d.expect("told")
 	d.expect("run: interrupted")

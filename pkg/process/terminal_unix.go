@@ -69,6 +69,14 @@ func (t *terminal) take() {
 	}
 }
 
+// settle: the command will not ask any more.
+func (t *terminal) settle() {
+	if t != nil {
+		t.take()
+		t.wanted = false
+	}
+}
+
 // restore gives the terminal its settings back, which a killed editor cannot.
 func (t *terminal) restore() {
 	if t != nil && t.state != nil && t.ours() {

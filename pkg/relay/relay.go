@@ -200,6 +200,12 @@ type Dialer interface {
 // A connection whose dial failed is aborted with the dial's error; one that is
 // Pending is answered with what the dial met.
 func Forward(ctx context.Context, ln net.Listener, to Dialer, network, address string) error {
+	return Serve(ctx, ln, func(ctx context.Context, c net.Conn) { forward(ctx, c, to, network, address) })
+}
+
+// Serve calls serve for every connection that ln accepts, until ctx ends or ln fails for
+// good; it closes ln, and returns when all of these calls have. Their context ends then.
+func Serve(ctx context.Context, ln net.Listener, serve func(ctx context.Context, c net.Conn)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -221,7 +227,7 @@ func Forward(ctx context.Context, ln net.Listener, to Dialer, network, address s
 		if err != nil {
 			return err
 		}
-		all.Go(func() { forward(ctx, c, to, network, address) })
+		all.Go(func() { serve(ctx, c) })
 	}
 }
 
@@ -252,9 +258,14 @@ func forward(ctx context.Context, a net.Conn, to Dialer, network, address string
 	} else if err != nil {
 		Abort(a, err)
 	}
-	if err != nil {
-		return
+	if err == nil {
+		Carry(ctx, network, a, b)
 	}
+}
+
+// Carry joins two connections of a network until they have ended, or breaks them off when
+// ctx does.
+func Carry(ctx context.Context, network string, a, b net.Conn) {
 	defer context.AfterFunc(ctx, func() {
 		Abort(a, net.ErrClosed)
 		Abort(b, net.ErrClosed)

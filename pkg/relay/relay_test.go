@@ -88,8 +88,8 @@ func receive[T any](t *testing.T, from <-chan T) (v T) {
 	return v
 }
 
-// TestHalfClose: the server answers 10 MiB after it has read the client's FIN.
-func TestHalfClose(t *testing.T) {
+// TestD25HalfClose: the server answers 10 MiB after it has read the client's FIN.
+func TestD25HalfClose(t *testing.T) {
 	both(t, func(t *testing.T, kernel bool) {
 		client, server, res := joined(t, kernel)
 		answer := bytes.Repeat([]byte("0123456789"), 1<<20)
