@@ -1,8 +1,9 @@
 // Package channel holds the one word culvert is made of: a Network, something
 // that can dial and listen. This machine is one (Host); so is whatever the far
-// end of a wire serves (a Channel). A Keep is a Channel that opens its wire again.
-// The wires themselves are the packages below this one, each with both of its
-// ends in one folder; package channeltest holds them all to what is said here.
+// end of a wire serves (a Channel). A Keep is a Channel that opens its wire again;
+// Spread makes one Channel of several wires to the same end. The wires themselves
+// are the packages below this one, each with both of its ends in one folder;
+// package channeltest holds them all to what is said here.
 //
 // Three networks are spoken: "tcp", a stream; "udp", a flow of datagrams to one
 // address, where each Write is one datagram and each Read returns one; and

@@ -1,6 +1,7 @@
 package channel
 
 import (
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -11,7 +12,19 @@ import (
 // and net.ipv4.tcp_allowed_congestion_control), and else what is usual there. Flows
 // end at both ends of a wire, so that how it deals with loss is theirs, too.
 func Congestion(_, _ string, c syscall.RawConn) error {
-	return c.Control(func(fd uintptr) {
-		_ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "bbr")
-	})
+	return c.Control(func(fd uintptr) { useBBR(int(fd)) })
+}
+
+func useBBR(fd int) { _ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "bbr") }
+
+// CongestionName is what Congestion comes to on this machine, "" if that cannot be told.
+func CongestionName() string {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer unix.Close(fd)
+	useBBR(fd)
+	name, _ := unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+	return strings.TrimRight(name, "\x00")
 }

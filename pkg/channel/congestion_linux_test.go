@@ -53,6 +53,9 @@ func TestCongestion(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer far.Close()
+	if got := CongestionName(); got != want {
+		t.Errorf("told %q, want %s", got, want)
+	}
 	for _, c := range []net.Conn{near, far} {
 		if got := congestionOf(t, c.(*net.TCPConn)); got != want {
 			t.Errorf("%s, want %s", got, want)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"syscall"
 	"time"
 )
@@ -37,14 +38,24 @@ func (h *Host) DialContext(ctx context.Context, network, address string) (net.Co
 
 // Listen binds a socket of this machine. A "udp" listener shares one socket
 // among its flows, so that they end when the listener is closed.
+//
+// An address is of its own family: 0.0.0.0 is every one of IPv4 alone (RFC 4254, 7.1,
+// has it so), where package net takes that for every address, as one without a host is.
 func (h *Host) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	lc := net.ListenConfig{Control: h.Control}
+	family := ""
+	if a, err := netip.ParseAddrPort(address); err == nil {
+		family = "6"
+		if a.Addr().Unmap().Is4() {
+			family = "4"
+		}
+	}
 	switch network {
 	case "tcp":
-		l, err := lc.Listen(ctx, network, address)
+		l, err := lc.Listen(ctx, network+family, address)
 		return l, posix(err)
 	case "udp":
-		pc, err := lc.ListenPacket(ctx, network, address)
+		pc, err := lc.ListenPacket(ctx, network+family, address)
 		if err != nil {
 			return nil, posix(err)
 		}

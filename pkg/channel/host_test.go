@@ -52,6 +52,38 @@ func TestHostIdle(t *testing.T) {
 	}
 }
 
+// TestHostFamily: who listens at every address of one family is not reached by the other.
+func TestHostFamily(t *testing.T) {
+	for _, c := range []struct {
+		at     string
+		v4, v6 bool
+	}{{"0.0.0.0:0", true, false}, {"[::]:0", false, true}, {":0", true, true}, {"127.0.0.1:0", true, false}} {
+		for _, network := range []string{"tcp", "udp"} {
+			l, err := (&channel.Host{}).Listen(t.Context(), network, c.at)
+			if err != nil {
+				t.Errorf("%s %s: %v", network, c.at, err)
+				continue
+			}
+			_, port, _ := net.SplitHostPort(l.Addr().String())
+			for host, want := range map[string]bool{"127.0.0.1": c.v4, "::1": c.v6} {
+				if got := taken(network, net.JoinHostPort(host, port)); got != want {
+					t.Errorf("%s %s takes port %s of %s: %v", network, c.at, port, host, got)
+				}
+			}
+			l.Close()
+		}
+	}
+}
+
+// taken tells whether somebody else has that port of the address.
+func taken(network, address string) bool {
+	l, err := (&channel.Host{}).Listen(context.Background(), network, address)
+	if err == nil {
+		l.Close()
+	}
+	return errors.Is(err, syscall.EADDRINUSE)
+}
+
 // TestHostControl: every kind of socket is shown before it is used.
 func TestHostControl(t *testing.T) {
 	defer goleak.VerifyNone(t)

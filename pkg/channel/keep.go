@@ -20,7 +20,8 @@ type KeepConfig struct {
 	// Beside, if set, makes another wire to where the present one leads and has
 	// been silent for Silence. Its ctx ends after BesideTimeout, or earlier when
 	// the present one is heard, so that it should change nothing else. It is called
-	// again for as long as the silence lasts. Zero means 3 s and 2 s.
+	// again for as long as the silence lasts, unless it says by net.ErrClosed that nothing
+	// is there any more: then the silent wire ends at once. Zero means 3 s and 2 s.
 	Beside                 func(ctx context.Context) (Channel, error)
 	Silence, BesideTimeout time.Duration
 
@@ -35,9 +36,19 @@ type KeepConfig struct {
 	Better                     func(ctx context.Context) (Channel, error)
 	BetterEvery, BetterTimeout time.Duration
 
-	// Between failed attempts Keep waits, with jitter, MinBackoff at first and
-	// twice as long each time up to MaxBackoff. Zero means 200 ms and 5 s.
-	MinBackoff, MaxBackoff time.Duration
+	// Attempts begin, with jitter, MinBackoff after each other at first and twice as long
+	// each time up to MaxBackoff; a wire that has lived for Healthy has it begin anew.
+	// Zero means 200 ms, 5 s, and MaxBackoff.
+	MinBackoff, MaxBackoff, Healthy time.Duration
+
+	// TakesOver says that the far end lets who listens later at an address take it over
+	// (memchan does), so that a listener need not be closed on one wire before it is
+	// there on the next.
+	TakesOver bool
+
+	// Leaving, if set, tells by the error of a listener that the far end is about to go: then
+	// Beside makes the next wire, as after Renew.
+	Leaving func(error) bool
 
 	// OnState, if set, is called when Up has changed, and with each wire, one call at a
 	// time: not for each attempt that fails in between, nor for those before the
@@ -49,7 +60,8 @@ type KeepConfig struct {
 
 // KeepState is what can be told about the wire of a Keep.
 type KeepState struct {
-	Up       bool
+	Up       bool          // there is a wire
+	Silent   time.Duration // nothing has come over it for so long, which is too long; else 0
 	Since    time.Time     // when Up last changed; zero before the first wire
 	Reopened int           // wires opened after the first, for want of one that was heard
 	Err      error         // what went wrong last: kept while up, for people to read
@@ -118,6 +130,7 @@ func NewKeep(cfg KeepConfig) *Keep {
 	orDuration(&cfg.OpenTimeout, 30*time.Second)
 	orDuration(&cfg.MinBackoff, 200*time.Millisecond)
 	orDuration(&cfg.MaxBackoff, 5*time.Second)
+	orDuration(&cfg.Healthy, cfg.MaxBackoff)
 	orDuration(&cfg.Silence, 3*time.Second)
 	orDuration(&cfg.BesideTimeout, 2*time.Second)
 	orDuration(&cfg.BetterEvery, 30*time.Second)
@@ -176,30 +189,40 @@ func (k *Keep) reopen(ctx context.Context) {
 	failures := 0
 	for ctx.Err() == nil {
 		began := time.Now()
-		if err := k.life(ctx); ctx.Err() == nil {
+		lived, err := k.life(ctx)
+		if ctx.Err() == nil {
 			k.down(err)
 		}
-		if time.Since(began) > k.cfg.MaxBackoff {
+		if lived > k.cfg.Healthy {
 			failures = 0
 		}
-		wait(ctx, backoff(failures, k.cfg.MinBackoff, k.cfg.MaxBackoff, rand.Float64()))
+		attempt := time.Since(began) - lived // which was a wait, too
+		wait(ctx, backoff(failures, k.cfg.MinBackoff, k.cfg.MaxBackoff, rand.Float64())-attempt)
 		failures++
 	}
 }
 
 // life opens one wire, and waits until it is gone, or the last of those that
-// took over from it.
-func (k *Keep) life(ctx context.Context) error {
+// took over from it. It tells for how long there was one.
+func (k *Keep) life(ctx context.Context) (lived time.Duration, err error) {
 	ch, err := k.open(ctx, k.cfg.OpenTimeout, k.cfg.Open)
 	if err != nil {
-		return fmt.Errorf("open: %w", err)
+		return 0, fmt.Errorf("open: %w", err)
 	}
+	since := time.Now()
+	defer func() { lived = time.Since(since) }()
 	for from := opened; ; {
 		w := k.begin(ctx, ch, from)
 		k.up(w)
-		if ch, from = k.successor(ctx, w); ch == nil {
+		ch, from, err = k.successor(ctx, w)
+		if err != nil {
+			w.Close()
 			<-w.gone
-			return w.err
+			return 0, err
+		}
+		if ch == nil {
+			<-w.gone
+			return 0, w.err
 		}
 	}
 }
@@ -225,7 +248,8 @@ func (k *Keep) begin(ctx context.Context, ch Channel, from origin) *keptWire {
 }
 
 // backoff is how long to wait after so many failures; r in [0,1) is the jitter,
-// which spreads the second half of the time.
+// which spreads the second half of the time: with all of it many come back at once
+// to a far end that was away for a moment.
 func backoff(failures int, least, most time.Duration, r float64) time.Duration {
 	d := most
 	if failures < 30 {
@@ -265,10 +289,31 @@ func (k *Keep) up(w *keptWire) {
 	k.mu.Unlock()
 	if before != nil {
 		before.past()
-		before.Channel.(Silent).Retire()
+		k.retire(before)
 	}
 	k.cfg.Log.Info("wire up", "reopened", s.Reopened)
 	k.tell(s)
+}
+
+// retireAfter is time for listeners to be on the next wire.
+const retireAfter = 5 * time.Second
+
+// retire has a wire end with its last connection, and not before listeners have moved.
+func (k *Keep) retire(w *keptWire) {
+	end := w.Channel.(Silent).Retire
+	if !k.cfg.TakesOver {
+		end()
+		return
+	}
+	k.wg.Go(func() {
+		t := time.NewTimer(retireAfter)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			end()
+		case <-w.gone:
+		}
+	})
 }
 
 func (k *Keep) down(err error) {
@@ -300,6 +345,9 @@ func (k *Keep) State() KeepState {
 	if w != nil {
 		if m, ok := w.Channel.(interface{ RTT() time.Duration }); ok {
 			s.RTT = m.RTT()
+		}
+		if m, ok := w.Channel.(Silent); ok && m.Silence() >= k.cfg.Silence {
+			s.Silent = m.Silence()
 		}
 	}
 	return s

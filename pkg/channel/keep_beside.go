@@ -2,8 +2,10 @@ package channel
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"time"
 )
 
@@ -20,11 +22,11 @@ type Silent interface {
 }
 
 // successor waits until w is gone, or was silent or is to be renewed and another wire
-// is open beside it, or a better one is.
-func (k *Keep) successor(ctx context.Context, w *keptWire) (Channel, origin) {
+// is open beside it, or a better one is. The error says that w leads nowhere any more.
+func (k *Keep) successor(ctx context.Context, w *keptWire) (Channel, origin, error) {
 	s, ok := w.Channel.(Silent)
 	if !ok {
-		return nil, opened
+		return nil, opened, nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -38,23 +40,23 @@ func (k *Keep) successor(ctx context.Context, w *keptWire) (Channel, origin) {
 		}
 		select {
 		case ch := <-found:
-			return ch, better
+			return ch, better, nil
 		case <-old: // one attempt, and another much later: nothing is wrong yet
 			if ch, err := k.open(ctx, k.cfg.BesideTimeout, k.cfg.Beside); err == nil {
-				return ch, renewed
+				return ch, renewed, nil
 			}
 			old = k.tooOld(w, k.cfg.Age/20)
 			continue
 		case <-silent:
 		case <-aged:
 		case <-w.gone:
-			return nil, opened
+			return nil, opened, nil
 		}
 		if !k.wanting(w, s) {
 			continue
 		}
-		if ch := k.attempts(ctx, w, s); ch != nil {
-			return ch, opened
+		if ch, from, err := k.attempts(ctx, w, s, found); ch != nil || err != nil {
+			return ch, from, err
 		}
 	}
 }
@@ -72,18 +74,23 @@ func (k *Keep) wanting(w *keptWire, s Silent) bool {
 	return w.aging.Err() != nil || s.Silence() >= k.cfg.Silence
 }
 
-// attempts tries to open another wire until w is heard again, or gone. None of
-// them lasts: what TCP has said in vain it says again later and later.
-func (k *Keep) attempts(ctx context.Context, w *keptWire, s Silent) Channel {
+// attempts tries to open another wire until w is heard again, or gone, or a better one
+// is found.
+func (k *Keep) attempts(ctx context.Context, w *keptWire, s Silent, found <-chan Channel) (Channel, origin, error) {
 	if w.aging.Err() == nil {
 		k.fell(fmt.Errorf("no sign of life for %v", k.cfg.Silence))
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	var one Channel
+	looking := make(chan struct{})
 	k.wg.Go(func() {
+		defer close(looking)
 		defer cancel()
 		for ctx.Err() == nil && k.wanting(w, s) {
 			select {
+			case one = <-found:
+				return
 			case <-time.After(k.cfg.Silence / 30):
 			case <-w.gone:
 				return
@@ -91,15 +98,35 @@ func (k *Keep) attempts(ctx context.Context, w *keptWire, s Silent) Channel {
 			}
 		}
 	})
+	ch, err := k.openBeside(ctx, s)
+	cancel()
+	<-looking
+	if one == nil {
+		return ch, opened, err
+	}
+	if ch != nil {
+		ch.Close()
+		ch.Wait()
+	}
+	return one, better, nil
+}
+
+// openBeside tries until ctx ends, or nothing is there any more where s leads to in
+// silence, which it tells. No attempt lasts: what TCP has said in vain it says again later
+// and later.
+func (k *Keep) openBeside(ctx context.Context, s Silent) (Channel, error) {
 	for ctx.Err() == nil {
 		ch, err := k.open(ctx, k.cfg.BesideTimeout, k.cfg.Beside)
 		if err == nil {
-			return ch
+			return ch, nil
+		}
+		if errors.Is(err, net.ErrClosed) && ctx.Err() == nil && s.Silence() >= k.cfg.Silence {
+			return nil, err
 		}
 		k.cfg.Log.Debug("no wire beside the silent one", "err", err)
 		wait(ctx, backoff(0, k.cfg.MinBackoff, k.cfg.MaxBackoff, rand.Float64()))
 	}
-	return nil
+	return nil, nil
 }
 
 // fell notes that the present wire is silent.

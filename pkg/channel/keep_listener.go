@@ -117,9 +117,19 @@ func (l *keptListener) run(ctx context.Context) {
 	now := l.now
 	l.mu.Unlock()
 	for now != nil {
-		l.accept(now)
+		over := make(chan struct{})
+		go func() {
+			defer close(over)
+			l.accept(now.(*wireListener))
+		}()
+		select {
+		case <-over:
+		case <-now.(*wireListener).moved:
+		}
+		next := l.again(ctx)
 		now.Close()
-		now = l.again(ctx)
+		<-over
+		now = next
 	}
 }
 
@@ -133,10 +143,13 @@ func (l *keptListener) ended() bool {
 }
 
 // accept hands over what one wire's listener accepts, until that ends.
-func (l *keptListener) accept(now net.Listener) {
+func (l *keptListener) accept(now *wireListener) {
 	for {
 		c, err := now.Accept()
 		if err != nil {
+			if l.k.cfg.Leaving != nil && l.k.cfg.Leaving(err) {
+				now.age()
+			}
 			return
 		}
 		select {
@@ -179,17 +192,27 @@ func (l *keptListener) listen(ctx context.Context) (now net.Listener, err error)
 	err = l.k.try(ctx, func(ctx context.Context, w *keptWire) error {
 		ln, err := w.Listen(ctx, l.network, l.address)
 		if err == nil {
-			now = &wireListener{ln, context.AfterFunc(w.present, func() { ln.Close() })}
+			now = l.on(w, ln)
 		}
 		return err
 	})
 	return now, err
 }
 
-// wireListener is closed when its wire is not the present one any more.
+// wireListener is closed when its wire is not the present one any more, or, where the next
+// one takes over from it, is told of that.
 type wireListener struct {
 	net.Listener
-	stop func() bool
+	moved <-chan struct{} // nil: it is closed
+	stop  func() bool
+	age   context.CancelFunc // of its wire
+}
+
+func (l *keptListener) on(w *keptWire, ln net.Listener) *wireListener {
+	if l.k.cfg.TakesOver {
+		return &wireListener{ln, w.present.Done(), func() bool { return true }, w.age}
+	}
+	return &wireListener{ln, nil, context.AfterFunc(w.present, func() { ln.Close() }), w.age}
 }
 
 func (l *wireListener) Close() error {

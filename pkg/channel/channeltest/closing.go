@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -49,12 +50,12 @@ func testDialCancelled(t *testing.T, open Open) {
 
 // testErrorsCross: what the far kernel said is what errors.Is finds here.
 func testErrorsCross(t *testing.T, open Open) {
-	var fail error
-	ch := open(t, &farNetwork{dial: func(context.Context) error { return fail }})
+	var fail atomic.Pointer[net.OpError]
+	ch := open(t, &farNetwork{dial: func(context.Context) error { return fail.Load() }})
 	for _, want := range []error{
 		syscall.ECONNREFUSED, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.ETIMEDOUT, syscall.EACCES,
 	} {
-		fail = &net.OpError{Op: "dial", Net: "tcp", Err: want}
+		fail.Store(&net.OpError{Op: "dial", Net: "tcp", Err: want})
 		if _, err := ch.DialContext(soon(t), "tcp", "db:1"); !errors.Is(err, want) {
 			t.Errorf("dial: %v, want %v", err, want)
 		}

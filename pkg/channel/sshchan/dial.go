@@ -13,9 +13,10 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
-// Channel is the near end. It is a channel.Silent.
+// Channel is the near end. It is a channel.Lane.
 type Channel struct {
-	w *wire
+	w        *wire
+	attached bool // by a stock client
 
 	asking sync.RWMutex // held for writing while a Listen is asked for
 
@@ -23,7 +24,7 @@ type Channel struct {
 	listeners map[bound]*listener
 }
 
-var _ channel.Silent = (*Channel)(nil)
+var _ channel.Lane = (*Channel)(nil)
 
 // Dial makes a channel of conn, to the end that serves there, and takes conn
 // over. ctx bounds the handshake only.
@@ -54,6 +55,9 @@ func (c *Channel) Silence() time.Duration { return c.w.Silence() }
 
 // Retire closes the wire when the last connection over it is closed.
 func (c *Channel) Retire() { c.w.Retire() }
+
+// Flows is how many connections are open.
+func (c *Channel) Flows() int { return c.w.Flows() }
 
 // RTT is the round trip of the last keepalive; zero before the first.
 func (c *Channel) RTT() time.Duration { return time.Duration(c.w.rtt.Load()) }

@@ -65,6 +65,10 @@ func newFlow(w *wire, ch ssh.Channel, reqs <-chan *ssh.Request, local, remote ne
 		writing: make(chan struct{}, 1),
 	}
 	w.Count(1)
+	if !w.ours { // it has nothing to tell on a channel, but may ask whether we live
+		f.reqs = nil
+		w.Spawn(func() { ssh.DiscardRequests(reqs) })
+	}
 	f.ReadBy.Func = func() { f.passed(&f.unbounded.read) }
 	f.WriteBy.Func = func() { f.passed(&f.unbounded.write) }
 	return f
@@ -245,14 +249,15 @@ func (f *flow) note(r *ssh.Request) {
 	}
 }
 
-// Write writes at once. Only if a deadline is set does it need a copy, which
-// goes on its way even if the deadline passes first.
+// Write writes at once. If a deadline is set it needs a copy, which goes on its way
+// even if the deadline passes first; and towards a stock end, which answers a close only
+// when it has got rid of all that came before, as what waits for its window waits so long.
 func (f *flow) Write(p []byte) (int, error) {
 	if err := f.lockWrite(); err != nil {
 		return 0, err
 	}
 	f.unbounded.write.Store(true)
-	if f.WriteBy.Armed() {
+	if f.WriteBy.Armed() || !f.w.ours {
 		f.unbounded.write.Store(false)
 		return f.writeBounded(p)
 	}

@@ -14,8 +14,9 @@ import (
 
 // Identity is who an end is and whom it talks to.
 type Identity struct {
-	Key  ssh.Signer    // its own private key
-	Peer ssh.PublicKey // the one key that it accepts of the other end
+	Key  ssh.Signer       // its own private key
+	Cert *ssh.Certificate // of that key, which a server shows to who asks for one; may be nil
+	Peer ssh.PublicKey    // the one key that it accepts of the other end
 }
 
 // GenerateKey makes an ed25519 key: the private half as an OpenSSH PEM block,
@@ -54,13 +55,17 @@ func ParseIdentity(private, peer []byte) (Identity, error) {
 	return Identity{Key: key, Peer: pub}, nil
 }
 
-var errNoPeer = errors.New("neither a peer key nor a check is configured")
+var errNoPeer = errors.New("no peer key is configured")
+
+// A Peer is who has come to a far end.
+type Peer struct {
+	User string
+	Addr net.Addr
+	Key  ssh.PublicKey // an *ssh.Certificate, where that was shown
+}
 
 // check tells whether the other end may be talked to.
-func (c *Config) check(user string, addr net.Addr, key ssh.PublicKey) error {
-	if c.CheckPeer != nil {
-		return c.CheckPeer(user, addr, key)
-	}
+func (c *Config) check(key ssh.PublicKey) error {
 	if c.Identity.Peer == nil {
 		return errNoPeer
 	}
@@ -74,7 +79,7 @@ func (c *Config) check(user string, addr net.Addr, key ssh.PublicKey) error {
 // may have several.
 func (c *Config) hostKeyAlgorithms() []string {
 	switch {
-	case c.CheckPeer != nil || c.Identity.Peer == nil:
+	case c.Identity.Peer == nil:
 		return nil
 	case c.Identity.Peer.Type() == ssh.KeyAlgoRSA:
 		return []string{ssh.KeyAlgoRSASHA512, ssh.KeyAlgoRSASHA256}
@@ -84,12 +89,10 @@ func (c *Config) hostKeyAlgorithms() []string {
 
 func (c *Config) client() *ssh.ClientConfig {
 	cc := &ssh.ClientConfig{
-		Config:        common(),
-		User:          c.User,
-		ClientVersion: version,
-		HostKeyCallback: func(_ string, addr net.Addr, key ssh.PublicKey) error {
-			return c.check("", addr, key)
-		},
+		Config:            common(),
+		User:              c.User,
+		ClientVersion:     version,
+		HostKeyCallback:   func(_ string, _ net.Addr, key ssh.PublicKey) error { return c.check(key) },
 		HostKeyAlgorithms: c.hostKeyAlgorithms(),
 	}
 	if c.Identity.Key != nil {
@@ -98,7 +101,11 @@ func (c *Config) client() *ssh.ClientConfig {
 	return cc
 }
 
-func (c *Config) server() (*ssh.ServerConfig, error) {
+// theirs is where the Permissions of a peer have the Network that is open to it: x/crypto
+// keeps those of the key that was shown to be the peer's, whatever it tried before.
+type theirs struct{}
+
+func (c *Config) server(admit Admit) (*ssh.ServerConfig, error) {
 	if c.Identity.Key == nil {
 		return nil, errors.New("no host key is configured")
 	}
@@ -106,9 +113,20 @@ func (c *Config) server() (*ssh.ServerConfig, error) {
 		Config:        common(),
 		ServerVersion: version,
 		PublicKeyCallback: func(m ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
-			return nil, c.check(m.User(), m.RemoteAddr(), key)
+			network, err := admit(Peer{m.User(), m.RemoteAddr(), key})
+			if err != nil {
+				return nil, err
+			}
+			return &ssh.Permissions{ExtraData: map[any]any{theirs{}: network}}, nil
 		},
 	}
 	sc.AddHostKey(c.Identity.Key)
+	if c.Identity.Cert != nil {
+		signer, err := ssh.NewCertSigner(c.Identity.Cert, c.Identity.Key)
+		if err != nil {
+			return nil, fmt.Errorf("certificate of the host key: %w", err)
+		}
+		sc.AddHostKey(signer)
+	}
 	return sc, nil
 }

@@ -2,6 +2,7 @@ package sshchan
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"syscall"
@@ -57,6 +58,9 @@ func (c *Channel) listen(ctx context.Context, network, address string) (*listene
 	}
 	if err := c.w.carries(network); err != nil {
 		return nil, err
+	}
+	if c.attached {
+		return nil, fmt.Errorf("no listener through a control socket: %w", errors.ErrUnsupported)
 	}
 	t, err := parseTarget(address)
 	if err != nil {

@@ -17,15 +17,29 @@ import (
 // conn, which it takes over. It returns when the wire is gone and everything
 // that ran for it has ended: net.ErrClosed after ctx, else the wire's error.
 func Serve(ctx context.Context, conn net.Conn, cfg Config, network channel.Network) error {
+	return ServeEach(ctx, conn, cfg, func(p Peer) (channel.Network, error) { return network, cfg.check(p.Key) })
+}
+
+// Admit says what is open to a peer, or why nothing is. It may be asked of several keys of
+// one peer, some of which it turns out not to have.
+type Admit func(Peer) (channel.Network, error)
+
+// ServeEach is Serve where not everybody is let into the same Network.
+func ServeEach(ctx context.Context, conn net.Conn, cfg Config, admit Admit) error {
 	cfg = cfg.withDefaults()
-	sc, err := cfg.server()
+	sc, err := cfg.server(admit)
 	if err != nil {
 		conn.Close()
 		return err
 	}
+	var network channel.Network
 	shake := func(conn net.Conn) (ssh.Conn, <-chan ssh.NewChannel, <-chan *ssh.Request, error) {
 		c, chans, reqs, err := ssh.NewServerConn(conn, sc)
-		return c, chans, reqs, err
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		network = c.Permissions.ExtraData[theirs{}].(channel.Network)
+		return c, chans, reqs, nil
 	}
 	w, err := handshake(ctx, conn, cfg, shake, ssh.Conn.ClientVersion, func(w *wire) handler {
 		return &server{w: w, network: network, listeners: make(map[bound]net.Listener)}
@@ -68,7 +82,7 @@ func (s *server) open(nc ssh.NewChannel) {
 		return
 	}
 	origin := wiring.ParseAddr(network, net.JoinHostPort(t.OriginHost, strconv.Itoa(int(t.OriginPort))))
-	s.w.Join(network, newConn(s.w, ch, reqs, network, far.RemoteAddr(), origin), far, s.w.cfg.Idle)
+	wiring.Join(s.w.Context(), network, newConn(s.w, ch, reqs, network, far.RemoteAddr(), origin), far, s.w.cfg.Idle)
 }
 
 // dial ends with the wire.
@@ -193,5 +207,5 @@ func (s *server) forward(b bound, far net.Conn) {
 		return
 	}
 	near := newConn(s.w, ch, reqs, b.network, far.LocalAddr(), far.RemoteAddr())
-	s.w.Hand(b.network, near, far, s.w.cfg.Idle)
+	wiring.Hand(s.w.Context(), b.network, near, far, s.w.cfg.Idle)
 }

@@ -8,6 +8,10 @@
 // from x/crypto's Client, which resolves addresses at the near end and knows no
 // context.
 //
+// Attach is a near end over the connection of a stock client, by its control socket:
+// whatever that client knows of configuration, keys, agents and ways to get there
+// is then what counts.
+//
 // Beyond RFC 4254, and only ever said between two ends of ours, which know each
 // other by their version strings:
 //
@@ -29,7 +33,6 @@ package sshchan
 
 import (
 	"log/slog"
-	"net"
 	"runtime"
 	"time"
 
@@ -40,10 +43,6 @@ import (
 // Config is what both ends need to know.
 type Config struct {
 	Identity Identity
-
-	// CheckPeer, if set, decides about the other end's key in place of
-	// Identity.Peer. user is empty where the other end is a server.
-	CheckPeer func(user string, addr net.Addr, key ssh.PublicKey) error
 
 	// User is the name that Dial gives; empty means "culvert".
 	User string

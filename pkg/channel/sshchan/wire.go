@@ -17,9 +17,13 @@ import (
 // wire is one SSH connection, the same at both ends.
 type wire struct {
 	*wiring.Life
+	Tap  *wiring.Tap
 	cfg  Config
 	conn ssh.Conn
 	ours bool // the other end is one of ours too
+
+	// keepalive says that this end lives, and waits for the other's word if it asks.
+	keepalive func(ask bool) error
 
 	asked atomic.Bool // a keepalive has no answer yet
 	rtt   atomic.Int64
@@ -49,8 +53,12 @@ func handshake(ctx context.Context, conn net.Conn, cfg Config,
 		t.Close()
 		return nil, fmt.Errorf("ssh handshake: %w", err)
 	}
-	w := &wire{cfg: cfg, conn: c}
-	w.Life = &wiring.Life{Tap: t, Beat: cfg.Keepalive, OnAlive: cfg.OnAlive, HangUp: func() { c.Close() }}
+	w := &wire{Tap: t, cfg: cfg, conn: c}
+	w.keepalive = func(ask bool) error {
+		_, _, err := c.SendRequest(keepalive, ask, nil)
+		return err
+	}
+	w.Life = &wiring.Life{Line: t, Beat: cfg.Keepalive, OnAlive: cfg.OnAlive, HangUp: func() { c.Close() }}
 	w.ours = strings.HasPrefix(string(peer(c)), version)
 	end := h(w)
 	w.Begin(c.Wait, func() { w.requests(end, reqs) }, func() { w.channels(end, chans) }, w.ask, w.tell)
@@ -78,10 +86,10 @@ func (w *wire) channels(h handler, chans <-chan ssh.NewChannel) {
 
 // ask sends keepalives, which also measures the round trip.
 func (w *wire) ask() {
-	for {
+	for w.keepalive != nil {
 		began := time.Now()
 		w.asked.Store(true)
-		if _, _, err := w.conn.SendRequest(keepalive, true, nil); err != nil {
+		if err := w.keepalive(true); err != nil {
 			return
 		}
 		w.asked.Store(false)
@@ -98,6 +106,9 @@ func (w *wire) ask() {
 // tell shows the other end that this one lives while the answer to a keepalive
 // is on its way, perhaps behind megabytes of data.
 func (w *wire) tell() {
+	if w.keepalive == nil {
+		return
+	}
 	t := time.NewTicker(w.cfg.Keepalive)
 	defer t.Stop()
 	for {
@@ -107,7 +118,7 @@ func (w *wire) tell() {
 			return
 		}
 		if w.asked.Load() {
-			w.conn.SendRequest(keepalive, false, nil)
+			w.keepalive(false)
 		}
 	}
 }

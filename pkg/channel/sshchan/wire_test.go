@@ -97,7 +97,7 @@ func TestStrangers(t *testing.T) {
 // TestKeysStay: no change of keys by amount in the life of a session.
 func TestKeysStay(t *testing.T) {
 	near, far := pair(t)
-	sc, err := far.server()
+	sc, err := far.server(nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,19 +3,14 @@
 // any channel.Network. It does what sshchan does, which also talks to stock ends,
 // in fewer round trips, and with windows that grow to what the path holds.
 //
-// Each end knows the other's public key beforehand; certificates only carry them,
-// and nobody signs them. A handshake without the application protocol culvert/1 fails.
+// Each end knows the other's public key beforehand, or an authority that has signed a
+// certificate of SSH of it; those of X.509 only carry them, and nobody signs them. A handshake without the application protocol culvert/1 fails.
 //
-// The streams of one connection are yamux's, of which each flow has one, and so has
-// each listener. A stream begins with a message (message.go) that says what it is
-// for, which is answered by one; the rest belongs to the flow:
+// Its streams are those of package mux; what they are for is said as package signalling
+// has it.
 //
-//	dial      near to far   answered when the far end has dialled
-//	listen    near to far   a listener lives as long as its stream
-//	accepted  far to near   a connection of a listener; answered by who accepts it
-//
-// The first stream is the far end's and carries signs of life. That it comes tells
-// the near end that its key was taken, which TLS 1.3 by itself does not.
+// The far end greets: so the near end learns that its key was taken, which TLS 1.3
+// by itself does not tell.
 //
 // What is whole ends with a FIN, before the RST that says that nobody reads any more;
 // what was broken off ends with an RST alone, whose code tells why.

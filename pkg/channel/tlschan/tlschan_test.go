@@ -1,13 +1,19 @@
 package tlschan
 
 import (
+	"bytes"
 	"context"
+	"crypto"
+	"crypto/rand"
+	"encoding/asn1"
 	"errors"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
@@ -47,6 +53,7 @@ func ends(t testing.TB, b wiretest.Beats) wiretest.Ends {
 		Serve: func(ctx context.Context, conn net.Conn, n channel.Network) error {
 			return Serve(ctx, conn, far, n)
 		},
+		Rest: true,
 	}
 }
 
@@ -108,4 +115,86 @@ func TestParseIdentity(t *testing.T) {
 			t.Errorf("%.20q and %.20q are an identity", test.private, test.peer)
 		}
 	}
+}
+
+// An end shows a certificate of SSH beside its key, which is that key's; one that pins keys, or
+// knows nothing of certificates, does not mind.
+func TestCertificate(t *testing.T) {
+	now := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, now) })
+	stranger, authority := pair(t)
+	signer, err := ssh.NewSignerFromKey(authority.Identity.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certify := func(key crypto.Signer) *ssh.Certificate {
+		public, err := ssh.NewPublicKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &ssh.Certificate{Key: public, CertType: ssh.HostCert, KeyId: "x", ValidBefore: ssh.CertTimeInfinity}
+		if err := c.SignCert(rand.Reader, signer); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	dial := func(near, far Config) (shown ssh.PublicKey, err error) {
+		a, b := net.Pipe()
+		served := make(chan error, 1)
+		go func() {
+			served <- ServeEach(context.Background(), b, far, func(key ssh.PublicKey) (channel.Network, error) {
+				shown = key
+				return &channel.Host{}, far.Identity.isPeer(key)
+			})
+		}()
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		ch, err := Dial(ctx, a, near)
+		if err == nil {
+			ch.Close()
+			_ = ch.Wait()
+		}
+		<-served
+		return shown, err
+	}
+	t.Run("both ends", func(t *testing.T) {
+		near, far := pair(t)
+		near.Identity.Cert, far.Identity.Cert = certify(near.Identity.Key), certify(far.Identity.Key)
+		var seen ssh.PublicKey
+		near.Identity.Known = func(key ssh.PublicKey) error { seen = key; return nil }
+		shown, err := dial(near, far)
+		if err != nil || !bytes.Equal(shown.Marshal(), near.Identity.Cert.Marshal()) || !bytes.Equal(seen.Marshal(), far.Identity.Cert.Marshal()) {
+			t.Errorf("%v, %v, %v", shown, seen, err)
+		}
+	})
+	t.Run("pinned", func(t *testing.T) {
+		near, far := pair(t)
+		far.Identity.Cert = certify(far.Identity.Key)
+		if _, err := dial(near, far); err != nil {
+			t.Error(err)
+		}
+		far.Identity.Key, far.Identity.Cert = stranger.Identity.Key, certify(stranger.Identity.Key)
+		if _, err := dial(near, far); err == nil {
+			t.Error("a certificate of another key was taken for the one that is pinned")
+		}
+	})
+	t.Run("of another key", func(t *testing.T) {
+		near, far := pair(t)
+		far.Identity.Cert = certify(stranger.Identity.Key)
+		near.Identity.Known = func(ssh.PublicKey) error { return nil }
+		if _, err := dial(near, far); err == nil || !strings.Contains(err.Error(), "of another key") {
+			t.Error(err)
+		}
+	})
+	t.Run("nonsense", func(t *testing.T) {
+		for _, line := range []string{"", "x", "ssh-ed25519 AAAA", string(ssh.MarshalAuthorizedKey(signer.PublicKey()))} {
+			der, err := asn1.MarshalWithParams(line, "ia5")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c, err := parseComment(der); err == nil {
+				t.Errorf("%q is %v", line, c)
+			}
+		}
+	})
 }

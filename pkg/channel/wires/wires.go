@@ -75,21 +75,21 @@ func (c Config) ssh() sshchan.Config {
 }
 
 // Dial makes the near end of conn, which it takes over. ctx bounds the handshake only.
-func (w Wire) Dial(ctx context.Context, conn net.Conn, cfg Config) (channel.Silent, error) {
+func (w Wire) Dial(ctx context.Context, conn net.Conn, cfg Config) (channel.Lane, error) {
 	switch w {
 	case TLS:
-		return whole(tlschan.Dial(ctx, conn, cfg.tls()))
+		return whole[channel.Lane](tlschan.Dial(ctx, conn, cfg.tls()))
 	case SSH:
-		return whole(sshchan.Dial(ctx, conn, cfg.ssh()))
+		return whole[channel.Lane](sshchan.Dial(ctx, conn, cfg.ssh()))
 	}
 	relay.Abort(conn, net.ErrClosed)
 	return nil, w.unknown()
 }
 
 // whole keeps a nil pointer out of the interface.
-func whole[C channel.Silent](c C, err error) (channel.Silent, error) {
+func whole[I channel.Silent](c I, err error) (none I, _ error) {
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	return c, nil
 }

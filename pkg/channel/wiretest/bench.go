@@ -14,9 +14,12 @@ import (
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
-// Bench measures a wire over the loopback, with the machine's own sockets at the
+// Bench measures a wire over a byte stream, on the loopback.
+func Bench(b *testing.B, ends NewEnds) { BenchSites(b, sites(ends)) }
+
+// BenchSites measures a wire over the loopback, with the machine's own sockets at the
 // far end.
-func Bench(b *testing.B, ends NewEnds) {
+func BenchSites(b *testing.B, ends NewSite) {
 	b.Run("Up", func(b *testing.B) { benchBulk(b, ends, 1, 0, up) })
 	b.Run("Down", func(b *testing.B) { benchBulk(b, ends, 1, 0, down) })
 	b.Run("Up8", func(b *testing.B) { benchBulk(b, ends, 8, 0, up) })
@@ -27,18 +30,6 @@ func Bench(b *testing.B, ends NewEnds) {
 	b.Run("RoundTripLoaded", func(b *testing.B) { benchRoundTrip(b, ends, true) })
 	b.Run("Dial", func(b *testing.B) { benchDial(b, ends) })
 	b.Run("Idle1000", func(b *testing.B) { benchIdle(b, ends) })
-}
-
-// benchWire is a wire that a way takes delay to go.
-func benchWire(b *testing.B, ends NewEnds, delay time.Duration) channel.Channel {
-	near, far := tcpPipe(b)
-	if delay > 0 {
-		other, relayed := tcpPipe(b)
-		go lag(relayed, far, delay)
-		go lag(far, relayed, delay)
-		far = other
-	}
-	return connect(b, ends, near, far, &channel.Host{})
 }
 
 // lag copies, and lets all arrive later, as a long line does that holds as much
@@ -137,10 +128,11 @@ func down(b *testing.B, ch channel.Channel, chunks int) {
 }
 
 // benchBulk moves b.N chunks over as many flows at once.
-func benchBulk(b *testing.B, ends NewEnds, flows int, delay time.Duration, move func(*testing.B, channel.Channel, int)) {
-	ch := benchWire(b, ends, delay)
+func benchBulk(b *testing.B, ends NewSite, flows int, delay time.Duration, move func(*testing.B, channel.Channel, int)) {
+	ch := reach(b, ends, Beats{}, Way{Delay: delay}, &channel.Host{})
 	move(b, ch, 1) // the wire is warm
 	b.SetBytes(benchChunk)
+	before := worked()
 	b.ResetTimer()
 	var all sync.WaitGroup
 	for i := range flows {
@@ -151,11 +143,12 @@ func benchBulk(b *testing.B, ends NewEnds, flows int, delay time.Duration, move 
 		all.Go(func() { move(b, ch, chunks) })
 	}
 	all.Wait()
+	b.ReportMetric((worked()-before).Seconds()/float64(b.N)*(1<<30)/benchChunk, "cpu-s/GiB")
 }
 
 // benchRoundTrip is of a byte, alone or beside a flow that sends all it can.
-func benchRoundTrip(b *testing.B, ends NewEnds, loaded bool) {
-	ch := benchWire(b, ends, 0)
+func benchRoundTrip(b *testing.B, ends NewSite, loaded bool) {
+	ch := reach(b, ends, Beats{}, Way{}, &channel.Host{})
 	c := benchOpen(b, ch, benchServer(b, func(c net.Conn) { io.Copy(c, c) }))
 	defer c.Close()
 	if loaded {
@@ -179,8 +172,8 @@ func benchRoundTrip(b *testing.B, ends NewEnds, loaded bool) {
 }
 
 // benchDial is of flows that come and go, one after the other, each with a byte.
-func benchDial(b *testing.B, ends NewEnds) {
-	ch := benchWire(b, ends, 0)
+func benchDial(b *testing.B, ends NewSite) {
+	ch := reach(b, ends, Beats{}, Way{}, &channel.Host{})
 	address := benchServer(b, func(c net.Conn) { io.Copy(c, c) })
 	buf := make([]byte, 1)
 	for b.Loop() {
@@ -196,11 +189,11 @@ func benchDial(b *testing.B, ends NewEnds) {
 
 // benchIdle is what 1,000 flows hold, at both ends together, that have sent and
 // received 64 KiB each and are silent: with their relays and sockets' goroutines.
-func benchIdle(b *testing.B, ends NewEnds) {
+func benchIdle(b *testing.B, ends NewSite) {
 	const flows = 1000
 	address := benchServer(b, func(c net.Conn) { io.Copy(c, c) })
 	for b.Loop() {
-		ch := benchWire(b, ends, 0)
+		ch := reach(b, ends, Beats{}, Way{}, &channel.Host{})
 		before := inUse()
 		conns := make([]net.Conn, flows)
 		buf := make([]byte, 64<<10)

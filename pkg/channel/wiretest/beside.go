@@ -2,6 +2,8 @@ package wiretest
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -71,6 +73,7 @@ func (g *gate) release() {
 type road struct {
 	ends    Ends
 	network memchan.Network
+	delay   time.Duration // either way
 
 	mu       sync.Mutex
 	cut      bool
@@ -92,6 +95,12 @@ func (r *road) open(ctx context.Context) (channel.Channel, error) {
 	r.served++
 	r.mu.Unlock()
 	a, b := net.Pipe()
+	if r.delay > 0 {
+		other, relayed := net.Pipe()
+		go lag(relayed, b, r.delay)
+		go lag(b, relayed, r.delay)
+		b = other
+	}
 	go func() {
 		r.ends.Serve(context.Background(), &held{Conn: b, gate: g, gone: make(chan struct{})}, &r.network)
 		r.mu.Lock()
@@ -119,6 +128,13 @@ func (r *road) heal() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.cut = false
+}
+
+// hush holds one wire up.
+func (r *road) hush(wire int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.gates[wire].shut()
 }
 
 // release lets the first wire be heard again.
@@ -249,6 +265,37 @@ func testKeepBesideInVain(t *testing.T, ends NewEnds) {
 		if wires != 1 || attempts < 3 || attempts > 6 || len(states) > 0 {
 			t.Errorf("%d wires, %d attempts, %d states", wires, attempts, len(states))
 		}
+	})
+}
+
+// testKeepBesideNothing: the far end went while nothing was heard of it, as it does when
+// the laptop sleeps for long. That is not waited out.
+func testKeepBesideNothing(t *testing.T, ends NewEnds) {
+	onRoad(t, ends, func(t *testing.T, r *road, _ *channel.Keep, _ <-chan channel.KeepState) {
+		errGone := fmt.Errorf("%w: it is gone", net.ErrClosed)
+		states := make(chan channel.KeepState, 100)
+		k := channel.NewKeep(channel.KeepConfig{
+			Open: r.open, OnState: func(s channel.KeepState) { states <- s },
+			Beside: func(context.Context) (channel.Channel, error) { return nil, errGone },
+		})
+		go k.Run(context.Background())
+		dialEcho(t, k).Close()
+		<-states
+		r.drop()
+		r.heal()
+		began := time.Now()
+		dialEcho(t, k).Close()
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("another wire after %v", took)
+		}
+		if s := <-states; s.Up || !errors.Is(s.Err, errGone) {
+			t.Errorf("state %+v", s)
+		}
+		if s := <-states; !s.Up || s.Reopened != 1 || k.State().Silent != 0 {
+			t.Errorf("state %+v", s)
+		}
+		k.Close()
+		k.Wait()
 	})
 }
 

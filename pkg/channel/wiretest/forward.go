@@ -42,13 +42,12 @@ func (f to) DialContext(ctx context.Context, network, _ string) (net.Conn, error
 
 // testForwardRefused: a dial that is refused at the one end is refused at the
 // other, before a byte was taken, in the time of a round trip.
-func testForwardRefused(t *testing.T, ends NewEnds) {
+func testForwardRefused(t *testing.T, sites NewSite) {
 	noLeak(t)
 	n := &memchan.Network{}
-	a, b := tcpPipe(t)
 	var mu sync.Mutex
 	address := "127.0.0.1:" + freePort(t)
-	forwarded(t, connect(t, ends, a, b, n), func() string {
+	forwarded(t, reach(t, sites, Beats{}, Way{}, n), func() string {
 		mu.Lock()
 		defer mu.Unlock()
 		return address
@@ -73,10 +72,10 @@ func testForwardRefused(t *testing.T, ends NewEnds) {
 }
 
 // testForwardBurst: many that come at once are all answered.
-func testForwardBurst(t *testing.T, ends NewEnds) {
+func testForwardBurst(t *testing.T, sites NewSite) {
 	noLeak(t)
 	n := &memchan.Network{}
-	k := newSite(t, ends, n).keep(t, channel.KeepConfig{})
+	k, _ := keep(t, sites, n, channel.KeepConfig{})
 	local := serveTCP(t, echo)
 	forwarded(t, k, func() string { return local })
 	var all sync.WaitGroup
@@ -98,17 +97,16 @@ func testForwardBurst(t *testing.T, ends NewEnds) {
 
 // testForwardGivenUp: who dials in vain for too long is gone; what was dialled
 // for it is closed.
-func testForwardGivenUp(t *testing.T, ends NewEnds) {
+func testForwardGivenUp(t *testing.T, sites NewSite) {
 	noLeak(t)
 	n := &memchan.Network{}
-	a, b := tcpPipe(t)
 	dialling, release := make(chan struct{}), make(chan struct{})
 	ended := make(chan error, 1)
 	local := serveTCP(t, func(c net.Conn) {
 		_, err := io.Copy(io.Discard, c)
 		ended <- err
 	})
-	forwarded(t, connect(t, ends, a, b, n), func() string {
+	forwarded(t, reach(t, sites, Beats{}, Way{}, n), func() string {
 		close(dialling)
 		<-release
 		return local
@@ -129,16 +127,15 @@ func testForwardGivenUp(t *testing.T, ends NewEnds) {
 }
 
 // testForwardKept: over a Keep, as a claim is; the wire breaks now and then.
-func testForwardKept(t *testing.T, ends NewEnds) {
+func testForwardKept(t *testing.T, sites NewSite) {
 	noLeak(t)
 	n := &memchan.Network{}
-	s := newSite(t, ends, n)
-	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond})
+	k, s := keep(t, sites, n, channel.KeepConfig{MinBackoff: time.Millisecond})
 	local := serveTCP(t, echo)
 	forwarded(t, k, func() string { return local })
 	for range 3 {
 		transfer(t, eventually(t, n))
-		s.cut(nil)
+		s.Cut()
 	}
 }
 
@@ -155,11 +152,10 @@ func eventually(t *testing.T, n *memchan.Network) net.Conn {
 }
 
 // testForwardUDP: a flow is taken when the near end has it.
-func testForwardUDP(t *testing.T, ends NewEnds) {
+func testForwardUDP(t *testing.T, sites NewSite) {
 	noLeak(t)
 	n := &memchan.Network{}
-	a, b := tcpPipe(t)
-	ch := connect(t, ends, a, b, n)
+	ch := reach(t, sites, Beats{}, Way{}, n)
 	l, err := ch.Listen(within(t), "udp", "dns:53")
 	if err != nil {
 		t.Fatal(err)

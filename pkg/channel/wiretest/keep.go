@@ -17,69 +17,11 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 )
 
-// site is a far end that one can connect to again and again.
-type site struct {
-	ends    Ends
-	network channel.Network
-	wg      sync.WaitGroup
-
-	mu      sync.Mutex
-	refuse  error
-	opened  int
-	present net.Conn // the far end's connection
-}
-
-func newSite(t *testing.T, ends NewEnds, n channel.Network) *site {
-	s := &site{network: n}
-	s.ends = ends(t, Beats{})
-	return s
-}
-
-func (s *site) open(ctx context.Context) (channel.Channel, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.opened++
-	if s.refuse != nil {
-		return nil, s.refuse
-	}
-	a, b := net.Pipe()
-	s.present = b
-	s.wg.Go(func() { s.ends.Serve(context.Background(), b, s.network) })
-	return s.ends.Dial(ctx, a)
-}
-
-// cut ends the present wire; refuse is what the next attempts meet.
-func (s *site) cut(refuse error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.refuse = refuse
-	if s.present != nil {
-		s.present.Close()
-	}
-}
-
-// keep runs a Keep over the site until the test ends.
-func (s *site) keep(t *testing.T, cfg channel.KeepConfig) *channel.Keep {
-	t.Helper()
-	cfg.Open = s.open
-	k := channel.NewKeep(cfg)
-	ctx, cancel := context.WithCancel(context.Background())
-	res := make(chan error, 1)
-	go func() { res <- k.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-res; !errors.Is(err, net.ErrClosed) {
-			t.Errorf("Run: %v, want net.ErrClosed", err)
-		}
-		s.wg.Wait()
-	})
-	return k
-}
-
 // testKeep: a Keep is a Channel like any other.
-func testKeep(t *testing.T, ends NewEnds) {
+func testKeep(t *testing.T, sites NewSite) {
 	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
-		return newSite(t, ends, n).keep(t, channel.KeepConfig{})
+		k, _ := keep(t, sites, n, channel.KeepConfig{})
+		return k
 	})
 }
 
@@ -90,11 +32,10 @@ func within(t *testing.T) context.Context {
 }
 
 // testKeepReopens: flows end with their wire, dials wait for the next.
-func testKeepReopens(t *testing.T, ends NewEnds) {
+func testKeepReopens(t *testing.T, sites NewSite) {
 	noLeak(t)
-	s := newSite(t, ends, &channel.Host{})
 	states := make(chan channel.KeepState, 100)
-	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond, OnState: func(st channel.KeepState) { states <- st }})
+	k, s := keep(t, sites, &channel.Host{}, channel.KeepConfig{MinBackoff: time.Millisecond, OnState: func(st channel.KeepState) { states <- st }})
 	address := serveTCP(t, echo)
 	for i := range 3 {
 		c, err := k.DialContext(within(t), "tcp", address)
@@ -105,7 +46,7 @@ func testKeepReopens(t *testing.T, ends NewEnds) {
 		if st := receive(t, states); !st.Up || st.Reopened != i || st.Since.IsZero() {
 			t.Errorf("state %+v", st)
 		}
-		s.cut(nil)
+		s.Cut()
 		if _, err := io.ReadAll(c); err == nil {
 			t.Error("a flow ended as if it was whole")
 		}
@@ -116,10 +57,9 @@ func testKeepReopens(t *testing.T, ends NewEnds) {
 }
 
 // testKeepListens: a listener lives on over wires, at its address.
-func testKeepListens(t *testing.T, ends NewEnds) {
+func testKeepListens(t *testing.T, sites NewSite) {
 	noLeak(t)
-	s := newSite(t, ends, &channel.Host{})
-	k := s.keep(t, channel.KeepConfig{MinBackoff: time.Millisecond})
+	k, s := keep(t, sites, &channel.Host{}, channel.KeepConfig{MinBackoff: time.Millisecond})
 	l, err := k.Listen(within(t), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -128,7 +68,7 @@ func testKeepListens(t *testing.T, ends NewEnds) {
 	go func() { accepted <- echoAll(l) }()
 	for range 3 {
 		answered(t, l.Addr().String())
-		s.cut(nil)
+		s.Cut()
 	}
 	l.Close()
 	if err := receive(t, accepted); !errors.Is(err, net.ErrClosed) {
@@ -144,7 +84,9 @@ func testKeepListens(t *testing.T, ends NewEnds) {
 }
 
 // echoAll serves a listener until that ends.
-func echoAll(l net.Listener) error {
+func echoAll(l net.Listener) error { return serveAll(l, echo) }
+
+func serveAll(l net.Listener, handle func(net.Conn)) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
@@ -154,7 +96,7 @@ func echoAll(l net.Listener) error {
 		}
 		wg.Go(func() {
 			defer c.Close()
-			echo(c)
+			handle(c)
 		})
 	}
 }
@@ -178,31 +120,61 @@ func answered(t *testing.T, address string) {
 	t.Fatal("nobody answers at", address)
 }
 
+// away is a far end in memory that may refuse who connects to it.
+type away struct {
+	ends Ends
+	wg   sync.WaitGroup
+
+	mu     sync.Mutex
+	refuse error
+	opened int
+}
+
+func (s *away) open(ctx context.Context) (channel.Channel, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.opened++
+	if s.refuse != nil {
+		return nil, s.refuse
+	}
+	a, b := net.Pipe()
+	s.wg.Go(func() { s.ends.Serve(context.Background(), b, &channel.Host{}) })
+	return s.ends.Dial(ctx, a)
+}
+
+// set is what the next attempts meet.
+func (s *away) set(refuse error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refuse = refuse
+}
+
 // testKeepPatience: while the wire is down, a dial waits as long as it may, and
 // then says why; attempts grow rarer but never end.
 func testKeepPatience(t *testing.T, ends NewEnds) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newSite(t, ends, &channel.Host{})
-		away := errors.New("no such pod")
-		s.cut(away)
-		k := s.keep(t, channel.KeepConfig{})
+		away := &away{ends: ends(t, Beats{})}
+		noPod := errors.New("no such pod")
+		away.set(noPod)
+		k := channel.NewKeep(channel.KeepConfig{Open: away.open})
+		go k.Run(context.Background())
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		_, err := k.DialContext(ctx, "tcp", "web:80")
-		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, away) {
-			t.Errorf("%v, want DeadlineExceeded and %q", err, away)
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, noPod) {
+			t.Errorf("%v, want DeadlineExceeded and %q", err, noPod)
 		}
-		if st := k.State(); st.Up || !errors.Is(st.Err, away) || !st.Since.IsZero() {
+		if st := k.State(); st.Up || !errors.Is(st.Err, noPod) || !st.Since.IsZero() {
 			t.Errorf("state %+v", st)
 		}
-		s.mu.Lock()
-		minute := s.opened
-		s.mu.Unlock()
+		away.mu.Lock()
+		minute := away.opened
+		away.mu.Unlock()
 		if minute < 14 || minute > 30 {
 			t.Errorf("%d attempts in a minute", minute)
 		}
 		time.Sleep(time.Hour)
-		s.cut(nil) // the pod is there
+		away.set(nil) // the pod is there
 		if err := k.Ready(context.Background()); err != nil {
 			t.Error(err)
 		}
@@ -217,6 +189,7 @@ func testKeepPatience(t *testing.T, ends NewEnds) {
 		if err := k.Ready(context.Background()); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Ready: %v, want net.ErrClosed", err)
 		}
+		away.wg.Wait()
 	})
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
+	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 // patience is for what must happen.
@@ -151,6 +152,95 @@ func testBroken(t *testing.T, ends NewEnds) {
 	}
 }
 
+// testDiesBusy: whatever goes on when a wire breaks ends with it, at both ends.
+func testDiesBusy(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	far := &memchan.Network{}
+	serve := func(name string, handle func(net.Conn)) {
+		l, err := far.Listen(t.Context(), "tcp", name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go serveAll(l, handle)
+	}
+	serve("echo:7", echo)
+	serve("source:19", pour)
+	serve("deaf:9", func(c net.Conn) {
+		c.(channel.Pending).Answer(nil)
+		<-t.Context().Done()
+	})
+	s := sites(ends)(t, Beats{}, Way{}, neverThere{far})
+	defer s.End()
+	for round := range 5 {
+		ch, err := s.Open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		busy := makeBusy(t, ch, far)
+		time.Sleep(time.Duration(round) * 20 * time.Millisecond) // each is somewhere else then
+		s.Cut()
+		if err := ch.Wait(); err == nil || errors.Is(err, net.ErrClosed) {
+			t.Errorf("Wait: %v, want the wire's own error", err)
+		}
+		for range cap(busy) {
+			if err := receive(t, busy); err == nil {
+				t.Error("something went on")
+			}
+		}
+	}
+}
+
+// makeBusy begins what lasts as long as the wire, and then says how it ended.
+func makeBusy(t *testing.T, ch channel.Channel, far channel.Network) <-chan error {
+	t.Helper()
+	listen, err := ch.Listen(t.Context(), "tcp", "here:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listen.Close() })
+	silent, unread, full := dialTCP(t, ch, echoAt), dialTCP(t, ch, "source:19"), dialTCP(t, ch, "deaf:9")
+	work := []func() error{
+		func() error { _, err := silent.Read(make([]byte, 1)); return err },
+		func() error { _, err := full.Write(make([]byte, 64<<20)); return err },
+		func() error { _, err := io.Copy(io.Discard, unread); return err },
+		func() error { _, err := ch.DialContext(t.Context(), "tcp", "never:1"); return err },
+		func() error { _, err := ch.Listen(t.Context(), "tcp", "never:1"); return err },
+		func() error { _, err := far.DialContext(t.Context(), "tcp", "here:80"); return err },
+		func() error {
+			_, err := listen.Accept() // and never answers
+			if err == nil {
+				_, err = listen.Accept()
+			}
+			return err
+		},
+	}
+	busy := make(chan error, len(work))
+	for _, do := range work {
+		go func() { busy <- do() }()
+	}
+	return busy
+}
+
+// neverThere has an address that never answers.
+type neverThere struct{ channel.Network }
+
+func (n neverThere) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	if address == "never:1" {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return n.Network.DialContext(ctx, network, address)
+}
+
+func (n neverThere) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	if address == "never:1" {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return n.Network.Listen(ctx, network, address)
+}
+
 // serveTCP is a listener on the loopback, and what it does with connections.
 func serveTCP(t *testing.T, handle func(net.Conn)) (address string) {
 	t.Helper()
@@ -199,26 +289,65 @@ func testHandshakeBounded(t *testing.T, ends NewEnds) {
 	}
 }
 
-// testServeEnds: with its context, and with all that ran for it.
-func testServeEnds(t *testing.T, ends NewEnds) {
+// testHushed: a wire that carries nothing any more is dead at both ends after seven
+// beats, and what was read from it is not taken for the whole.
+func testHushed(t *testing.T, sites NewSite) {
 	noLeak(t)
-	e := ends(t, Beats{})
-	a, b := tcpPipe(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	served := serve(ctx, b, e, &channel.Host{})
-	ch, err := e.Dial(context.Background(), a)
+	const every = 100 * time.Millisecond
+	s := sites(t, Beats{Every: every}, Way{}, &channel.Host{})
+	ch, err := s.Open(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.End()
+	defer ch.Close()
+	ended := make(chan struct{})
+	c := dialTCP(t, ch, serveTCP(t, func(c net.Conn) {
+		defer close(ended)
+		c.Write([]byte("half"))
+		io.Copy(io.Discard, c)
+	}))
+	if _, err := io.ReadFull(c, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(10 * every) // idle
+	s.Hush()
+	began := time.Now()
+	var silent wiring.ErrSilent
+	if err := ch.Wait(); !errors.As(err, &silent) {
+		t.Errorf("near end: %v, want silence", err)
+	}
+	receive(t, ended)
+	if took := time.Since(began); took < 4*every || took > 20*every {
+		t.Errorf("dead after %v", took)
+	}
+	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil || err == io.EOF {
+		t.Errorf("read %d, %v; want an error", n, err)
+	}
+	if _, err := c.Write([]byte("x")); err == nil {
+		t.Error("write on a dead wire succeeded")
+	}
+	if _, err := ch.DialContext(within(t), "tcp", "127.0.0.1:1"); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("dial: %v, want net.ErrClosed", err)
+	}
+}
+
+// testServeEnds: with its context, and with all that ran for it.
+func testServeEnds(t *testing.T, sites NewSite) {
+	noLeak(t)
+	s := sites(t, Beats{}, Way{}, &channel.Host{})
+	ch, err := s.Open(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ch.Close()
-	if _, err := ch.DialContext(ctx, "tcp", serveTCP(t, echo)); err != nil {
+	if _, err := ch.DialContext(within(t), "tcp", serveTCP(t, echo)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ch.Listen(ctx, "tcp", "127.0.0.1:0"); err != nil {
+	if _, err := ch.Listen(within(t), "tcp", "127.0.0.1:0"); err != nil {
 		t.Fatal(err)
 	}
-	cancel()
-	if err := receive(t, served); !errors.Is(err, net.ErrClosed) {
+	if err := s.End(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v, want net.ErrClosed", err)
 	}
 	if err := ch.Wait(); !errors.Is(err, wiring.ErrHungUp) {
@@ -227,7 +356,7 @@ func testServeEnds(t *testing.T, ends NewEnds) {
 }
 
 // testSigns: both ends see the other live, and the near end measures.
-func testSigns(t *testing.T, ends NewEnds) {
+func testSigns(t *testing.T, sites NewSite) {
 	noLeak(t)
 	signs := [2]chan struct{}{make(chan struct{}, 5), make(chan struct{}, 5)}
 	sign := func(to chan struct{}) func() {
@@ -238,13 +367,8 @@ func testSigns(t *testing.T, ends NewEnds) {
 			}
 		}
 	}
-	e := ends(t, Beats{20 * time.Millisecond, sign(signs[0]), sign(signs[1])})
-	a, b := tcpPipe(t)
-	served := serve(context.Background(), b, e, &channel.Host{})
-	ch, err := e.Dial(context.Background(), a)
-	if err != nil {
-		t.Fatal(err)
-	}
+	b := Beats{20 * time.Millisecond, sign(signs[0]), sign(signs[1])}
+	ch := reach(t, sites, b, Way{}, &channel.Host{})
 	for range 20 {
 		receive(t, signs[0])
 		receive(t, signs[1])
@@ -252,9 +376,6 @@ func testSigns(t *testing.T, ends NewEnds) {
 	if rtt := ch.(interface{ RTT() time.Duration }).RTT(); rtt <= 0 || rtt > patience {
 		t.Errorf("RTT %v", rtt)
 	}
-	ch.Close()
-	ch.Wait()
-	receive(t, served)
 }
 
 // testHandshakeSilent: it is bounded where its context is not.

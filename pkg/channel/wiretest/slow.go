@@ -109,26 +109,20 @@ func hello(c net.Conn) {
 
 // testSlowWire: while as much as possible is sent, in one direction and in both,
 // other connections come and go as if the wire was only slow.
-func testSlowWire(t *testing.T, ends NewEnds) {
+func testSlowWire(t *testing.T, sites NewSite) {
 	for _, test := range []struct {
 		name string
-		down bool
-	}{{"up", false}, {"both", true}} {
+		way  Way
+	}{{"up", Way{Up: 50 << 10}}, {"both", Way{Up: 50 << 10, Down: 50 << 10}}} {
 		t.Run(test.name, func(t *testing.T) {
 			noLeak(t)
-			e := ends(t, Beats{Every: 300 * time.Millisecond})
-			a, b := tcpPipe(t)
-			a = slowDown(a, 50<<10, 0)
-			if test.down {
-				b = slowDown(b, 50<<10, 0)
-			}
-			ch := join(t, e, a, b)
+			ch := reach(t, sites, Beats{Every: 300 * time.Millisecond}, test.way, &channel.Host{})
 			sink := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 			source := serveTCP(t, pour)
 			var ups []net.Conn
 			for range 6 {
 				ups = append(ups, dialTCP(t, ch, sink))
-				if test.down {
+				if test.way.Down > 0 {
 					down := dialTCP(t, ch, source)
 					go io.Copy(io.Discard, down)
 				}
@@ -138,6 +132,20 @@ func testSlowWire(t *testing.T, ends NewEnds) {
 			}
 			small(t, ch, 3*time.Second)
 		})
+	}
+}
+
+// testLongPath: CASES 3.D 24. One flow fills a long path: 4 MiB go to and fro in less than
+// half the time that they would take by a window of 64 KiB, as SPDY's, one way.
+func testLongPath(t *testing.T, ends NewEnds) {
+	noLeak(t)
+	const there = 40 * time.Millisecond
+	ch := reach(t, sites(ends), Beats{}, Way{Delay: there}, &channel.Host{})
+	began := time.Now()
+	transfer(t, dialTCP(t, ch, serveTCP(t, echo)))
+	took, limit := time.Since(began), (4<<20)/(64<<10)*2*there/2
+	if t.Logf("%v, where a small window would take %v", took, 2*limit); took > limit {
+		t.Error("too slow")
 	}
 }
 
@@ -223,11 +231,9 @@ func testStuckWire(t *testing.T, ends NewEnds) {
 }
 
 // testFullWindows: flows that nobody reads do not hold up others.
-func testFullWindows(t *testing.T, ends NewEnds) {
+func testFullWindows(t *testing.T, sites NewSite) {
 	noLeak(t)
-	e := ends(t, Beats{})
-	a, b := tcpPipe(t)
-	ch := join(t, e, a, b)
+	ch := reach(t, sites, Beats{}, Way{}, &channel.Host{})
 	hold := make(chan struct{})
 	deaf := serveTCP(t, func(net.Conn) { <-hold })
 	t.Cleanup(func() { close(hold) })
@@ -241,13 +247,11 @@ func testFullWindows(t *testing.T, ends NewEnds) {
 
 // testSignsInUpload: data that comes is a sign of life, while requests are far
 // behind in it; and so are those signs that the other end gives meanwhile.
-func testSignsInUpload(t *testing.T, ends NewEnds) {
+func testSignsInUpload(t *testing.T, sites NewSite) {
 	noLeak(t)
 	const every = 200 * time.Millisecond
 	var gaps [2]gap
-	e := ends(t, Beats{every, gaps[0].sign, gaps[1].sign})
-	a, b := tcpPipe(t)
-	ch := join(t, e, slowDown(a, 400<<10, 512<<10), b)
+	ch := reach(t, sites, Beats{every, gaps[0].sign, gaps[1].sign}, Way{Up: 400 << 10, Buffer: 512 << 10}, &channel.Host{})
 	c := dialTCP(t, ch, serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) }))
 	c.SetWriteDeadline(time.Now().Add(1500 * time.Millisecond))
 	pour(c)
@@ -283,11 +287,9 @@ func (g *gap) longest() time.Duration {
 }
 
 // testWriteLate: a write that the wire has no room for ends at its deadline.
-func testWriteLate(t *testing.T, ends NewEnds) {
+func testWriteLate(t *testing.T, sites NewSite) {
 	noLeak(t)
-	e := ends(t, Beats{})
-	a, b := tcpPipe(t)
-	ch := join(t, e, slowDown(a, 50<<10, 0), b)
+	ch := reach(t, sites, Beats{}, Way{Up: 50 << 10}, &channel.Host{})
 	address := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 	c := dialTCP(t, ch, address)
 	for range 4 {

@@ -1,6 +1,7 @@
-// Package wiretest is what every wire over a byte stream has to hold to, beside what
-// package channeltest asks of a Channel: it lives and dies as said, is bounded in
-// all that it does, is fair to its flows on a poor line, and can be kept.
+// Package wiretest is what every wire has to hold to, beside what package channeltest
+// asks of a Channel: it lives and dies as said, is bounded in all that it does, is
+// fair to its flows on a poor line, and can be kept. Run is for a wire over a byte
+// stream, of which more is asked than RunSites does of any.
 package wiretest
 
 import (
@@ -34,38 +35,23 @@ type Beats struct {
 // NewEnds makes ends with keys of their own.
 type NewEnds func(t testing.TB, b Beats) Ends
 
-// Run puts a wire to the test.
-func Run(t *testing.T, ends NewEnds) {
+// RunSites puts a wire to the test.
+func RunSites(t *testing.T, sites NewSite) {
 	for _, test := range []struct {
 		name string
-		run  func(*testing.T, NewEnds)
+		run  func(*testing.T, NewSite)
 	}{
 		{"channel", testChannel},
-		{"channel in memory", testChannelInMemory},
 		{"channel kept", testKeep},
-		{"silence", testSilence},
-		{"broken", testBroken},
-		{"reset", testReset},
-		{"handshake bounded", testHandshakeBounded},
-		{"handshake silent", testHandshakeSilent},
+		{"hushed", testHushed},
 		{"serve ends", testServeEnds},
 		{"signs", testSigns},
 		{"signs in upload", testSignsInUpload},
-		{"load is no silence", testLoadIsNoSilence},
 		{"slow wire", testSlowWire},
-		{"stuck wire", testStuckWire},
 		{"full windows", testFullWindows},
 		{"write late", testWriteLate},
 		{"keep reopens", testKeepReopens},
 		{"keep listens", testKeepListens},
-		{"keep patience", testKeepPatience},
-		{"keep beside", testKeepBeside},
-		{"keep beside in vain", testKeepBesideInVain},
-		{"keep beside dead", testKeepBesideDead},
-		{"keep beside nothing open", testKeepBesideNothingOpen},
-		{"keep better", testKeepBetter},
-		{"keep age", testKeepAge},
-		{"renew", testRenew},
 		{"churn", testChurn},
 		{"forward refused", testForwardRefused},
 		{"forward burst", testForwardBurst},
@@ -73,14 +59,51 @@ func Run(t *testing.T, ends NewEnds) {
 		{"forward kept", testForwardKept},
 		{"forward udp", testForwardUDP},
 	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, sites) })
+	}
+}
+
+// Run puts a wire over a byte stream to the test.
+func Run(t *testing.T, ends NewEnds) {
+	RunSites(t, sites(ends))
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, NewEnds)
+	}{
+		{"channel in memory", testChannelInMemory},
+		{"silence", testSilence},
+		{"broken", testBroken},
+		{"dies busy", testDiesBusy},
+		{"reset", testReset},
+		{"handshake bounded", testHandshakeBounded},
+		{"handshake silent", testHandshakeSilent},
+		{"load is no silence", testLoadIsNoSilence},
+		{"long path D24", testLongPath},
+		{"stuck wire", testStuckWire},
+		{"keep patience", testKeepPatience},
+		{"keep beside", testKeepBeside},
+		{"keep beside in vain", testKeepBesideInVain},
+		{"keep beside nothing", testKeepBesideNothing},
+		{"keep beside dead", testKeepBesideDead},
+		{"keep beside nothing open", testKeepBesideNothingOpen},
+		{"keep better", testKeepBetter},
+		{"keep age", testKeepAge},
+		{"channel of lanes", testChannelOfLanes},
+		{"lanes", testLanes},
+		{"lanes on a short path", testLanesNear},
+		{"lanes refused", testLanesRefused},
+		{"lane silent", testLaneSilent},
+		{"lanes end", testLanesEnd},
+		{"lanes kept", testLanesKept},
+		{"renew", testRenew},
+	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, ends) })
 	}
 }
 
-func testChannel(t *testing.T, ends NewEnds) {
+func testChannel(t *testing.T, sites NewSite) {
 	channeltest.Run(t, func(t *testing.T, n channel.Network) channel.Channel {
-		a, b := tcpPipe(t)
-		return connect(t, ends, a, b, n)
+		return reach(t, sites, Beats{}, Way{}, n)
 	})
 }
 

@@ -7,13 +7,16 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // A frame is a datagram on a stream: two bytes of length, high byte first, and
-// then as many bytes as that.
+// then as many bytes as that. No datagram is as long as lastFrame, which a byte
+// follows: the code of the reason for which the flow was broken off.
 const (
 	frameHeader = 2
-	maxFrame    = 1<<16 - 1
+	maxFrame    = 1<<16 - 2
+	lastFrame   = 1<<16 - 1
 	leastRead   = 4 << 10
 )
 
@@ -26,6 +29,11 @@ func appendFrame(dst, datagram []byte) ([]byte, error) {
 	return append(dst, datagram...), nil
 }
 
+func appendLast(dst []byte, reason error) []byte {
+	dst = binary.BigEndian.AppendUint16(dst, lastFrame)
+	return append(dst, byte(Code(reason)))
+}
+
 // frames takes datagrams out of a stream. A read that fails half way through a
 // frame, as at a deadline, can be gone on with.
 type frames struct {
@@ -36,6 +44,9 @@ type frames struct {
 // read takes the next datagram; what does not fit into p is lost, as with UDP.
 func (f *frames) read(p []byte, src io.Reader) (int, error) {
 	for {
+		if reason := f.broken(); reason != nil {
+			return 0, reason
+		}
 		if b, ok := f.next(); ok {
 			return copy(p, b), nil
 		}
@@ -43,6 +54,15 @@ func (f *frames) read(p []byte, src io.Reader) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// broken is why the flow was broken off, if it was.
+func (f *frames) broken() error {
+	have := f.buf[f.start:f.end]
+	if len(have) > frameHeader && binary.BigEndian.Uint16(have) == lastFrame {
+		return Coded(uint32(have[frameHeader]))
+	}
+	return nil
 }
 
 // next takes a datagram if it is there whole. It is good until the next read.
@@ -76,7 +96,7 @@ func (f *frames) more(src io.Reader) error {
 // room makes place for the rest of the frame that has begun.
 func (f *frames) room() {
 	need := leastRead
-	if have := f.buf[f.start:f.end]; len(have) >= frameHeader {
+	if have := f.buf[f.start:f.end]; len(have) >= frameHeader { // a last one needs less
 		need = max(need, frameHeader+int(binary.BigEndian.Uint16(have)))
 	}
 	if len(f.buf)-f.start >= need && f.end < len(f.buf) {
@@ -102,8 +122,9 @@ type Flow interface {
 // Datagrams has a flow carry datagrams: each Write is one, and each Read.
 type Datagrams struct {
 	Flow
-	rmu sync.Mutex
-	in  frames
+	Tells bool // that it was broken off, and why, for the flow has no words for it
+	rmu   sync.Mutex
+	in    frames
 }
 
 var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
@@ -114,7 +135,26 @@ func (d *Datagrams) Read(p []byte) (int, error) {
 	if _, err := d.Flow.Read(nil); err != nil { // closed, or late, whatever is there
 		return 0, err
 	}
-	return d.in.read(p, d.Flow)
+	n, err := d.in.read(p, d.Flow)
+	if reason := d.in.broken(); err != nil && reason == err {
+		err = d.OpError("read", reason)
+	}
+	return n, err
+}
+
+// Abort breaks the flow off.
+func (d *Datagrams) Abort(reason error) error {
+	if !d.Tells {
+		return d.Flow.Abort(reason)
+	}
+	go func() {
+		d.SetWriteDeadline(time.Now().Add(lastWords))
+		if _, err := d.Flow.Write(appendLast(nil, reason)); err != nil {
+			d.Flow.Abort(reason)
+		}
+		d.Flow.Close()
+	}()
+	return nil
 }
 
 func (d *Datagrams) Write(p []byte) (int, error) {
@@ -126,7 +166,7 @@ func (d *Datagrams) Write(p []byte) (int, error) {
 	}
 	if n, err := d.Flow.Write(*buf); err != nil {
 		if n > 0 {
-			d.Abort(err) // the frames are out of step
+			d.Flow.Abort(err) // the frames are out of step
 		}
 		return 0, err
 	}

@@ -17,6 +17,7 @@ func FuzzFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, a, b uint16, cut byte) {
 		var wire []byte
 		var all [][]byte
+		a, b = min(a, maxFrame), min(b, maxFrame)
 		for i, size := range []uint16{a, b, 0, a} {
 			d := bytes.Repeat([]byte{byte(i), byte(size)}, maxFrame)[:size]
 			var err error
@@ -61,6 +62,9 @@ func FuzzFramesIn(f *testing.F) {
 		for src := bytes.NewReader(stream); ; {
 			n, err := in.read(buf, src)
 			if err != nil {
+				if in.broken() != nil {
+					return
+				}
 				if whole := left == 0; whole != (err == io.EOF) {
 					t.Fatalf("%d bytes left: %v", left, err)
 				}
@@ -85,5 +89,21 @@ func TestFramesGoOn(t *testing.T) {
 	}
 	if _, err := appendFrame(nil, make([]byte, maxFrame+1)); !errors.Is(err, syscall.EMSGSIZE) {
 		t.Errorf("too long: %v", err)
+	}
+}
+
+// TestFramesBroken: the last frame tells why there are no more.
+func TestFramesBroken(t *testing.T) {
+	wire, _ := appendFrame(nil, []byte("hello"))
+	src := &chopped{bytes.NewReader(appendLast(wire, syscall.ECONNREFUSED)), 1}
+	var in frames
+	buf := make([]byte, 10)
+	if n, err := in.read(buf, src); err != nil || string(buf[:n]) != "hello" {
+		t.Errorf("read %q, %v", buf[:n], err)
+	}
+	for range 2 {
+		if _, err := in.read(buf, src); err != syscall.ECONNREFUSED {
+			t.Errorf("read: %v, want ECONNREFUSED", err)
+		}
 	}
 }

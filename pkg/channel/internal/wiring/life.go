@@ -12,10 +12,10 @@ import (
 
 // Life is the life of one wire, the same at both ends.
 type Life struct {
-	Tap     *Tap
-	Beat    time.Duration // how often each end shows that it lives
+	Line    Line
+	Beat    time.Duration // how often each end shows that it lives; 0: silence means nothing
 	OnAlive func()        // called when the other one did
-	HangUp  func()        // closes the protocol on the tap
+	HangUp  func()        // closes the protocol on the line
 
 	ctx  context.Context // ends when the wire is gone
 	end  context.CancelFunc
@@ -28,6 +28,20 @@ type Life struct {
 	retired bool // it closes after the last of them
 
 	silent atomic.Int64 // ticks
+}
+
+// Line is what a wire runs over: a Tap, where that is a byte stream.
+type Line interface {
+	// Fail notes why the wire ends, unless Cause has a reason already.
+	Fail(err error)
+	Cause() error
+
+	// Heard grows with all that comes from the other end.
+	Heard() uint64
+
+	// Close ends it, and lets go out what was said last; Cut lets nothing go.
+	Close() error
+	Cut()
 }
 
 // Begin begins a life; wait returns when the protocol has come to its end, and
@@ -57,8 +71,8 @@ func (l *Life) Spawn(part func()) {
 
 // bury waits for the end of the connection, and then for all that ran for it.
 func (l *Life) bury(wait func() error) {
-	l.Tap.Fail(wait())
-	l.Tap.Close()
+	l.Line.Fail(wait())
+	l.Line.Close()
 	l.end()
 	l.mu.Lock()
 	l.over = true
@@ -70,30 +84,35 @@ func (l *Life) bury(wait func() error) {
 // Context ends when the wire is gone.
 func (l *Life) Context() context.Context { return l.ctx }
 
+// Beats are how many without a sign of life are a wire's end.
+const Beats = 7
+
 const (
-	beats        = 7 // without a sign of life
 	ticksPerBeat = 5
-	silentTicks  = beats*ticksPerBeat - 1 // and one in which it began
+	silentTicks  = Beats*ticksPerBeat - 1 // and one in which it began
 )
 
 // Limit is how long a wire may be silent that beats so often, and how long its
 // handshake may take.
-func Limit(beat time.Duration) time.Duration { return beats * beat }
+func Limit(beat time.Duration) time.Duration { return Beats * beat }
 
 // watch ends the wire when nothing at all was read from it for too long. All
 // that was read is a sign of life: also under load there is one with every
 // beat of either end, for who waits for an answer tells.
 func (l *Life) watch() {
+	if l.Beat == 0 {
+		return
+	}
 	t := time.NewTicker(l.Beat / ticksPerBeat)
 	defer t.Stop()
-	seen, silent := l.Tap.reads.Load(), 0
+	seen, silent := l.Line.Heard(), 0
 	for silent < silentTicks {
 		select {
 		case <-t.C:
 		case <-l.ctx.Done():
 			return
 		}
-		if now := l.Tap.reads.Load(); now != seen {
+		if now := l.Line.Heard(); now != seen {
 			seen, silent = now, 0
 			l.OnAlive() // an answer may be behind megabytes of data
 		} else {
@@ -101,8 +120,8 @@ func (l *Life) watch() {
 		}
 		l.silent.Store(int64(silent))
 	}
-	l.Tap.Fail(ErrSilent(Limit(l.Beat)))
-	l.Tap.Conn.Close() // what is queued would not arrive
+	l.Line.Fail(ErrSilent(Limit(l.Beat)))
+	l.Line.Cut() // what is queued would not arrive
 }
 
 // ErrSilent is the death of a wire that says nothing any more.
@@ -132,12 +151,16 @@ func (l *Life) Count(more int) {
 }
 
 func (l *Life) closeRetired() {
-	l.mu.Lock()
-	over := l.flows == 0
-	l.mu.Unlock()
-	if over {
+	if l.Flows() == 0 {
 		l.Close()
 	}
+}
+
+// Flows is how many are open.
+func (l *Life) Flows() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.flows
 }
 
 // Retire closes the wire when the last flow over it is closed.
@@ -150,7 +173,7 @@ func (l *Life) Retire() {
 
 // Close ends the wire in good order. It is a channel's Close.
 func (l *Life) Close() error {
-	l.Tap.Fail(net.ErrClosed)
+	l.Line.Fail(net.ErrClosed)
 	l.HangUp()
 	return nil
 }
@@ -158,13 +181,13 @@ func (l *Life) Close() error {
 // Wait returns when the wire and all that ran for it are gone, and says why.
 func (l *Life) Wait() error {
 	<-l.done
-	return l.Tap.Cause()
+	return l.Line.Cause()
 }
 
 // Gone is the error of what is asked of a wire that is gone. The wire's own error
 // is in its words only: a reset of the wire is none of the target's.
 func (l *Life) Gone() error {
-	cause := l.Tap.Cause()
+	cause := l.Line.Cause()
 	if cause == nil || errors.Is(cause, net.ErrClosed) {
 		return net.ErrClosed
 	}

@@ -1,7 +1,6 @@
 package wiring
 
 import (
-	"bufio"
 	"errors"
 	"io"
 	"net"
@@ -27,7 +26,7 @@ import (
 // Reads are buffered, since SSH and TLS read the head of a packet by itself.
 type Tap struct {
 	net.Conn
-	in    *bufio.Reader
+	in    ahead
 	done  chan struct{} // closed with the connection
 	reads atomic.Uint64 // of the connection itself, that gave something
 
@@ -38,16 +37,12 @@ type Tap struct {
 
 	most    int     // how much may be queued before data waits
 	entered int     // bytes of data that were let in and are not queued yet
-	passing int     // bytes of data that the mux has and has not written yet
 	waiting []*turn // who comes first is let in first
 }
 
 const (
 	// tooMuch is queued when the other end makes this one answer and does not read.
 	tooMuch = 64 << 20
-
-	// readAhead holds a whole packet.
-	readAhead = 64 << 10
 
 	// lastWords is how long Close lets what is queued take.
 	lastWords = time.Second
@@ -61,7 +56,7 @@ var errDeaf = errors.New("the other end does not read what it is told")
 // NewTap takes conn over, until Close.
 func NewTap(conn net.Conn) *Tap {
 	t := &Tap{Conn: conn, done: make(chan struct{}), most: leastQueued}
-	t.in = bufio.NewReaderSize(counted{t}, readAhead)
+	t.in.src = counted{t}
 	t.changed.L = &t.mu
 	go t.write()
 	return t
@@ -154,6 +149,12 @@ func (t *Tap) Close() error {
 	time.AfterFunc(lastWords, func() { t.Conn.Close() })
 	return nil
 }
+
+// Cut closes the connection with what is queued.
+func (t *Tap) Cut() { t.Conn.Close() }
+
+// Heard counts the reads of the connection that gave something.
+func (t *Tap) Heard() uint64 { return t.reads.Load() }
 
 // Done is closed when the connection is, which is as long after Close as the last
 // words take.

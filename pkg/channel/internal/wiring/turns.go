@@ -34,7 +34,7 @@ var ErrShutOut = errors.New("not let in")
 // sent in part, a frame perhaps, must be sent in whole.
 func (t *Tap) InTurns(p []byte, write func([]byte) (int, error), stop, late <-chan struct{}) (n int, err error) {
 	for {
-		size, ok := t.enter(len(p)-n, stop, late)
+		size, ok := t.Enter(len(p)-n, stop, late)
 		if !ok {
 			return n, ErrShutOut
 		}
@@ -50,21 +50,12 @@ func (t *Tap) InTurns(p []byte, write func([]byte) (int, error), stop, late <-ch
 // writePiece writes one. That may have to wait for the flow's window, when the piece
 // no longer counts.
 func (t *Tap) writePiece(p []byte, write func([]byte) (int, error)) (int, error) {
-	over := time.AfterFunc(turnTime, func() { t.leave(len(p)) })
+	over := time.AfterFunc(turnTime, func() { t.Leave(len(p)) })
 	n, err := write(p)
 	if over.Stop() {
-		t.leave(len(p))
+		t.Leave(len(p))
 	}
 	return n, err
-}
-
-// Passing is for a mux whose flows' writes return before it has written: it counts
-// what they gave it, and takes off what it wrote.
-func (t *Tap) Passing(more int) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.passing += more
-	t.admit()
 }
 
 // turn is a piece of data that waits to be let in.
@@ -74,10 +65,10 @@ type turn struct {
 	in   bool
 }
 
-// enter waits until data of up to size bytes may be written, and tells how much
+// Enter waits until data of up to size bytes may be written, and tells how much
 // of it. It is not when the wire is gone, or when stop or late comes first.
 // What was let in must leave.
-func (t *Tap) enter(size int, stop, late <-chan struct{}) (int, bool) {
+func (t *Tap) Enter(size int, stop, late <-chan struct{}) (int, bool) {
 	t.mu.Lock()
 	if t.err != nil {
 		t.mu.Unlock()
@@ -110,8 +101,8 @@ func (t *Tap) entry(e *turn) (int, bool) {
 	return e.size, e.in
 }
 
-// leave is called when a piece is queued, or was let in for too long.
-func (t *Tap) leave(size int) {
+// Leave is called when a piece is queued, or was let in for too long.
+func (t *Tap) Leave(size int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.entered -= size
@@ -139,7 +130,7 @@ func (t *Tap) piece() int { return t.most / Pieces }
 
 // fits tells whether a piece may be let in: the only one always may.
 func (t *Tap) fits(size int) bool {
-	have := len(t.queue) + t.entered + t.passing
+	have := len(t.queue) + t.entered
 	return have == 0 || have+size <= t.most
 }
 

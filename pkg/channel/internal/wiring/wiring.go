@@ -1,8 +1,8 @@
-// Package wiring is what the wires over a byte stream are made of, whatever is
-// spoken on them: the connection below (Tap) and its flows' turns to write, the
-// life of a wire from its first goroutine to its last (Life), datagrams on a
-// stream, connections that wait for an answer, addresses, and the words that
-// kernels' errors cross in.
+// Package wiring is what wires are made of, whatever is spoken on them: the life of a
+// wire from its first goroutine to its last (Life), of one over a byte stream the
+// connection below (Tap) and its flows' turns to write, datagrams on a stream,
+// connections that wait for an answer, addresses, and the words that kernels' errors
+// cross in.
 package wiring
 
 import (

@@ -41,7 +41,7 @@ func Say(err error) string {
 		return unknownName
 	case name != nil:
 		return noAnswer
-	case errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded): // of a dial, the one or the other
 		return "Connection timed out"
 	case errors.Is(err, syscall.EACCES) && !plain(err):
 		return err.Error() // a policy's words, which name its rule
@@ -90,4 +90,37 @@ func Wordy(text string, errno syscall.Errno) error {
 		return errno
 	}
 	return fmt.Errorf("%s (%w)", text, errno)
+}
+
+// codes are what the end of a flow tells: the place of an error in the list.
+var codes = []error{
+	nil, // closed
+	syscall.ECONNRESET,
+	syscall.ECONNREFUSED,
+	syscall.EHOSTUNREACH,
+	syscall.ENETUNREACH,
+	syscall.ETIMEDOUT,
+	syscall.EACCES,
+	syscall.EMSGSIZE,
+}
+
+// Closed is the code of an end in good order.
+const Closed = 0
+
+// Code is that of the reason for which a flow is broken off.
+func Code(reason error) uint32 {
+	for i, err := range codes {
+		if err != nil && errors.Is(reason, err) {
+			return uint32(i)
+		}
+	}
+	return 1
+}
+
+// Coded is the error behind a code.
+func Coded(code uint32) error {
+	if code == Closed || code >= uint32(len(codes)) {
+		return syscall.ECONNRESET
+	}
+	return codes[code]
 }

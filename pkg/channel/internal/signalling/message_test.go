@@ -1,4 +1,4 @@
-package tlschan
+package signalling
 
 import (
 	"bytes"
@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
 // FuzzMessage: what is said is what is read, and nothing is read beyond it.
@@ -89,12 +91,12 @@ func TestErrorsCross(t *testing.T) {
 		if strings.HasPrefix(test.far.Error(), "rule") && !strings.Contains(got.Error(), "rule 3") {
 			t.Errorf("%v lost its words: %v", test.far, got)
 		}
-		if got := coded(code(test.far)); got != test.reset {
+		if got := wiring.Coded(wiring.Code(test.far)); got != test.reset {
 			t.Errorf("%v is reset as %v", test.far, got)
 		}
 	}
-	for _, c := range []uint32{codeClosed, 1, 1000} {
-		if got := coded(c); got != syscall.ECONNRESET {
+	for _, c := range []uint32{wiring.Closed, 1, 1000} {
+		if got := wiring.Coded(c); got != syscall.ECONNRESET {
 			t.Errorf("code %d is %v", c, got)
 		}
 	}

@@ -1,4 +1,4 @@
-package tlschan
+package signalling
 
 import (
 	"encoding/binary"
@@ -87,36 +87,4 @@ func (m message) refused(name string) error {
 		return wiring.Wordy(m.a, syscall.EACCES)
 	}
 	return wiring.Hear(m.a, name)
-}
-
-// codes are what an RST tells: the place of an error in the list.
-var codes = []error{
-	nil, // closed
-	syscall.ECONNRESET,
-	syscall.ECONNREFUSED,
-	syscall.EHOSTUNREACH,
-	syscall.ENETUNREACH,
-	syscall.ETIMEDOUT,
-	syscall.EACCES,
-	syscall.EMSGSIZE,
-}
-
-const codeClosed = 0
-
-// code is that of the reason for which a flow is broken off.
-func code(reason error) uint32 {
-	for i, err := range codes {
-		if err != nil && errors.Is(reason, err) {
-			return uint32(i)
-		}
-	}
-	return 1
-}
-
-// coded is the error behind a code.
-func coded(code uint32) error {
-	if code == codeClosed || code >= uint32(len(codes)) {
-		return syscall.ECONNRESET
-	}
-	return codes[code]
 }

@@ -1,36 +1,35 @@
-package tlschan
+package signalling
 
 import (
 	"context"
-	"io"
 	"net"
 	"syscall"
-
-	"github.com/libp2p/go-yamux/v5"
+	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
-// backlog is how many connections wait to be accepted: as many as Linux has it.
+// Backlog is how many connections wait to be accepted: as many as Linux has it.
 // A burst is not to be refused that who accepts is about to take.
-const backlog = 4096
+const Backlog = 4096
 
 // listener is the near end of a listener at the far end.
 type listener struct {
-	c        *Channel
+	n        *Near
 	number   uint32
 	network  string
 	addr     net.Addr
-	s        *yamux.Stream // it lives as long
+	s        Stream // it lives as long
 	incoming chan *incoming
-	closed   chan struct{}
+	closed   chan struct{} // when either end has closed it
+	err      error         // why; before closed
 	gone     chan struct{} // closed when the far end has closed it, too
 }
 
 // Listen has the far end listen. The address is taken there as it is: for a
 // Network of names, a name.
-func (c *Channel) Listen(ctx context.Context, network, address string) (net.Listener, error) {
-	l, err := c.listen(ctx, network, address)
+func (n *Near) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	l, err := n.listen(ctx, network, address)
 	if err != nil {
 		return nil, opError("listen", network, address, err)
 	}
@@ -39,35 +38,59 @@ func (c *Channel) Listen(ctx context.Context, network, address string) (net.List
 
 // listen waits for those to leave that may still have the address. What is accepted
 // before the answer is here waits in the backlog.
-func (c *Channel) listen(ctx context.Context, network, address string) (*listener, error) {
+func (n *Near) listen(ctx context.Context, network, address string) (*listener, error) {
 	if network != "tcp" && network != "udp" {
 		return nil, net.UnknownNetworkError(network)
 	}
-	if err := c.left(ctx); err != nil {
+	if err := n.left(ctx); err != nil {
 		return nil, err
 	}
-	l := c.add(network)
-	s, err := c.w.begin(ctx, message{kind: msgListen, number: l.number, a: network, b: address})
+	l := n.add(network)
+	s, err := begin(ctx, n.mux, message{kind: msgListen, number: l.number, a: network, b: address})
 	if err == nil {
 		var m message
-		m, err = c.w.answered(ctx, s, address)
-		l.s, l.addr = s, wiring.ParseAddr(network, m.a)
+		m, err = answered(ctx, s, address)
+		l.addr = wiring.ParseAddr(network, m.a)
 	}
 	if err != nil {
-		c.remove(l)
+		n.remove(l)
 		l.refuseAll()
 		return nil, err
 	}
+	l.s = s
+	n.mux.Spawn(l.watch)
 	return l, nil
 }
 
-func (c *Channel) left(ctx context.Context) error {
-	c.mu.Lock()
+// watch waits until the far end has closed the listener, too, or has ended it, and
+// said why. Else it is the wire that has ended, of which it may be heard a little later.
+func (l *listener) watch() {
+	m, err := readMessage(l.s)
+	if err == nil {
+		err = m.refused("")
+	} else {
+		select {
+		case <-l.closed:
+		case <-l.n.mux.Context().Done():
+			err = l.n.mux.Gone()
+		case <-time.After(time.Second):
+		}
+	}
+	l.end(err)
+	l.s.Reset(nil)
+	l.n.mu.Lock()
+	delete(l.n.leaving, l)
+	l.n.mu.Unlock()
+	close(l.gone)
+}
+
+func (n *Near) left(ctx context.Context) error {
+	n.mu.Lock()
 	var leaving []*listener
-	for l := range c.leaving {
+	for l := range n.leaving {
 		leaving = append(leaving, l)
 	}
-	c.mu.Unlock()
+	n.mu.Unlock()
 	for _, l := range leaving {
 		select {
 		case <-l.gone:
@@ -78,42 +101,45 @@ func (c *Channel) left(ctx context.Context) error {
 	return nil
 }
 
-func (c *Channel) add(network string) *listener {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.last++
+func (n *Near) add(network string) *listener {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.last++
 	l := &listener{
-		c: c, number: c.last, network: network,
-		incoming: make(chan *incoming, backlog),
+		n: n, number: n.last, network: network,
+		incoming: make(chan *incoming, Backlog),
 		closed:   make(chan struct{}),
 		gone:     make(chan struct{}),
 	}
-	c.listeners[l.number] = l
+	n.listeners[l.number] = l
 	return l
 }
 
 // remove takes the listener off the list; it tells whether it was on it.
-func (c *Channel) remove(l *listener) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.listeners[l.number] != l {
+func (n *Near) remove(l *listener) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.listeners[l.number] != l {
 		return false
 	}
-	delete(c.listeners, l.number)
+	delete(n.listeners, l.number)
+	if l.s != nil {
+		n.leaving[l] = true
+	}
 	return true
 }
 
 // incoming is a connection that the far end accepted.
 type incoming struct {
 	l      *listener
-	s      *yamux.Stream
+	s      Stream
 	origin net.Addr
 }
 
 func (in *incoming) LocalAddr() net.Addr  { return in.l.addr }
 func (in *incoming) RemoteAddr() net.Addr { return in.origin }
 
-func (in *incoming) Reject(why error) { in.l.c.w.refuse(in.s, why) }
+func (in *incoming) Reject(why error) { refuse(in.s, why) }
 
 // Accept takes one of "tcp".
 func (in *incoming) Accept() (wiring.Stream, error) {
@@ -121,31 +147,30 @@ func (in *incoming) Accept() (wiring.Stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.(stream), nil
+	return c.(wiring.Stream), nil
 }
 
 func (in *incoming) accept() (net.Conn, error) {
-	w := in.l.c.w
-	if err := w.say(in.s, message{kind: msgYes}); err != nil {
-		in.s.ResetWithError(codeClosed)
-		return nil, w.failed(context.Background(), err)
+	if err := say(in.s, message{kind: msgYes}); err != nil {
+		in.s.Reset(nil)
+		return nil, err
 	}
-	return newConn(w, in.s, in.l.network, in.l.addr, in.origin), nil
+	return in.l.n.mux.Conn(in.s, in.l.network, in.l.addr, in.origin), nil
 }
 
-// open takes in a connection that was accepted at the far end. One that finds no
+// Open takes in a connection that was accepted at the far end. One that finds no
 // listener, or no room in its backlog, is refused.
-func (c *Channel) open(s *yamux.Stream) {
+func (n *Near) Open(s Stream) {
 	m, err := readMessage(s)
-	if err != nil || m.kind != msgAccepted || !c.offer(m, s) {
-		c.w.refuse(s, syscall.ECONNREFUSED)
+	if err != nil || m.kind != msgAccepted || !n.offer(m, s) {
+		refuse(s, syscall.ECONNREFUSED)
 	}
 }
 
-func (c *Channel) offer(m message, s *yamux.Stream) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	l := c.listeners[m.number]
+func (n *Near) offer(m message, s Stream) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	l := n.listeners[m.number]
 	if l == nil {
 		return false
 	}
@@ -161,9 +186,9 @@ func (l *listener) Accept() (net.Conn, error) {
 	for {
 		select {
 		case <-l.closed:
-			return nil, l.acceptError(net.ErrClosed)
-		case <-l.c.w.Context().Done():
-			return nil, l.acceptError(l.c.w.Gone())
+			return nil, l.acceptError(l.err)
+		case <-l.n.mux.Context().Done():
+			return nil, l.acceptError(l.n.mux.Gone())
 		case in := <-l.incoming:
 			if l.network == "tcp" {
 				return wiring.NewPending(in), nil
@@ -184,29 +209,19 @@ func (l *listener) Addr() net.Addr { return l.addr }
 // Close stops listening at the far end; connections that nobody accepted yet
 // are refused. It does not wait for the far end.
 func (l *listener) Close() error {
-	if !l.c.remove(l) {
-		return nil
-	}
-	close(l.closed)
-	l.c.leave(l)
-	l.refuseAll()
+	l.end(net.ErrClosed)
 	return nil
 }
 
-// leave has the far end close the listener, and notes when it has.
-func (c *Channel) leave(l *listener) {
-	c.mu.Lock()
-	c.leaving[l] = true
-	c.mu.Unlock()
+// end closes it, the first time; until the far end has too, its address is taken.
+func (l *listener) end(why error) {
+	if !l.n.remove(l) {
+		return
+	}
+	l.err = why
+	close(l.closed)
 	l.s.CloseWrite()
-	c.w.Spawn(func() {
-		io.Copy(io.Discard, l.s) // ends with the stream
-		l.s.ResetWithError(codeClosed)
-		c.mu.Lock()
-		delete(c.leaving, l)
-		c.mu.Unlock()
-		close(l.gone)
-	})
+	l.refuseAll()
 }
 
 func (l *listener) refuseAll() {
