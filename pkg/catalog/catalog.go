@@ -5,7 +5,7 @@ package catalog
 
 import "net/netip"
 
-// A Service with what stands behind it.
+// A Service with what stands behind it. No address is of IPv4 written as one of IPv6.
 type Service struct {
 	Namespace, Name string
 

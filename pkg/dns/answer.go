@@ -52,7 +52,7 @@ func (z *Zone) answer(name string, q dns.Question) outcome {
 
 // below gives the labels before the domain.
 func (z *Zone) below(name string) []string {
-	return dns.SplitDomainName(strings.TrimSuffix(name, z.domain))
+	return labelsOf(strings.TrimSuffix(name, z.domain))
 }
 
 // addresses follows aliases within the domain. As in CoreDNS an alias is kept
@@ -74,7 +74,7 @@ func (z *Zone) addresses(name string, q dns.Question, f found) outcome {
 			return outcome{verdict: first}
 		}
 		chain = append(chain, &dns.CNAME{Hdr: z.header(owner, dns.TypeCNAME), Target: alias})
-		if !dns.IsSubDomain(z.domain, target) {
+		if !within(z.domain, target) {
 			return outcome{verdict: exists, answer: chain, external: alias}
 		}
 		name, owner = target, alias
@@ -115,11 +115,10 @@ func met(chain []dns.RR, target string) bool {
 // hosts makes address records of one family, each address once, in random
 // order: clients take the first.
 func (z *Zone) hosts(owner string, qtype uint16, hits []hit) []dns.RR {
-	var records []dns.RR
-	seen := make(map[netip.Addr]bool, len(hits))
-	for _, h := range hits {
-		if h.addr.Is4() == (qtype == dns.TypeA) && h.addr.IsValid() && !seen[h.addr] {
-			seen[h.addr] = true
+	slices.SortFunc(hits, func(a, b hit) int { return a.addr.Compare(b.addr) })
+	records := make([]dns.RR, 0, 1) // as most have
+	for i, h := range hits {
+		if h.addr.Is4() == (qtype == dns.TypeA) && h.addr.IsValid() && (i == 0 || hits[i-1].addr != h.addr) {
 			records = append(records, z.address(owner, h.addr))
 		}
 	}
@@ -238,7 +237,7 @@ func (z *Zone) serversOf(svc *service) []server {
 	var all []server
 	if !svc.Headless {
 		for _, a := range svc.ClusterIPs {
-			all = append(all, server{z.name("", base), a.Unmap()})
+			all = append(all, server{z.name("", base), a})
 		}
 		return all
 	}

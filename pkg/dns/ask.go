@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,6 +28,7 @@ import (
 type cluster struct {
 	network channel.Network
 	server  netip.AddrPort
+	reached func() error
 	log     *slog.Logger
 	cache   cache
 	flights singleflight.Group
@@ -48,7 +50,7 @@ const (
 var errNoCluster = errors.New("the cluster's DNS is not known")
 
 func newCluster(network channel.Network, server netip.AddrPort, log *slog.Logger) *cluster {
-	return &cluster{network: network, server: server, log: log}
+	return &cluster{network: network, server: server, reached: func() error { return nil }, log: log}
 }
 
 // ask gives the cluster's answer, which is not to be changed. Its rcode is
@@ -61,12 +63,51 @@ func (c *cluster) ask(ctx context.Context, name string, qtype uint16) (*dns.Msg,
 	if m := c.cache.get(k, time.Now()); m != nil {
 		return m, nil
 	}
+	if err := c.reached(); err != nil {
+		c.say(ctx, err)
+		return nil, err
+	}
 	got, err, _ := c.flights.Do(fmt.Sprint(k.qtype, " ", k.name), func() (any, error) { return c.fetch(ctx, k) })
 	c.say(ctx, err)
 	if err != nil {
 		return nil, err
 	}
 	return got.(*dns.Msg), nil
+}
+
+// Lookup asks the cluster's DNS for the addresses of a name, as a Server asks it for
+// what its Zone may not know, and tells why there is no answer.
+func Lookup(ctx context.Context, network channel.Network, server netip.AddrPort, name string) ([]netip.Addr, error) {
+	c := newCluster(network, server, slog.New(slog.DiscardHandler))
+	c.open()
+	defer c.close()
+	var addrs []netip.Addr
+	for _, kind := range []uint16{dns.TypeA, dns.TypeAAAA} {
+		m, err := c.ask(ctx, fqdn(name), kind)
+		if err != nil {
+			return nil, err
+		}
+		for _, rr := range m.Answer {
+			if a, ok := address(rr); ok && !slices.Contains(addrs, a) {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	if len(addrs) == 0 {
+		return nil, fmt.Errorf("the cluster's DNS %s knows no address of %s", server, name)
+	}
+	return addrs, nil
+}
+
+// address is that of a record of one.
+func address(rr dns.RR) (a netip.Addr, ok bool) {
+	switch rr := rr.(type) {
+	case *dns.A:
+		a, ok = netip.AddrFromSlice(rr.A)
+	case *dns.AAAA:
+		a, ok = netip.AddrFromSlice(rr.AAAA)
+	}
+	return a.Unmap(), ok
 }
 
 func (c *cluster) fetch(ctx context.Context, k cacheKey) (*dns.Msg, error) {
@@ -273,7 +314,10 @@ func answers(reply, sent []byte) bool {
 	return err == nil && got.Qtype == asked.Qtype && got.Qclass == asked.Qclass && strings.EqualFold(got.Name, asked.Name)
 }
 
-const headerSize = 12
+const (
+	headerSize   = 12
+	longestLabel = 63
+)
 
 var errQuestion = errors.New("not one question")
 
@@ -283,10 +327,16 @@ func question(raw []byte) (dns.Question, error) {
 	return q, err
 }
 
-// readQuestion tells also where the question ends.
+// readQuestion tells also where the question ends. A name in it cannot lead elsewhere:
+// before it is only the header, which is another in the reply.
 func readQuestion(raw []byte) (dns.Question, int, error) {
 	if len(raw) < headerSize || binary.BigEndian.Uint16(raw[4:]) != 1 {
 		return dns.Question{}, 0, errQuestion
+	}
+	for at := headerSize; at < len(raw) && raw[at] != 0; at += 1 + int(raw[at]) {
+		if raw[at] > longestLabel {
+			return dns.Question{}, 0, errQuestion
+		}
 	}
 	name, off, err := dns.UnpackDomainName(raw, headerSize)
 	if err != nil {

@@ -6,6 +6,7 @@
 //	serve.go    sockets: read, answer at once or put aside, write
 //	handle.go   a message to its reply, or to the work that will give it
 //	split.go    whose name is it: the zone's, the cluster DNS's, upstream's
+//	expand.go   the same of a host that somebody else resolves
 //	zone.go     what is known of the cluster, kept by the catalog
 //	lookup.go   a name to what stands behind it
 //	answer.go   what stands behind it to records
@@ -50,6 +51,10 @@ type Config struct {
 	// Namespace is where short names are looked for first; none when empty.
 	Namespace string
 
+	// Suffix, if set, is a domain for the names of this cluster alone, where
+	// several are joined: web.shop.staging is web.shop here, and nowhere else.
+	Suffix string
+
 	// TTL of answers from the zone; 5 s, as CoreDNS has it, when zero.
 	TTL time.Duration
 
@@ -65,8 +70,29 @@ type Config struct {
 	Cluster    channel.Network
 	ClusterDNS netip.AddrPort
 
+	// Reached, if set, tells why Cluster is not reached now: then it is not asked, and
+	// nobody waits for it.
+	Reached func() error
+
+	// Self is a name that this server alone answers, by SelfAddr: who gets that was
+	// answered here. There is none where SelfAddr is not valid.
+	Self     string
+	SelfAddr netip.Addr
+
+	// Shown is the address under which this machine reaches one of the cluster, and Real
+	// the one that is reached so. They are the same where nil.
+	Shown, Real func(netip.Addr) netip.Addr
+
 	// ExtraZones are domains beside ClusterDomain that the cluster's DNS knows.
 	ExtraZones []string
+
+	// Plain says that no cluster is there, only a network with a DNS of its own: it is
+	// asked for ExtraZones, and for names of addresses that are routed there.
+	Plain bool
+
+	// Never are names that are not asked of the cluster's DNS, though their domain be
+	// its own: the way to it may begin with them.
+	Never []string
 
 	Log *slog.Logger
 }
@@ -85,11 +111,18 @@ type Stats struct {
 type Server struct {
 	zone      *Zone
 	namespace string
+	suffix    string // fully qualified, lower case, or ""
+	self      string // fully qualified, lower case, or ""
+	selfAddr  netip.Addr
 	extra     []string // fully qualified, lower case
+	never     []string // as well
+	plain     bool
 	cluster   *cluster
 	upstream  *upstream
 	counts    counts
 	slots     map[whose]chan struct{} // bounds what runs aside, for each direction
+
+	shown, real func(netip.Addr) netip.Addr
 }
 
 type counts struct{ local, cluster, upstream, failed, dropped atomic.Uint64 }
@@ -100,17 +133,37 @@ func New(cfg Config) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{zone: newZone(cfg), namespace: lower(cfg.Namespace)}
+	s := &Server{zone: newZone(cfg), namespace: lower(cfg.Namespace), plain: cfg.Plain}
+	if cfg.Suffix != "" {
+		s.suffix = fqdn(lower(cfg.Suffix))
+	}
+	if cfg.SelfAddr.IsValid() {
+		s.self, s.selfAddr = fqdn(lower(cfg.Self)), cfg.SelfAddr
+	}
+	s.shown, s.real = orSame(cfg.Shown), orSame(cfg.Real)
 	for _, z := range cfg.ExtraZones {
 		s.extra = append(s.extra, fqdn(lower(z)))
 	}
+	for _, name := range cfg.Never {
+		s.never = append(s.never, fqdn(lower(name)))
+	}
 	s.cluster = newCluster(cfg.Cluster, cfg.ClusterDNS, log)
+	if cfg.Reached != nil {
+		s.cluster.reached = cfg.Reached
+	}
 	s.upstream = newUpstream(cfg.Upstream, cfg.Dial)
 	s.slots = map[whose]chan struct{}{
 		upstreams: make(chan struct{}, upstreamSlots),
 		clusters:  make(chan struct{}, clusterSlots),
 	}
 	return s
+}
+
+func orSame(f func(netip.Addr) netip.Addr) func(netip.Addr) netip.Addr {
+	if f == nil {
+		return func(a netip.Addr) netip.Addr { return a }
+	}
+	return f
 }
 
 // Zone is where the names of the cluster are put.

@@ -17,13 +17,14 @@ func FuzzHandle(f *testing.F) {
 		f.Add(raw, q.TCP)
 	}
 	f.Add([]byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xc0, 12, 0, 1, 0, 1}, false)
+	f.Add([]byte("id\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\xc0\x02\x00\x01\x00\x01"), false)
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
 	f.Fuzz(func(t *testing.T, raw []byte, tcp bool) {
 		if len(raw) > dns.MaxMsgSize {
 			return
 		}
-		reply, later := s.handle(raw, tcp)
+		reply, later := s.handle(raw, nil, tcp)
 		if later != nil {
 			reply = later.run(ended)
 		}

@@ -3,7 +3,10 @@ package dns
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"net"
+	"net/netip"
 
 	"github.com/miekg/dns"
 )
@@ -20,13 +23,16 @@ type query struct {
 	dns.Question
 	route
 	message *dns.Msg
+	opt     *dns.OPT // of message, or nil
 	raw     []byte
+	into    []byte // room for the reply, if it comes at once; or nil
 	tcp     bool
 }
 
 // handle takes a message to its reply, or to the work that will give it; for
-// what is no question there is neither. raw may be used again on return.
-func (s *Server) handle(raw []byte, tcp bool) ([]byte, *work) {
+// what is no question there is neither. raw may be used again on return, and the
+// reply may be in into.
+func (s *Server) handle(raw, into []byte, tcp bool) ([]byte, *work) {
 	if len(raw) < headerSize || raw[2]&0x80 != 0 {
 		s.counts.dropped.Add(1)
 		return nil, nil
@@ -40,11 +46,22 @@ func (s *Server) handle(raw []byte, tcp bool) ([]byte, *work) {
 	if r.to == upstreams {
 		return s.pass(raw, q, tcp)
 	}
-	message := new(dns.Msg)
-	if message.Unpack(raw) != nil || len(message.Question) != 1 {
+	message, err := unpack(raw, q)
+	if err != nil || len(message.Question) != 1 {
 		return bare(raw, refusal(opcode)), nil
 	}
-	return s.answer(query{Question: q, route: r, message: message, raw: raw, tcp: tcp})
+	return s.answer(query{Question: q, route: r, message: message, opt: message.IsEdns0(), raw: raw, into: into, tcp: tcp})
+}
+
+// unpack reads a message whose question was read before. Most have nothing else.
+func unpack(raw []byte, q dns.Question) (*dns.Msg, error) {
+	m := new(dns.Msg)
+	if binary.BigEndian.Uint64(raw[4:]) != 1<<48 {
+		return m, m.Unpack(raw)
+	}
+	err := m.Unpack(raw[:headerSize])
+	m.Question = []dns.Question{q}
+	return m, err
 }
 
 // pass puts a question aside for upstream. A zone transfer is more than one
@@ -77,7 +94,7 @@ func (s *Server) answer(q query) ([]byte, *work) {
 		return q.reply(dns.RcodeFormatError), nil
 	case q.Qclass != dns.ClassINET, isTransfer(q.Qtype):
 		return q.reply(dns.RcodeRefused), nil
-	case q.message.IsEdns0() != nil && q.message.IsEdns0().Version() != 0:
+	case q.opt != nil && q.opt.Version() != 0:
 		return q.reply(dns.RcodeBadVers), nil
 	}
 	o := s.look(q)
@@ -88,7 +105,7 @@ func (s *Server) answer(q query) ([]byte, *work) {
 		return nil, s.aside(q, upstreams, func(ctx context.Context, q query) []byte { return s.askExternal(ctx, q, o) })
 	}
 	s.counts.local.Add(1)
-	return q.pack(s.zone.message(q, o)), nil
+	return q.pack(s.show(s.zone.message(q, o))), nil
 }
 
 func (s *Server) look(q query) outcome {
@@ -97,12 +114,23 @@ func (s *Server) look(q query) outcome {
 		return s.zone.answer(q.full, q.Question)
 	case reverses:
 		return s.zone.reverse(q.addr, q.Question)
+	case selves:
+		return s.ofSelf(q.Question)
 	}
 	return outcome{verdict: unknown}
 }
 
+// ofSelf is the address of the one name that is this server's own.
+func (s *Server) ofSelf(q dns.Question) outcome {
+	o := outcome{verdict: exists}
+	if isAddress(q.Qtype) {
+		o.answer = s.zone.hosts(q.Name, q.Qtype, []hit{{addr: s.selfAddr}})
+	}
+	return o
+}
+
 func (s *Server) aside(q query, to whose, run func(context.Context, query) []byte) *work {
-	q.raw = bytes.Clone(q.raw)
+	q.raw, q.into = bytes.Clone(q.raw), nil
 	return &work{to, func(ctx context.Context) []byte { return run(ctx, q) }}
 }
 
@@ -128,7 +156,30 @@ func (s *Server) askCluster(ctx context.Context, q query) []byte {
 			rr.Header().Name = q.Name
 		}
 	}
-	return q.pack(m)
+	return q.pack(s.show(m))
+}
+
+// show has an answer of the cluster's say where this machine reaches what it names.
+func (s *Server) show(m *dns.Msg) *dns.Msg {
+	for _, records := range [...][]dns.RR{m.Answer, m.Extra} {
+		for _, rr := range records {
+			switch rr := rr.(type) {
+			case *dns.A:
+				rr.A = shownIP(s.shown, rr.A)
+			case *dns.AAAA:
+				rr.AAAA = shownIP(s.shown, rr.AAAA)
+			}
+		}
+	}
+	return m
+}
+
+func shownIP(shown func(netip.Addr) netip.Addr, ip net.IP) net.IP {
+	a, ok := netip.AddrFromSlice(ip)
+	if !ok || shown(a.Unmap()) == a {
+		return ip
+	}
+	return shown(a.Unmap()).AsSlice()
 }
 
 // askExternal completes a chain of aliases that leads out of the cluster. Like
@@ -152,7 +203,7 @@ var errUnresolved = errors.New("not resolved")
 // resolve asks for a name outside the cluster domain in place of the client.
 func (s *Server) resolve(ctx context.Context, q query, name string) (*dns.Msg, error) {
 	for _, extra := range s.extra {
-		if dns.IsSubDomain(extra, name) {
+		if within(extra, name) {
 			return s.cluster.ask(ctx, name, q.Qtype)
 		}
 	}

@@ -120,7 +120,7 @@ func (s *service) hits(before []string) []hit {
 			continue
 		}
 		for _, a := range s.ClusterIPs {
-			hits = append(hits, hit{addr: a.Unmap(), port: number(p)})
+			hits = append(hits, hit{addr: a, port: number(p)})
 		}
 	}
 	return hits

@@ -7,12 +7,12 @@ import "github.com/miekg/dns"
 // nothing, and who has just made a Service wants to see it.
 const negativeTTL = 1
 
-// message is an outcome as a reply: the records, or else the SOA that says for
-// how long there are none.
+// message is an outcome as a reply, for which it takes that of the question: the records,
+// or else the SOA that says for how long there are none.
 func (z *Zone) message(q query, o outcome) *dns.Msg {
-	m := new(dns.Msg).SetReply(q.message)
-	m.Authoritative, m.RecursionAvailable = true, true
-	m.Answer, m.Extra = o.answer, o.extra
+	m := q.message
+	m.MsgHdr = dns.MsgHdr{Id: m.Id, Response: true, Authoritative: true, RecursionDesired: m.RecursionDesired, RecursionAvailable: true, CheckingDisabled: m.CheckingDisabled}
+	m.Answer, m.Ns, m.Extra = o.answer, nil, o.extra
 	if o.verdict == absent {
 		m.Rcode = dns.RcodeNameError
 	}
@@ -37,25 +37,22 @@ func (q query) reply(rcode int) []byte {
 // and encodes it.
 func (q query) pack(m *dns.Msg) []byte {
 	size := dns.MinMsgSize
-	if opt := q.message.IsEdns0(); opt != nil {
-		size = max(size, int(opt.UDPSize()))
-		m.SetEdns0(opt.UDPSize(), opt.Do())
+	if q.opt != nil {
+		size = max(size, int(q.opt.UDPSize()))
+		m.SetEdns0(q.opt.UDPSize(), q.opt.Do())
 	}
 	if q.tcp {
 		size = dns.MaxMsgSize
 	}
 	m.Truncate(size)
-	raw, err := m.Pack()
+	raw, err := m.PackBuffer(q.into)
 	if err != nil {
 		return bare(q.raw, dns.RcodeServerFailure)
 	}
 	return raw
 }
 
-func (q query) do() bool {
-	opt := q.message.IsEdns0()
-	return opt != nil && opt.Do()
-}
+func (q query) do() bool { return q.opt != nil && q.opt.Do() }
 
 // bare is a reply made of the bytes of a query, for where it was not read
 // further than its question, or could not be.

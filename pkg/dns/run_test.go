@@ -3,6 +3,7 @@ package dns
 import (
 	"bytes"
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"strings"
@@ -46,7 +47,7 @@ func start(t testing.TB, s *Server) netip.AddrPort {
 	return at
 }
 
-func run(t testing.TB, s *Server, udp net.PacketConn, tcp net.Listener) {
+func run(t testing.TB, s *Server, udp *net.UDPConn, tcp net.Listener) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx, udp, tcp) }()
@@ -117,6 +118,50 @@ func TestRunAnswersOnBothTransports(t *testing.T) {
 		if _, got := ask(t, at, dnstest.Question{Name: "web.", Type: dns.TypeA, TCP: tcp}); got != "NOERROR 10.96.1.1" {
 			t.Errorf("tcp %t: %s", tcp, got)
 		}
+	}
+}
+
+// A message that no socket of ours has brought is answered all the same: from the zone, and
+// by who has to be asked.
+func TestAnswerWithoutASocket(t *testing.T) {
+	var asked atomic.Int32
+	s := newShop(Config{Upstream: upstreams4(serveDNS(t, fixed("192.0.2.7", &asked)))})
+	for name, want := range map[string]string{"web.": "NOERROR 10.96.1.1", "example.com.": "NOERROR 192.0.2.7"} {
+		raw, err := dnstest.Question{Name: name, Type: dns.TypeA}.Message().Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := new(dns.Msg)
+		if err := m.Unpack(s.Answer(t.Context(), raw, false)); err != nil || line(m) != want {
+			t.Errorf("%s: %s, want %s; %v", name, line(m), want, err)
+		}
+	}
+	if reply := s.Answer(t.Context(), []byte("no question"), false); reply != nil {
+		t.Errorf("no question is answered %q", reply)
+	}
+}
+
+// What comes by connections of a network stack is answered as by sockets, several
+// questions of one flow at a time.
+func TestServeAConnection(t *testing.T) {
+	var asked atomic.Int32
+	s := newShop(Config{Upstream: upstreams4(serveDNS(t, fixed("192.0.2.7", &asked)))})
+	for _, stream := range []bool{false, true} {
+		near, far := net.Pipe()
+		ended := make(chan struct{})
+		go func() { defer close(ended); s.Serve(t.Context(), far, stream) }()
+		var w wire = datagrams{}
+		if stream {
+			w = frames{}
+		}
+		for name, want := range map[string]string{"web.": "NOERROR 10.96.1.1", "example.com.": "NOERROR 192.0.2.7"} {
+			q := dnstest.Question{Name: name, Type: dns.TypeA}.Message()
+			if m, err := talk(t.Context(), near, q, w); err != nil || line(m) != want {
+				t.Errorf("stream %v, %s: %v, want %s; %v", stream, name, m, want, err)
+			}
+		}
+		near.Close()
+		<-ended
 	}
 }
 
@@ -235,8 +280,8 @@ func TestForwardTriesTheNextServer(t *testing.T) {
 }
 
 // A server that asks us back, like a dnsmasq that reads the resolv.conf we are
-// in, ends in SERVFAIL and not in a storm.
-func TestLoopEnds(t *testing.T) {
+// in, ends in SERVFAIL and not in a storm; where there is another server, in its answer.
+func TestLoopB15Ends(t *testing.T) {
 	var asked atomic.Int32
 	var us atomic.Value
 	back := serveDNS(t, func(w dns.ResponseWriter, r *dns.Msg) {
@@ -254,6 +299,16 @@ func TestLoopEnds(t *testing.T) {
 	if n := asked.Load(); n > 4 {
 		t.Errorf("upstream was asked %d times", n)
 	}
+	var good atomic.Int32
+	at = start(t, newShop(Config{Upstream: upstreams4(back, serveDNS(t, fixed("192.0.2.7", &good)))}))
+	us.Store(at.String())
+	began := time.Now()
+	if _, got := ask(t, at, dnstest.Question{Name: "example.com.", Type: dns.TypeA}); got != "NOERROR 192.0.2.7" || time.Since(began) > time.Second {
+		t.Errorf("got %s after %v", got, time.Since(began))
+	}
+	if n := good.Load(); n != 1 {
+		t.Errorf("the next server was asked %d times", n)
+	}
 }
 
 func TestWeAreNotOurOwnUpstream(t *testing.T) {
@@ -268,7 +323,7 @@ func TestWeAreNotOurOwnUpstream(t *testing.T) {
 }
 
 // What comes from the cluster's own addresses gets nothing.
-func TestStrangersGetNothing(t *testing.T) {
+func TestStrangersB15GetNothing(t *testing.T) {
 	s := newShop(Config{})
 	s.Zone().SetPrefixes([]netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")})
 	at := start(t, s)
@@ -399,6 +454,33 @@ func TestClusterErrors(t *testing.T) {
 	unknown := New(Config{})
 	if _, got := ask(t, start(t, unknown), dnstest.Question{Name: "a.other.svc.cluster.local.", Type: dns.TypeA}); got != "SERVFAIL" {
 		t.Errorf("no cluster DNS: %s", got)
+	}
+}
+
+// Nobody waits for a cluster that is not reached, and nobody else for who does.
+func TestClusterNotReached(t *testing.T) {
+	var away atomic.Bool
+	away.Store(true)
+	var count atomic.Int32
+	s := New(Config{Namespace: "dev", Cluster: &channel.Host{}, ClusterDNS: serveDNS(t, fixed("10.96.0.7", &count)), Reached: func() error {
+		if away.Load() {
+			return errors.New("no wire")
+		}
+		return nil
+	}})
+	at := start(t, s)
+	q := dnstest.Question{Name: "a.other.svc.cluster.local.", Type: dns.TypeA}
+	began := time.Now()
+	if _, got := ask(t, at, q); got != "SERVFAIL" || time.Since(began) > 200*time.Millisecond || count.Load() > 0 {
+		t.Errorf("%s after %v", got, time.Since(began))
+	}
+	away.Store(false)
+	if _, got := ask(t, at, q); got != "NOERROR 10.96.0.7" {
+		t.Errorf("reached again: %s", got)
+	}
+	away.Store(true)
+	if _, got := ask(t, at, q); got != "NOERROR 10.96.0.7" { // it's known for a while
+		t.Errorf("and away again: %s", got)
 	}
 }
 
@@ -544,5 +626,117 @@ func BenchmarkServer(b *testing.B) {
 		if _, err := conn.Read(buf); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// The name of this very server is answered here, in every case and family, and no name
+// below or beside it; without an address it has none.
+func TestSelf(t *testing.T) {
+	const name = "1a2b.culvert.internal."
+	var asked atomic.Int32
+	upstream := upstreams4(serveDNS(t, fixed("192.0.2.7", &asked)))
+	at := start(t, newShop(Config{Self: "1A2b.culvert.internal", SelfAddr: netip.MustParseAddr("198.18.0.1"), Upstream: upstream}))
+	for _, c := range []struct {
+		name string
+		kind uint16
+		want string
+	}{
+		{name, dns.TypeA, "NOERROR 198.18.0.1"}, {"1A2B.Culvert.Internal.", dns.TypeA, "NOERROR 198.18.0.1"}, {name, dns.TypeAAAA, "NOERROR SOA " + name},
+		{"x." + name, dns.TypeA, "NOERROR 192.0.2.7"}, {"other.culvert.internal.", dns.TypeA, "NOERROR 192.0.2.7"},
+	} {
+		if _, got := ask(t, at, dnstest.Question{Name: c.name, Type: c.kind}); got != c.want {
+			t.Errorf("%s %s: %s, want %s", c.name, dns.TypeToString[c.kind], got, c.want)
+		}
+	}
+	at = start(t, newShop(Config{Self: name, Upstream: upstream}))
+	if _, got := ask(t, at, dnstest.Question{Name: name, Type: dns.TypeA}); got != "NOERROR 192.0.2.7" {
+		t.Errorf("without an address: %s", got)
+	}
+}
+
+func TestLookup(t *testing.T) {
+	var asked atomic.Int32
+	there, none := serveDNS(t, fixed("10.96.0.1", &asked)), serveDNS(t, rcode(dns.RcodeNameError, &asked))
+	if got, err := Lookup(t.Context(), &channel.Host{}, there, "kubernetes.default.svc.cluster.local"); err != nil || len(got) != 1 || got[0].String() != "10.96.0.1" {
+		t.Errorf("%v, %v", got, err)
+	}
+	if got, err := Lookup(t.Context(), &channel.Host{}, none, "kubernetes.default.svc.cluster.local"); err == nil {
+		t.Errorf("no such name: %v", got)
+	}
+	if _, err := Lookup(t.Context(), &channel.Host{}, netip.AddrPortFrom(there.Addr(), 1), "x"); err == nil || !strings.Contains(err.Error(), "refused") {
+		t.Errorf("nobody there: %v", err)
+	}
+}
+
+// A network without a cluster: its DNS is asked for its zones and addresses, and all
+// else is not ours, nor is what the way there begins with.
+func TestPlain(t *testing.T) {
+	var asked, outside atomic.Int32
+	s := New(Config{Plain: true, ExtraZones: []string{"Corp.example"}, Never: []string{"bastion.corp.example"},
+		Cluster: &channel.Host{}, ClusterDNS: serveDNS(t, fixed("10.9.8.7", &asked)), Upstream: upstreams4(serveDNS(t, fixed("192.0.2.7", &outside)))})
+	s.Zone().SetPrefixes([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	at := start(t, s)
+	for name, want := range map[string]string{
+		"web.corp.example.": "NOERROR 10.9.8.7", "corp.example.": "NOERROR 10.9.8.7", "1.2.3.10.in-addr.arpa.": "NOERROR 10.9.8.7",
+		"Bastion.corp.example.": "NOERROR 192.0.2.7", "web.": "NOERROR 192.0.2.7", "web.shop.svc.": "NOERROR 192.0.2.7",
+		"web.shop.svc.cluster.local.": "NOERROR 192.0.2.7", "xcorp.example.": "NOERROR 192.0.2.7", "1.2.3.11.in-addr.arpa.": "NOERROR 192.0.2.7",
+	} {
+		if _, got := ask(t, at, dnstest.Question{Name: name, Type: dns.TypeA}); got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+	}
+}
+
+// streams is a Network that carries no datagrams.
+type streams struct{ channel.Host }
+
+func (s *streams) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	if network != "tcp" {
+		return nil, errors.ErrUnsupported
+	}
+	return s.Host.DialContext(ctx, network, address)
+}
+
+// Datagrams to a DNS server go over TCP, with answers that their sender has room for.
+func TestOverTCP(t *testing.T) {
+	server := serveDNS(t, func(w dns.ResponseWriter, r *dns.Msg) {
+		m := new(dns.Msg).SetReply(r)
+		for i := range 40 {
+			m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: r.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET}, A: net.IPv4(10, 0, 0, byte(i))})
+		}
+		w.WriteMsg(m)
+	})
+	n := OverTCP(&streams{}, server)
+	if _, err := n.DialContext(t.Context(), "udp", "127.0.0.1:9"); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("another address: %v", err)
+	}
+	for size, cut := range map[uint16]bool{0: true, 600: true, 1232: false} {
+		conn, err := n.DialContext(t.Context(), "udp", server.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			q := new(dns.Msg).SetQuestion("web.corp.example.", dns.TypeA)
+			if size > 0 {
+				q.SetEdns0(size, false)
+			}
+			raw, err := q.Pack()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n, err := conn.Write(raw); n != len(raw) || err != nil {
+				t.Fatal(n, err)
+			}
+			buf := make([]byte, dns.MaxMsgSize)
+			got, err := conn.Read(buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := new(dns.Msg)
+			if err := m.Unpack(buf[:got]); err != nil || m.Id != q.Id || m.Truncated != cut || got > max(512, int(size)) {
+				t.Errorf("room for %d: %d bytes, %v, %v", size, got, m.Truncated, err)
+			}
+		}
+		conn.Close()
 	}
 }

@@ -2,6 +2,7 @@ package dns
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/miekg/dns"
@@ -14,6 +15,7 @@ const (
 	upstreams whose = iota // the machine's own nameservers
 	zones                  // the zone, under a name of the cluster
 	reverses               // the zone, under an address
+	selves                 // this server, of itself
 	clusters               // the cluster's DNS
 	perhaps                // the cluster's DNS, and upstream if it does not exist there
 )
@@ -32,33 +34,70 @@ type route struct {
 // those are short only in a plain query of class IN.
 func (s *Server) split(q dns.Question, opcode int) route {
 	name := lower(q.Name)
-	if dns.IsSubDomain(s.zone.domain, name) {
+	if slices.Contains(s.never, name) {
+		return route{to: upstreams}
+	}
+	if !s.plain && within(s.zone.domain, name) {
 		return route{to: zones, full: name, start: q.Name[len(q.Name)-len(s.zone.domain):]}
 	}
+	if s.suffix != "" && within(s.suffix, name) {
+		return route{to: zones, full: s.zone.expand(name[:len(name)-len(s.suffix)], s.namespace), start: q.Name[len(q.Name)-len(s.suffix):]}
+	}
+	if name == s.self {
+		return route{to: selves, full: name, start: q.Name}
+	}
 	if a, start, ok := reversed(name); ok {
-		r := s.zone.owner(a, start)
-		r.full = name
-		return r
+		return s.reverse(a, route{to: upstreams, full: name, start: start})
 	}
 	for _, extra := range s.extra {
-		if dns.IsSubDomain(extra, name) {
+		if within(extra, name) {
 			return route{to: clusters, full: name}
 		}
 	}
-	if q.Qclass != dns.ClassINET || opcode != dns.OpcodeQuery {
+	if s.plain || q.Qclass != dns.ClassINET || opcode != dns.OpcodeQuery {
 		return route{to: upstreams}
 	}
 	return s.zone.short(name, s.namespace, q)
 }
 
-// owner tells whose an address is: the cluster's if it is known or routed there.
-func (z *Zone) owner(a netip.Addr, start string) route {
+// within tells whether a name is a domain or one below it, both in lower case. It is asked
+// for each question, and so in a way that needs no memory where names are ordinary.
+func within(domain, name string) bool {
+	if !strings.HasSuffix(name, domain) {
+		return false
+	}
+	if strings.IndexByte(name, '\\') >= 0 || domain == "." {
+		return dns.IsSubDomain(domain, name)
+	}
+	return len(name) == len(domain) || name[len(name)-len(domain)-1] == '.'
+}
+
+// labelsOf are those of a name, for which likewise.
+func labelsOf(name string) []string {
+	if strings.IndexByte(name, '\\') >= 0 || name == "" || name == "." {
+		return dns.SplitDomainName(name)
+	}
+	return strings.Split(strings.TrimSuffix(name, "."), ".")
+}
+
+// reverse asks for the name of the address that is reached under a. What the cluster has
+// too, but is reached under another, is somebody else's here.
+func (s *Server) reverse(a netip.Addr, r route) route {
+	switch real := s.real(a); {
+	case real != a:
+		r.to, r.addr = reverses, real
+		r.full, _ = dns.ReverseAddr(real.String())
+	case s.shown(a) == a && s.zone.owns(a):
+		r.to, r.addr = reverses, a
+	}
+	return r
+}
+
+// owns tells whose an address is: the cluster's if it is known or routed there.
+func (z *Zone) owns(a netip.Addr) bool {
 	z.mu.RLock()
 	defer z.mu.RUnlock()
-	if len(z.namesOf(a)) > 0 || z.covers(a) {
-		return route{to: reverses, addr: a, start: start}
-	}
-	return route{to: upstreams}
+	return len(z.namesOf(a)) > 0 || z.covers(a)
 }
 
 // short looks a name up as the search path of a pod would, in the session's
@@ -69,7 +108,7 @@ func (z *Zone) owner(a netip.Addr, start string) route {
 // name: below svc, or a single label. Others never depend on the tunnel; they
 // can be asked for in full.
 func (z *Zone) short(name, namespace string, q dns.Question) route {
-	labels := dns.SplitDomainName(name)
+	labels := labelsOf(name)
 	n := len(labels)
 	if n > 1 && labels[n-1] == "svc" {
 		return route{to: zones, full: name + z.domain, start: "svc."}
@@ -79,15 +118,48 @@ func (z *Zone) short(name, namespace string, q dns.Question) route {
 	}
 	z.mu.RLock()
 	defer z.mu.RUnlock()
-	for _, tail := range tails(namespace) {
-		if full := append(labels[:n:n], tail...); z.has(full) {
-			return route{to: zones, full: strings.Join(full, ".") + "." + z.domain, start: name}
-		}
+	if full, found := z.search(labels, namespace); found {
+		return route{to: zones, full: full, start: name}
 	}
 	if n == 1 && namespace != "" && !z.holds(namespace) && name != "localhost." && isAddress(q.Qtype) {
 		return route{to: perhaps, full: name + namespace + ".svc." + z.domain}
 	}
 	return route{to: upstreams}
+}
+
+// search finds what is there under a short name; the caller holds the lock.
+func (z *Zone) search(labels []string, namespace string) (full string, found bool) {
+	n := len(labels)
+	for _, tail := range tails(namespace) {
+		if all := append(labels[:n:n], tail...); z.has(all) {
+			return z.full(all), true
+		}
+	}
+	return "", false
+}
+
+func (z *Zone) full(labels []string) string { return strings.Join(append(labels, z.domain), ".") }
+
+// expand gives the full name for one below the suffix. All there is is the
+// cluster's, so what is not there has a name as well, which is then denied or
+// asked of the cluster's DNS: that of a Service.
+func (z *Zone) expand(name, namespace string) string {
+	z.mu.RLock()
+	defer z.mu.RUnlock()
+	labels := labelsOf(name)
+	n := len(labels)
+	full, found := z.search(labels, namespace)
+	switch {
+	case found:
+		return full
+	case within(z.domain, name):
+		return name
+	case n == 1 && labels[0] != "svc" && namespace != "":
+		return z.full([]string{labels[0], namespace, "svc"})
+	case n > 1 && labels[n-1] != "svc" && labels[n-1] != "pod":
+		return z.full(append(labels, "svc"))
+	}
+	return z.full(labels)
 }
 
 func isAddress(qtype uint16) bool { return qtype == dns.TypeA || qtype == dns.TypeAAAA }

@@ -74,7 +74,7 @@ func (z *Zone) PutService(s catalog.Service) {
 	z.services[k] = svc
 	z.counts[k.namespace]++
 	for _, a := range s.ClusterIPs {
-		z.virtual[a.Unmap()] = k
+		z.virtual[a] = k
 	}
 	for i := range svc.Endpoints {
 		a := svc.Endpoints[i].Addr
@@ -127,8 +127,8 @@ func (z *Zone) drop(k key) {
 		delete(z.counts, k.namespace)
 	}
 	for _, a := range old.ClusterIPs {
-		if z.virtual[a.Unmap()] == k {
-			delete(z.virtual, a.Unmap())
+		if z.virtual[a] == k {
+			delete(z.virtual, a)
 		}
 	}
 	for i := range old.Endpoints {
@@ -161,6 +161,34 @@ func (z *Zone) routed(a netip.Addr) bool {
 	return z.covers(a)
 }
 
+// Virtual tells whether an address is a Service's own.
+func (z *Zone) Virtual(a netip.Addr) bool {
+	z.mu.RLock()
+	defer z.mu.RUnlock()
+	_, is := z.virtual[a.Unmap()]
+	return is
+}
+
+// Addresses are those in prefixes that Services and their endpoints have, in order.
+func (z *Zone) Addresses(in []netip.Prefix) []netip.Addr {
+	z.mu.RLock()
+	defer z.mu.RUnlock()
+	var all []netip.Addr
+	keep := func(a netip.Addr) {
+		if slices.ContainsFunc(in, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			all = append(all, a)
+		}
+	}
+	for a := range z.virtual {
+		keep(a)
+	}
+	for a := range z.endpoints {
+		keep(a)
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return slices.Compact(all)
+}
+
 func (z *Zone) covers(a netip.Addr) bool {
 	return slices.ContainsFunc(z.prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }
@@ -177,14 +205,10 @@ func (z *Zone) holds(namespace string) bool { return z.all || z.whole[namespace]
 // blank is a zone that holds nothing whole, as before the first list.
 func (z *Zone) blank() bool { return !z.all && len(z.whole) == 0 }
 
-// newService sorts out what a look-up needs: unmapped addresses, and the label
-// that each endpoint has below the Service. The caller's slices are not changed.
+// newService has the label ready that each endpoint has below the Service.
 func newService(s catalog.Service) *service {
 	svc := &service{Service: s, labels: make([]string, len(s.Endpoints))}
-	svc.Endpoints = slices.Clone(s.Endpoints)
-	for i := range svc.Endpoints {
-		e := &svc.Endpoints[i]
-		e.Addr = e.Addr.Unmap()
+	for i, e := range s.Endpoints {
 		svc.labels[i] = lower(e.Hostname)
 		if e.Hostname == "" {
 			svc.labels[i] = dashed(e.Addr)

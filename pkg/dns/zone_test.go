@@ -81,9 +81,9 @@ func local(t testing.TB, s *Server, m *dns.Msg) (*dns.Msg, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	reply, later := s.handle(raw, false)
+	reply, later := s.handle(raw, nil, false)
 	if later != nil {
-		return nil, []string{"upstream", "", "", "cluster"}[later.to]
+		return nil, map[whose]string{upstreams: "upstream", clusters: "cluster"}[later.to]
 	}
 	got := new(dns.Msg)
 	if err := got.Unpack(reply); err != nil {
@@ -274,8 +274,44 @@ func TestScope(t *testing.T) {
 	}
 }
 
+// Below the suffix all names are those of this cluster, in each of their forms.
+func TestSuffix(t *testing.T) {
+	for _, c := range []struct{ name, qtype, want, fresh string }{
+		{"web.staging.", "A", "NOERROR 10.96.1.1", "NOERROR 10.96.1.1"},
+		{"WEB.Shop.Staging.", "A", "NOERROR 10.96.1.1", "NOERROR 10.96.1.1"},
+		{"web.dev.staging.", "A", "NOERROR 10.96.1.9", "NOERROR 10.96.1.9"},
+		{"web.shop.svc.staging.", "A", "NOERROR 10.96.1.1", "NOERROR 10.96.1.1"},
+		{"web.shop.svc.cluster.local.staging.", "A", "NOERROR 10.96.1.1", "NOERROR 10.96.1.1"},
+		{"db-0.db.staging.", "A", "NOERROR 10.244.0.7", "NOERROR 10.244.0.7"},
+		{"_pg._tcp.db.shop.staging.", "A", "NOERROR 10.244.0.7 10.244.0.8", "NOERROR 10.244.0.7 10.244.0.8"},
+		{"10-1-2-3.shop.pod.staging.", "A", "NOERROR 10.1.2.3", "cluster"},
+		{"web.shop.staging.", "AAAA", "NOERROR SOA staging.", "NOERROR SOA staging."},
+		{"web.shop.staging.", "SRV", "NOERROR 0 100 80 web.shop.svc.cluster.local. +web.shop.svc.cluster.local.=10.96.1.1", "NOERROR 0 100 80 web.shop.svc.cluster.local. +web.shop.svc.cluster.local.=10.96.1.1"},
+		{"nosuch.staging.", "A", "NXDOMAIN SOA staging.", "cluster"},
+		{"nosuch.shop.staging.", "A", "NXDOMAIN SOA staging.", "cluster"},
+		{"nosuch.shop.svc.Staging.", "A", "NXDOMAIN SOA Staging.", "cluster"},
+		{"nosuch.pod.staging.", "A", "NXDOMAIN SOA staging.", "cluster"},
+		{"a.b.c.d.e.f.staging.", "A", "NXDOMAIN SOA staging.", "cluster"},
+		{"svc.staging.", "A", "NOERROR SOA staging.", "cluster"},
+		{"staging.", "A", "NOERROR SOA staging.", "cluster"},
+		{"out.shop.staging.", "CNAME", "NOERROR www.Example.com.", "NOERROR www.Example.com."},
+		{"web.xstaging.", "A", "upstream", "upstream"},
+		{"web.prod.", "A", "upstream", "upstream"},
+		{"web.shop.", "A", "NOERROR 10.96.1.1", "NOERROR 10.96.1.1"},
+	} {
+		s := newShop(Config{Suffix: "Staging"})
+		if _, got := local(t, s, ask1(c.name, c.qtype)); got != c.want {
+			t.Errorf("%s %s: got %s, want %s", c.name, c.qtype, got, c.want)
+		}
+		s.Zone().SetScope(catalog.Scope{})
+		if _, got := local(t, s, ask1(c.name, c.qtype)); got != c.fresh {
+			t.Errorf("nothing held: %s %s: got %s, want %s", c.name, c.qtype, got, c.fresh)
+		}
+	}
+}
+
 // A resolver on the machine must not hide for long what was just made.
-func TestNegativeAnswersAreBrief(t *testing.T) {
+func TestNegativeAnswersB14AreBrief(t *testing.T) {
 	for _, q := range []*dns.Msg{ask1("nosuch.shop.svc.cluster.local.", "A"), ask1("web.shop.svc.cluster.local.", "AAAA")} {
 		m, _ := local(t, newShop(Config{}), q)
 		if len(m.Ns) != 1 || m.Ns[0].Header().Ttl != 1 {
@@ -344,7 +380,7 @@ func TestSizes(t *testing.T) {
 			m.SetEdns0(c.edns, true)
 		}
 		raw, _ := m.Pack()
-		reply, _ := s.handle(raw, c.tcp)
+		reply, _ := s.handle(raw, nil, c.tcp)
 		got := new(dns.Msg)
 		if err := got.Unpack(reply); err != nil {
 			t.Fatal(err)
@@ -381,12 +417,12 @@ func TestOddQueries(t *testing.T) {
 		}
 	}
 	for _, raw := range [][]byte{nil, make([]byte, 11), append([]byte{0, 1, 0x80}, make([]byte, 20)...)} {
-		if reply, later := s.handle(raw, false); reply != nil || later != nil {
+		if reply, later := s.handle(raw, nil, false); reply != nil || later != nil {
 			t.Errorf("%x was answered: %x", raw, reply)
 		}
 	}
 	raw, _ := web(func(m *dns.Msg) { m.SetEdns0(1232, false) }).Pack()
-	if reply, _ := s.handle(raw[:len(raw)-1], false); reply == nil || reply[3]&15 != dns.RcodeFormatError {
+	if reply, _ := s.handle(raw[:len(raw)-1], nil, false); reply == nil || reply[3]&15 != dns.RcodeFormatError {
 		t.Errorf("cut query: %x", reply)
 	}
 }
@@ -405,10 +441,27 @@ func BenchmarkZone(b *testing.B) {
 		b.Run(c.name+c.qtype, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if reply, _ := s.handle(raw, false); reply == nil {
+				if reply, _ := s.handle(raw, nil, false); reply == nil {
 					b.Fatal("no reply")
 				}
 			}
 		})
+	}
+}
+
+func TestWithinAndLabels(t *testing.T) {
+	names := []string{".", "local.", "cluster.local.", "web.cluster.local.", "xcluster.local.", `x\.cluster.local.`, `x\\.cluster.local.`, "a.b.cluster.local.", "cluster.local.de."}
+	for _, name := range names {
+		for _, domain := range names {
+			if got, want := within(domain, name), dns.IsSubDomain(domain, name); got != want {
+				t.Errorf("%s within %s: %v", name, domain, got)
+			}
+		}
+		if got, want := labelsOf(name), dns.SplitDomainName(name); !slices.Equal(got, want) {
+			t.Errorf("labels of %s: %q, want %q", name, got, want)
+		}
+	}
+	if got := labelsOf("web.shop"); !slices.Equal(got, []string{"web", "shop"}) {
+		t.Errorf("labels of what is relative: %q", got)
 	}
 }

@@ -29,12 +29,22 @@ const (
 // A link is the device as gVisor sees it.
 type link struct {
 	device     Device
-	mtu        uint32
+	local      bool // see Config
+	mtu        atomic.Uint32
 	dispatcher atomic.Pointer[stack.NetworkDispatcher]
 
 	// echo takes echo requests, which gVisor must not see. The message is
 	// the callee's to keep.
 	echo func(src, dst netip.Addr, msg []byte)
+	own  func(netip.Addr) bool // gVisor answers for these
+
+	// reopen hears of each TCP segment that begins a flow, before gVisor.
+	reopen func(p packet, segment []byte)
+
+	repeats repeats // nil: nothing is lost on this machine
+
+	// pass takes packets that are no flow's here, and are carried as they are.
+	pass func(p packet, bufs [][]byte) bool
 }
 
 // run hands on packets until the device fails.
@@ -50,7 +60,7 @@ func (l *link) run() error {
 			return fmt.Errorf("netstack: %w", err)
 		}
 		if in.n = n - len(hdr); in.n > 0 {
-			l.input(&in)
+			l.input(&in, hdr)
 		}
 	}
 }
@@ -61,24 +71,45 @@ type inbound struct {
 	head []byte
 	body *buffer.View
 	n    int
+	bufs [][]byte // for who wants them in one
 }
 
 // input gives one packet to whom it is for. Only what is from one machine to
 // another one is carried: no multicast, no broadcast, nothing of the link's own.
-func (l *link) input(in *inbound) {
+func (l *link) input(in *inbound, hdr []byte) {
 	head := in.head[:min(in.n, headLen)]
 	p, ok := parse(head)
-	if !ok || !p.dst.IsGlobalUnicast() || !p.src.IsGlobalUnicast() {
+	if !ok || !l.carries(p.dst) || !l.carries(p.src) {
 		return
 	}
 	switch {
+	case l.own(p.dst):
+		p.generalize(head)
+		l.deliver(p, in)
 	case p.isEcho(head):
 		l.echo(p.src, p.dst, in.message(p.at))
+	case l.pass(p, in.behind(hdr)):
 	case p.proto == protoICMPv6 && p.fragment:
 		// gVisor would answer it once it's whole, and ask nobody.
 	default:
+		if p.isSYN(head) {
+			l.reopen(p, head[p.at:])
+		}
 		l.deliver(p, in)
 	}
+}
+
+func (l *link) carries(a netip.Addr) bool {
+	return a.IsGlobalUnicast() || l.local && a.Is4() && (a.IsLoopback() || a.IsLinkLocalUnicast())
+}
+
+// behind is the packet behind its header, in its buffers.
+func (in *inbound) behind(hdr []byte) [][]byte {
+	in.bufs = append(in.bufs[:0], hdr, in.head[:min(in.n, headLen)])
+	if in.n > headLen {
+		in.bufs = append(in.bufs, in.body.AsSlice()[:in.n-headLen])
+	}
+	return in.bufs
 }
 
 // message returns a copy of the packet from at on.
@@ -95,6 +126,9 @@ func (l *link) deliver(p packet, in *inbound) {
 	d := l.dispatcher.Load()
 	if d == nil {
 		return
+	}
+	if l.repeats != nil {
+		l.repeats.hold(p, in.head[:min(in.n, headLen)])
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: in.take()})
 	defer pkt.DecRef()
@@ -196,7 +230,7 @@ func (l *link) Attach(d stack.NetworkDispatcher) {
 func (l *link) IsAttached() bool { return l.dispatcher.Load() != nil }
 
 // MTU implements stack.LinkEndpoint.
-func (l *link) MTU() uint32 { return l.mtu }
+func (l *link) MTU() uint32 { return l.mtu.Load() }
 
 // The rest of stack.LinkEndpoint is about links that have more to them.
 

@@ -8,6 +8,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -16,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
@@ -190,7 +193,7 @@ func readN(t testing.TB, c io.Reader, n int) string {
 	return string(b)
 }
 
-func TestHalfClose(t *testing.T) {
+func TestD25HalfClose(t *testing.T) {
 	each(t, func(t *testing.T, e *farEnd, host string, s *netstack.Stack) {
 		// The far end answers only when it has heard the end.
 		serve(t, e, net.JoinHostPort(host, "80"), func(c net.Conn) {
@@ -225,6 +228,40 @@ func TestHalfClose(t *testing.T) {
 			t.Errorf("the far end heard %q", got)
 		}
 	})
+}
+
+// Who opens many connections has each port come again, at once or while the stack still
+// waits for what strays.
+func TestPortComesAgain(t *testing.T) {
+	t.Run("remote", func(t *testing.T) {
+		needNetns(t)
+		e := newFarEnd(t)
+		start(t, 1500, e, func(c *netstack.Config) { c.Remote = true })
+		portComesAgain(t, e, web4)
+	})
+	each(t, func(t *testing.T, e *farEnd, host string, s *netstack.Stack) { portComesAgain(t, e, host) })
+}
+
+func portComesAgain(t *testing.T, e *farEnd, host string) {
+	const rounds = 50
+	address, late := net.JoinHostPort(host, "80"), 0
+	serve(t, e, address, func(c net.Conn) { c.Close() })
+	d := net.Dialer{Timeout: 500 * time.Millisecond, LocalAddr: &net.TCPAddr{}} // a SYN is said again after 1 s
+	for range rounds {
+		c, err := d.Dial("tcp", address)
+		for errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.EADDRINUSE) {
+			late++ // or early: before the stack, or this kernel, knew of the end
+			c, err = d.Dial("tcp", address)
+		}
+		must(t, err)
+		io.ReadAll(c)
+		d.LocalAddr = c.LocalAddr()
+		c.Close()
+		time.Sleep(10 * time.Millisecond) // less than any wait
+	}
+	if late > rounds/10 {
+		t.Errorf("%d of %d were not answered at once", late, rounds)
+	}
 }
 
 func TestResetBothWays(t *testing.T) {
@@ -535,4 +572,26 @@ func TestIdleFlows(t *testing.T) {
 		c.Close()
 	}
 	until(t, "all flows end", func() bool { return s.Stats().TCP.Open == 0 })
+}
+
+// What the far end sends to this machine, as a cluster on it may, is not sent there again.
+func TestNoLoop(t *testing.T) {
+	needNetns(t)
+	e := newFarEnd(t)
+	serve(t, e, web4+":80", func(c net.Conn) { c.Close() })
+	start(t, 65535, e, func(c *netstack.Config) {
+		c.Behind = netip.MustParsePrefix(routes4).Contains
+	})
+	lo, err := netlink.LinkByName("lo")
+	must(t, err)
+	must(t, netlink.LinkSetUp(lo))
+	pod, err := netlink.ParseAddr("10.98.0.99/32")
+	must(t, err)
+	must(t, netlink.AddrAdd(lo, pod))
+	began := time.Now()
+	_, err = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: pod.IP}}).Dial("tcp", web4+":80")
+	if !errors.Is(err, syscall.EHOSTUNREACH) || time.Since(began) > 3*time.Second {
+		t.Errorf("from the far end: %v after %v", err, time.Since(began))
+	}
+	dial(t, "tcp", web4+":80").Close()
 }

@@ -7,11 +7,14 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
 const (
 	protoICMP   = uint8(header.ICMPv4ProtocolNumber)
 	protoICMPv6 = uint8(header.ICMPv6ProtocolNumber)
+	protoTCP    = uint8(header.TCPProtocolNumber)
+	protoUDP    = uint8(header.UDPProtocolNumber)
 	hopLimit    = 64
 	maxPacket   = 65535
 )
@@ -91,6 +94,33 @@ func extension(next uint8) bool {
 	return false
 }
 
+func (p packet) transport() tcpip.TransportProtocolNumber {
+	return tcpip.TransportProtocolNumber(p.proto)
+}
+
+// from and to are the ends of a packet with ports.
+func (p packet) from(transport []byte) netip.AddrPort {
+	return netip.AddrPortFrom(p.src, binary.BigEndian.Uint16(transport))
+}
+
+func (p packet) to(transport []byte) netip.AddrPort {
+	return netip.AddrPortFrom(p.dst, binary.BigEndian.Uint16(transport[2:]))
+}
+
+// endpoint names the one here that a segment or datagram is for.
+func (p packet) endpoint(transport []byte) stack.TransportEndpointID {
+	return stack.TransportEndpointID{
+		LocalAddress: address(p.dst), LocalPort: p.to(transport).Port(),
+		RemoteAddress: address(p.src), RemotePort: p.from(transport).Port(),
+	}
+}
+
+// isSYN tells whether b begins a flow of TCP.
+func (p packet) isSYN(b []byte) bool {
+	return !p.fragment && p.proto == protoTCP && len(b) >= p.at+header.TCPMinimumSize &&
+		header.TCP(b[p.at:]).Flags()&(header.TCPFlagSyn|header.TCPFlagAck) == header.TCPFlagSyn
+}
+
 // isEcho tells whether b is an ICMP echo request, whole as far as its header.
 func (p packet) isEcho(b []byte) bool {
 	if p.fragment || len(b) < p.at+header.ICMPv4MinimumSize {
@@ -98,6 +128,32 @@ func (p packet) isEcho(b []byte) bool {
 	}
 	return p.proto == protoICMP && b[p.at] == byte(header.ICMPv4Echo) ||
 		p.proto == protoICMPv6 && b[p.at] == byte(header.ICMPv6EchoRequest)
+}
+
+// generalize has an ICMP message say what gVisor listens to, where it says more exactly
+// why something is unreachable: a port, of flows of UDP, and else of IPv6 a network.
+func (p packet) generalize(b []byte) {
+	const quoted = 8 // is where the quote begins
+	six := p.proto == protoICMPv6
+	if p.fragment || !six && p.proto != protoICMP || len(b) < p.at+quoted+header.IPv4MinimumSize {
+		return
+	}
+	msg := b[p.at:]
+	kind, transport, port, network := byte(header.ICMPv4DstUnreachable), msg[quoted+9], byte(header.ICMPv4PortUnreachable), msg[1]
+	if six {
+		kind, transport, port, network = byte(header.ICMPv6DstUnreachable), msg[quoted+6], byte(header.ICMPv6PortUnreachable), byte(header.ICMPv6NetworkUnreachable)
+	}
+	if tooBig := !six && msg[1] == byte(header.ICMPv4FragmentationNeeded); msg[0] != kind || msg[1] == port || tooBig {
+		return
+	}
+	code := network
+	if transport == protoUDP {
+		code = port
+	}
+	sum := ^binary.BigEndian.Uint16(msg[2:]) // RFC 1624
+	sum = checksum.Combine(checksum.Combine(sum, ^uint16(msg[1])), uint16(code))
+	binary.BigEndian.PutUint16(msg[2:], ^sum)
+	msg[1] = code
 }
 
 // A quote is as much of a packet as an ICMP error about it must repeat.

@@ -23,6 +23,7 @@ type echoKey struct {
 // An echo is a flow of echo messages.
 type echo struct {
 	*run
+	life     context.Context
 	key      echoKey
 	requests chan []byte
 }
@@ -36,6 +37,9 @@ const echoWaiting = 64
 // addresses here is truly its own.
 func (r *run) assembledEcho(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	h := header.ICMPv4(pkt.TransportHeader().Slice())
+	if r.own(fromAddress(id.LocalAddress)) {
+		return false
+	}
 	if len(h) < header.ICMPv4MinimumSize || h.Type() != header.ICMPv4Echo {
 		return false
 	}
@@ -54,7 +58,7 @@ func (r *run) echoRequest(src, dst netip.Addr, msg []byte) {
 		if r.over || !r.pings.enter(r.cfg.MaxPing) {
 			return
 		}
-		e = &echo{run: r, key: key, requests: make(chan []byte, echoWaiting)}
+		e = &echo{run: r, life: r.life, key: key, requests: make(chan []byte, echoWaiting)}
 		r.echoes[key] = e
 		r.flows.Go(e.serve)
 	}
@@ -88,9 +92,9 @@ func (e *echo) serve() {
 }
 
 func (e *echo) dial() (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(e.life, e.cfg.DialTimeout)
 	defer cancel()
-	return e.cfg.Network.DialContext(ctx, "ping", e.key.dst.String())
+	return e.run.dial(ctx, e.key.src, "ping", e.key.dst.String())
 }
 
 // tell says of a request what has become of it. There are no ports here that
@@ -117,7 +121,7 @@ func (e *echo) quote(msg []byte) quote {
 // carry sends msg and the requests after it. What ends the flow is told of the
 // last of them.
 func (e *echo) carry(far net.Conn, msg []byte) {
-	ctx, cancel := context.WithCancelCause(e.ctx)
+	ctx, cancel := context.WithCancelCause(e.life)
 	defer context.AfterFunc(ctx, func() { far.Close() })()
 	var replies sync.WaitGroup
 	replies.Go(func() { cancel(e.receive(far)) })

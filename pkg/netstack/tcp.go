@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
@@ -28,6 +30,7 @@ const appIdle = 60 * time.Second
 
 // An attempt is a SYN that is dialed for.
 type attempt struct {
+	life   context.Context // of the flow, once it's dialed for
 	ctx    context.Context
 	cancel context.CancelFunc
 	quote  quote
@@ -36,8 +39,16 @@ type attempt struct {
 // tcpHandler takes the segments that belong to no connection. A SYN begins an
 // attempt, a RST ends it: so says an app that gives up before it's answered.
 func (r *run) tcpHandler() func(stack.TransportEndpointID, *stack.PacketBuffer) bool {
-	forwarder := tcp.NewForwarder(r.ip, receiveWindow, r.cfg.MaxDials, r.serveTCP)
+	window, few := receiveWindow, int64(math.MaxInt64)
+	if r.cfg.Remote {
+		window, few = remoteWindow, remoteFew
+	}
+	first := tcp.NewForwarder(r.ip, window, r.cfg.MaxDials, r.serveTCP)
+	others := tcp.NewForwarder(r.ip, crowdedWindow, r.cfg.MaxDials, r.serveTCP)
 	return func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+		if r.own(fromAddress(id.LocalAddress)) {
+			return false // nobody listens there
+		}
 		h := header.TCP(pkt.TransportHeader().Slice())
 		if len(h) < header.TCPMinimumSize {
 			return true
@@ -47,6 +58,10 @@ func (r *run) tcpHandler() func(stack.TransportEndpointID, *stack.PacketBuffer) 
 			r.abandon(id)
 			return true
 		case flags.Contains(header.TCPFlagSyn) && !flags.Contains(header.TCPFlagAck):
+			forwarder := first
+			if r.tcp.open.Load() >= few {
+				forwarder = others
+			}
 			if r.attempt(id, h) && !forwarder.HandlePacket(id, pkt) {
 				r.settled(id) // it was malformed
 			}
@@ -61,13 +76,26 @@ func (r *run) tcpHandler() func(stack.TransportEndpointID, *stack.PacketBuffer) 
 func (r *run) attempt(id stack.TransportEndpointID, h header.TCP) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.dialing[id] != nil || len(r.dialing) >= r.cfg.MaxDials {
+	dials := len(r.dialing)
+	if r.dialing[id] != nil || dials >= r.cfg.MaxDials || r.tcp.open.Load()+int64(dials) >= int64(r.cfg.MaxTCP) {
 		return false
 	}
-	a := &attempt{quote: quoteOf(id, uint8(tcp.ProtocolNumber), h)}
-	a.ctx, a.cancel = context.WithTimeout(r.ctx, r.cfg.DialTimeout)
+	a := &attempt{life: r.life, quote: quoteOf(id, uint8(tcp.ProtocolNumber), h)}
+	a.ctx, a.cancel = context.WithTimeout(a.life, r.cfg.DialTimeout)
 	r.dialing[id] = a
 	return true
+}
+
+// reopen makes way for the SYN of a port that comes again while gVisor still waits for
+// what strays: it drops that otherwise, and resets it if the wait ends just then. The
+// connection before hears of no packet any more, and what it got may still be read. That
+// an old SYN may come so late is bearable: nobody confirms the answer (RFC 6191).
+func (r *run) reopen(p packet, segment []byte) {
+	ip, id := protocol(p.dst), p.endpoint(segment)
+	ep, ok := r.ip.FindTransportEndpoint(ip, tcp.ProtocolNumber, id, nic).(*tcp.Endpoint)
+	if ok && tcp.EndpointState(ep.State()) == tcp.StateTimeWait {
+		r.ip.UnregisterTransportEndpoint([]tcpip.NetworkProtocolNumber{ip}, tcp.ProtocolNumber, id, ep, ports.Flags{}, 0)
+	}
 }
 
 func quoteOf(id stack.TransportEndpointID, proto uint8, transport []byte) quote {
@@ -82,6 +110,12 @@ func (r *run) abandon(id stack.TransportEndpointID) {
 	if a := r.dialing[id]; a != nil {
 		a.cancel()
 	}
+}
+
+func (r *run) dials(id stack.TransportEndpointID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.dialing[id] != nil
 }
 
 // settled forgets the attempt: another SYN would be a new one.
@@ -100,13 +134,16 @@ func (r *run) serveTCP(req *tcp.ForwarderRequest) {
 		return
 	}
 	defer r.flows.Done()
-	app, far := r.connectTCP(id, req)
+	r.mu.Lock()
+	a := r.dialing[id]
+	r.mu.Unlock()
+	app, far := r.connectTCP(a, id, req)
 	if app == nil {
 		return
 	}
 	r.tcp.open.Add(1)
 	defer r.tcp.open.Add(-1)
-	ctx, cancel := context.WithCancelCause(r.ctx)
+	ctx, cancel := context.WithCancelCause(a.life)
 	defer cancel(nil)
 	defer context.AfterFunc(ctx, func() {
 		err := reason(ctx)
@@ -126,14 +163,11 @@ func reason(ctx context.Context) error {
 }
 
 // connectTCP dials first and only then completes the app's handshake.
-func (r *run) connectTCP(id stack.TransportEndpointID, req *tcp.ForwarderRequest) (*tcpConn, net.Conn) {
-	r.mu.Lock()
-	a := r.dialing[id]
-	r.mu.Unlock()
+func (r *run) connectTCP(a *attempt, id stack.TransportEndpointID, req *tcp.ForwarderRequest) (*tcpConn, net.Conn) {
 	defer r.settled(id)
 
 	to := netip.AddrPortFrom(a.quote.dst, id.LocalPort).String()
-	far, err := r.cfg.Network.DialContext(a.ctx, "tcp", to)
+	far, err := r.dial(a.ctx, a.quote.src, "tcp", to)
 	if err != nil {
 		r.tcp.failed.Add(1)
 		r.cfg.Log.Debug("dial failed", "network", "tcp", "address", to, "err", err)
@@ -165,17 +199,7 @@ func (r *run) handshake(ctx context.Context, req *tcp.ForwarderRequest) (*tcpCon
 	if err != nil {
 		return nil, errors.New(err.String())
 	}
-	keepAlive(ep)
-	return &tcpConn{TCPConn: gonet.NewTCPConn(&wq, ep), wq: &wq, ep: ep, count: &r.tcp}, nil
-}
-
-// keepAlive asks the app's kernel now and then whether it still knows of the
-// connection: of one that the app has closed it forgets after a minute, and says
-// nothing, while the far end may be silent for ever.
-func keepAlive(ep tcpip.Endpoint) {
-	idle := tcpip.KeepaliveIdleOption(appIdle)
-	ep.SetSockOpt(&idle)
-	ep.SocketOptions().SetKeepAlive(true)
+	return newTCPConn(&wq, ep, &r.tcp, r.flight), nil
 }
 
 // A tcpConn is the app's connection: gonet's, with errors that can be told
@@ -187,6 +211,35 @@ type tcpConn struct {
 	count *counter
 	ended atomic.Bool // the app's end of file has been read
 	shut  atomic.Bool // the app has been told of the far end's
+
+	flight *flight      // nil: its other end is on this machine
+	epoch  atomic.Int64 // of the flight, when it was asked last
+	full   atomic.Bool  // its buffer was, since then
+}
+
+// newTCPConn makes one. The other end is asked now and then whether it still knows of
+// the connection: of one that the app has closed its kernel forgets after a minute, and
+// says nothing, and what another machine said may be lost.
+func newTCPConn(wq *waiter.Queue, ep tcpip.Endpoint, count *counter, f *flight) *tcpConn {
+	c := &tcpConn{TCPConn: gonet.NewTCPConn(wq, ep), wq: wq, ep: ep, count: count, flight: f}
+	c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: appIdle})
+	return c
+}
+
+// SetKeepAliveConfig is that of *net.TCPConn; what is zero stays as it is.
+func (c *tcpConn) SetKeepAliveConfig(k net.KeepAliveConfig) error {
+	idle, interval := tcpip.KeepaliveIdleOption(k.Idle), tcpip.KeepaliveIntervalOption(k.Interval)
+	if interval > 0 {
+		c.ep.SetSockOpt(&interval)
+	}
+	if k.Count > 0 {
+		c.ep.SetSockOptInt(tcpip.KeepaliveCountOption, k.Count)
+	}
+	if idle > 0 {
+		c.ep.SetSockOpt(&idle)
+	}
+	c.ep.SocketOptions().SetKeepAlive(k.Enable)
+	return nil
 }
 
 // Read takes no reset for an end of file. gVisor gives the error of an endpoint
@@ -221,7 +274,7 @@ func (c *tcpConn) onReset(end func(error)) (stop func()) {
 }
 
 func (c *tcpConn) Write(b []byte) (int, error) {
-	n, err := c.TCPConn.Write(b)
+	n, err := c.flight.write(c, b)
 	c.count.received.Add(uint64(n))
 	return n, errno(err)
 }
@@ -238,22 +291,37 @@ func (c *tcpConn) SetLinger(sec int) error {
 	return nil
 }
 
+// errnos are what the kernel calls gVisor's errors.
+var errnos = []struct {
+	ip  tcpip.Error
+	err error
+}{
+	{&tcpip.ErrConnectionReset{}, syscall.ECONNRESET},
+	{&tcpip.ErrConnectionRefused{}, syscall.ECONNREFUSED},
+	{&tcpip.ErrTimeout{}, syscall.ETIMEDOUT},
+	{&tcpip.ErrHostUnreachable{}, syscall.EHOSTUNREACH},
+	{&tcpip.ErrNetworkUnreachable{}, syscall.ENETUNREACH},
+	{&tcpip.ErrMessageTooLong{}, syscall.EMSGSIZE},
+	{&tcpip.ErrPortInUse{}, syscall.EADDRINUSE},
+	{&tcpip.ErrBadLocalAddress{}, syscall.EADDRNOTAVAIL},
+	{&tcpip.ErrClosedForSend{}, syscall.EPIPE},
+	{&tcpip.ErrAborted{}, net.ErrClosed},
+	{&tcpip.ErrConnectionAborted{}, net.ErrClosed},
+	{&tcpip.ErrInvalidEndpointState{}, net.ErrClosed},
+	{&tcpip.ErrNotConnected{}, net.ErrClosed},
+}
+
 // errno gives an error of gonet, which is only words, the errno of the kernel.
 func errno(err error) error {
 	var op *net.OpError
 	if err == nil || err == io.EOF || !errors.As(err, &op) || op.Timeout() {
 		return err
 	}
-	switch op.Err.Error() {
-	case (&tcpip.ErrConnectionReset{}).String():
-		op.Err = syscall.ECONNRESET
-	case (&tcpip.ErrTimeout{}).String():
-		op.Err = syscall.ETIMEDOUT
-	case (&tcpip.ErrClosedForSend{}).String():
-		op.Err = syscall.EPIPE
-	case (&tcpip.ErrAborted{}).String(), (&tcpip.ErrConnectionAborted{}).String(),
-		(&tcpip.ErrInvalidEndpointState{}).String(), (&tcpip.ErrNotConnected{}).String():
-		op.Err = net.ErrClosed
+	for _, e := range errnos {
+		if op.Err.Error() == e.ip.String() {
+			op.Err = e.err
+			break
+		}
 	}
 	return err
 }

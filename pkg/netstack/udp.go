@@ -21,9 +21,12 @@ import (
 // udpPacket takes a datagram that belongs to no flow: it begins one. What comes
 // while the flow is dialed waits in its endpoint.
 func (r *run) udpPacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	if r.own(fromAddress(id.LocalAddress)) {
+		return false // nobody listens there
+	}
 	q := quoteOf(id, uint8(udp.ProtocolNumber), pkt.TransportHeader().Slice())
 	begin := func(req *udp.ForwarderRequest) {
-		f := &udpFlow{run: r, quote: q, to: netip.AddrPortFrom(q.dst, id.LocalPort)}
+		f := &udpFlow{run: r, life: r.alive(), quote: q, to: netip.AddrPortFrom(q.dst, id.LocalPort)}
 		if !f.begin(req) {
 			r.udp.open.Add(-1)
 			return
@@ -43,6 +46,7 @@ func (r *run) udpPacket(id stack.TransportEndpointID, pkt *stack.PacketBuffer) b
 // A udpFlow is all datagrams between two sockets.
 type udpFlow struct {
 	*run
+	life  context.Context
 	quote quote
 	to    netip.AddrPort
 	wq    waiter.Queue
@@ -89,14 +93,14 @@ func broken(err error) error {
 }
 
 func (f *udpFlow) dial() (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(f.ctx, f.cfg.DialTimeout)
+	ctx, cancel := context.WithTimeout(f.life, f.cfg.DialTimeout)
 	defer cancel()
-	return f.cfg.Network.DialContext(ctx, "udp", f.to.String())
+	return f.run.dial(ctx, f.quote.src, "udp", f.to.String())
 }
 
 // carry returns what ended the flow.
 func (f *udpFlow) carry(far net.Conn) error {
-	ctx, cancel := context.WithCancelCause(f.ctx)
+	ctx, cancel := context.WithCancelCause(f.life)
 	defer cancel(nil)
 	defer context.AfterFunc(ctx, func() { far.Close() })()
 	f.idle = time.AfterFunc(f.patience(), func() { cancel(nil) })

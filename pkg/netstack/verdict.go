@@ -28,7 +28,8 @@ var (
 // judge says what to tell the app, so that its kernel makes the same errno of
 // it again. A dial that timed out is answered as the network that swallowed it
 // would: not at all, and the app's own patience decides. A Network that has
-// closed is no network; what is not understood is a host that can't be reached,
+// closed is no network, and one that does not carry the protocol forbids it: of that a
+// socket of UDP is told. What is not understood is a host that can't be reached,
 // for an app should rather hear something than wait.
 func judge(err error) verdict {
 	var timeout interface{ Timeout() bool }
@@ -39,7 +40,7 @@ func judge(err error) verdict {
 		return refused
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, net.ErrClosed):
 		return noNetwork
-	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM), errors.Is(err, errors.ErrUnsupported):
 		return notPermitted
 	}
 	return noHost
