@@ -13,13 +13,15 @@ var errRefused = errors.New("refused")
 const (
 	namePrefix = "culvert"
 	maxAddrs   = 8
-	maxRoutes  = 4096
 
 	// Prefixes shorter than these are no cluster's; several together would be
 	// a default route.
 	minBits4 = 8
 	minBits6 = 16
 )
+
+// MaxRoutes is how many SetRoutes takes.
+const MaxRoutes = 4096
 
 func refuse(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{errRefused}, args...)...)
@@ -55,8 +57,8 @@ func validName(name string) bool {
 
 // CheckRoutes is what SetRoutes says of all, before there is a child to ask.
 func CheckRoutes(all []netip.Prefix) error {
-	if len(all) > maxRoutes {
-		return refuse("%d routes, at most %d", len(all), maxRoutes)
+	if len(all) > MaxRoutes {
+		return refuse("%d routes, at most %d", len(all), MaxRoutes)
 	}
 	for _, p := range all {
 		if !p.IsValid() || p.Addr().Is4In6() || p != p.Masked() {

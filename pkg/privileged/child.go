@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/fdpass"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -31,6 +32,7 @@ type Child struct {
 	conn *net.UnixConn
 	proc *os.Process
 	done chan struct{}
+	root bool
 
 	mu     sync.Mutex
 	broken error // why no more can be asked
@@ -55,7 +57,7 @@ func Start(ctx context.Context, cfg Config) (*Child, error) {
 			return nil, err
 		}
 	}
-	ours, theirs, err := socketpair()
+	ours, theirs, err := fdpass.Pair()
 	if err != nil {
 		return nil, fmt.Errorf("start the privileged part: %w", err)
 	}
@@ -102,8 +104,9 @@ func (c *Child) greet(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	var hello answer
-	files, err := receive(c.conn, &hello)
-	closeAll(files)
+	files, err := fdpass.Receive(c.conn, &hello)
+	fdpass.Close(files)
+	c.root = hello.Root
 	if err == nil && hello.Greeting != protocol {
 		err = fmt.Errorf("it speaks protocol %d, not %d", hello.Greeting, protocol)
 	}
@@ -131,7 +134,7 @@ func (c *Child) ask(ctx context.Context, req request) (answer, []*os.File, error
 		return a, nil, c.broken
 	}
 	if err := a.err(); err != nil {
-		closeAll(files)
+		fdpass.Close(files)
 		return a, nil, err
 	}
 	return a, files, nil
@@ -140,10 +143,10 @@ func (c *Child) ask(ctx context.Context, req request) (answer, []*os.File, error
 func (c *Child) exchange(ctx context.Context, req request) (a answer, files []*os.File, err error) {
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	if err := send(c.conn, req); err != nil {
+	if err := fdpass.Send(c.conn, req); err != nil {
 		return a, nil, err
 	}
-	files, err = receive(c.conn, &a)
+	files, err = fdpass.Receive(c.conn, &a)
 	return a, files, err
 }
 
@@ -155,7 +158,7 @@ func (c *Child) OpenTUN(ctx context.Context, want TUN) (*Device, error) {
 		return nil, err
 	}
 	if len(files) != 1 {
-		closeAll(files)
+		fdpass.Close(files)
 		return nil, fmt.Errorf("open tun: %d descriptors", len(files))
 	}
 	dev, err := tun.FromFile(files[0])
@@ -171,8 +174,13 @@ func (c *Child) SetRoutes(ctx context.Context, all []netip.Prefix) error {
 	return err
 }
 
+// Root tells whether the child is root. With the capabilities alone that a device needs it
+// may not tell the system's resolver of anything.
+func (c *Child) Root() bool { return c.root }
+
 // SetDNS makes the system's resolver as s says, and tells how. Link and
-// LinkIndex are the device's, whatever s says; Server is one of its addresses.
+// LinkIndex are the device's, whatever s says; Server is one of its addresses, or one that a
+// route of SetRoutes leads to and no other.
 func (c *Child) SetDNS(ctx context.Context, s resolver.Settings) (resolver.Plan, error) {
 	a, _, err := c.ask(ctx, request{Op: opDNS, DNS: &s})
 	if err != nil || a.Plan == nil {
@@ -182,12 +190,12 @@ func (c *Child) SetDNS(ctx context.Context, s resolver.Settings) (resolver.Plan,
 }
 
 // ListenDNS binds port 53 of one of the device's addresses.
-func (c *Child) ListenDNS(ctx context.Context, addr netip.Addr) (net.PacketConn, net.Listener, error) {
+func (c *Child) ListenDNS(ctx context.Context, addr netip.Addr) (*net.UDPConn, net.Listener, error) {
 	_, files, err := c.ask(ctx, request{Op: opListen, Listen: addr})
 	if err != nil {
 		return nil, nil, err
 	}
-	defer closeAll(files) // net has its own copies
+	defer fdpass.Close(files) // net has its own copies
 	if len(files) != 2 {
 		return nil, nil, fmt.Errorf("listen on port 53: %d descriptors", len(files))
 	}
@@ -199,7 +207,11 @@ func (c *Child) ListenDNS(ctx context.Context, addr netip.Addr) (net.PacketConn,
 	if err != nil {
 		return nil, nil, errors.Join(err, pc.Close())
 	}
-	return pc, ln, nil
+	udp, is := pc.(*net.UDPConn)
+	if !is {
+		return nil, nil, errors.Join(errors.New("listen on port 53: no descriptor for UDP"), pc.Close(), ln.Close())
+	}
+	return udp, ln, nil
 }
 
 // Done is closed when the child is gone.
@@ -250,6 +262,13 @@ func Clean(ctx context.Context, cfg Config) error {
 	if err == nil && len(left) == 0 {
 		return nil
 	}
+	if cfg.Command == nil {
+		w := Look()
+		w.Capable = false // what is left is root's
+		if cfg.Command, err = Command(w); err != nil {
+			return err
+		}
+	}
 	c, err := Start(ctx, cfg)
 	if err != nil {
 		return err
@@ -258,13 +277,20 @@ func Clean(ctx context.Context, cfg Config) error {
 	return errors.Join(err, c.Close())
 }
 
+// Unasked has the child started without a question, or not at all.
+func Unasked() (cfg Config, err error) {
+	cfg.Command, err = Command(Look().quietly())
+	return cfg, err
+}
+
 // restoreAgain cleans after a child that died, without a question.
 func restoreAgain(ctx context.Context, cfg Config) error {
 	if cfg.Command == nil {
-		var err error
-		if cfg.Command, err = Command(Look().quietly()); err != nil {
+		unasked, err := Unasked()
+		if err != nil {
 			return err
 		}
+		cfg.Command = unasked.Command
 	}
 	if err := Clean(ctx, cfg); err != nil {
 		return fmt.Errorf("restore after the privileged part died: %w", err)

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"runtime"
 )
@@ -18,12 +17,6 @@ func Main(*slog.Logger) error { return errUnixOnly }
 
 // Look sees little.
 func Look() World { return World{Self: os.Args[0], EUID: -1} }
-
-func socketpair() (*net.UnixConn, *os.File, error) { return nil, nil, errUnixOnly }
-
-func sendFiles(*net.UnixConn, []byte, []*os.File) (int, error) { return 0, errUnixOnly }
-
-func receiveFiles(*net.UnixConn, []byte) (int, []*os.File, error) { return 0, nil, errUnixOnly }
 
 type rawFD int
 

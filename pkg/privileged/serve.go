@@ -10,9 +10,11 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/fdpass"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
@@ -25,10 +27,11 @@ type child struct {
 	log      *slog.Logger
 	resolver *resolver.Resolver
 
-	link  tun.Link
-	index int
-	addrs []netip.Addr
-	keep  io.Closer // holds the device, and so its name, until the undo is done
+	link   tun.Link
+	index  int
+	addrs  []netip.Addr
+	routes []netip.Prefix
+	keep   io.Closer // holds the device, and so its name, until the undo is done
 }
 
 // Serve answers the requests on conn until it ends, then undoes what they did.
@@ -38,12 +41,26 @@ func Serve(ctx context.Context, conn *net.UnixConn, log *slog.Logger) error {
 	defer stop()
 	defer conn.Close()
 	c := &child{log: log, resolver: resolver.New(resolver.Config{Log: log})}
-	err := c.answer(ctx, conn)
+	err := c.serve(ctx, conn)
 	undoErr := c.undo()
 	if ended(err) {
 		err = nil
 	}
 	return errors.Join(err, undoErr)
+}
+
+// serve answers, and follows what others write meanwhile.
+func (c *child) serve(ctx context.Context, conn *net.UnixConn) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var following sync.WaitGroup
+	following.Go(func() {
+		if err := c.resolver.Run(ctx); err != nil {
+			c.log.Warn("what others write to resolv.conf is not followed", "error", err)
+		}
+	})
+	defer following.Wait()
+	defer cancel()
+	return c.answer(ctx, conn)
 }
 
 func ended(err error) bool {
@@ -54,13 +71,13 @@ func ended(err error) bool {
 // answer does one request after the other. A frame that cannot be read ends
 // it: where the next would begin is not known.
 func (c *child) answer(ctx context.Context, conn *net.UnixConn) error {
-	if err := send(conn, answer{Greeting: protocol}); err != nil {
+	if err := fdpass.Send(conn, answer{Greeting: protocol, Root: os.Geteuid() == 0}); err != nil {
 		return err
 	}
 	for {
 		var req request
-		files, err := receive(conn, &req)
-		closeAll(files) // none is ever asked for
+		files, err := fdpass.Receive(conn, &req)
+		fdpass.Close(files) // none is ever asked for
 		if err != nil {
 			return err
 		}
@@ -68,8 +85,8 @@ func (c *child) answer(ctx context.Context, conn *net.UnixConn) error {
 		if err != nil {
 			a = failed(err)
 		}
-		err = send(conn, a, files...)
-		closeAll(files)
+		err = fdpass.Send(conn, a, files...)
+		fdpass.Close(files)
 		if err != nil {
 			return err
 		}
@@ -149,6 +166,7 @@ func (c *child) setRoutes(all []netip.Prefix) error {
 	if err := CheckRoutes(all); err != nil {
 		return err
 	}
+	c.routes = all
 	return c.link.SetRoutes(all)
 }
 
@@ -157,8 +175,9 @@ func (c *child) setDNS(ctx context.Context, want *resolver.Settings) (answer, []
 	if want == nil || want.IsZero() {
 		return answer{Plan: &resolver.Plan{}}, nil, c.resolver.Set(ctx, resolver.Settings{})
 	}
-	if !slices.Contains(c.addrs, want.Server) {
-		return answer{}, nil, refuse("server %v is not an address of the device", want.Server)
+	leads := want.Server.IsValid() && slices.Contains(c.routes, netip.PrefixFrom(want.Server, want.Server.BitLen()))
+	if !leads && !slices.Contains(c.addrs, want.Server) {
+		return answer{}, nil, refuse("server %v is not an address of the device, nor does a route to that alone lead there", want.Server)
 	}
 	s := *want
 	s.Link, s.LinkIndex = c.link.Name, c.index

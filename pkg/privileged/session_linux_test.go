@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	proc "github.com/culvert-dev/culvert/pkg/process"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/resolver/resolvertest"
 	"github.com/culvert-dev/culvert/pkg/tun"
@@ -38,6 +39,8 @@ func TestMain(m *testing.M) {
 		err = Main(slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	case "parent":
 		err = parent(context.Background())
+	case "background":
+		err = proc.Background(context.Background(), "/dev/null", []string{"parent"})
 	default:
 		os.Exit(m.Run())
 	}
@@ -58,7 +61,7 @@ var (
 type session struct {
 	child *Child
 	dev   *Device
-	udp   net.PacketConn
+	udp   *net.UDPConn
 	tcp   net.Listener
 	plan  resolver.Plan
 }
@@ -78,7 +81,7 @@ func begin(ctx context.Context) (*session, error) {
 	if err := child.SetRoutes(ctx, routes); err != nil {
 		return nil, errors.Join(err, s.end())
 	}
-	if s.plan, err = child.SetDNS(ctx, names); err != nil {
+	if s.plan, err = child.SetDNS(ctx, names); err != nil && (child.Root() || !errors.Is(err, os.ErrPermission)) {
 		return nil, errors.Join(err, s.end())
 	}
 	return s, nil
@@ -93,18 +96,24 @@ func (s *session) end() error {
 }
 
 // parent is the user's side in a process of its own. It says its child's pid
-// when all is set, and ends the session when its input ends or the child does.
+// when all is set, and ends the session when its input ends or the child does. In the
+// background it has no input.
 func parent(ctx context.Context) error {
+	detach := proc.Detachment()
 	s, err := begin(ctx)
 	if err != nil {
 		return err
 	}
 	fmt.Println(s.child.proc.Pid)
 	input := make(chan struct{})
-	go func() {
-		io.Copy(io.Discard, os.Stdin)
-		close(input)
-	}()
+	if detach == nil {
+		go func() {
+			io.Copy(io.Discard, os.Stdin)
+			close(input)
+		}()
+	} else if err := detach(); err != nil {
+		return errors.Join(err, s.end())
+	}
 	select {
 	case <-input:
 	case <-s.child.Done():
@@ -280,15 +289,16 @@ func follow(t *testing.T, cmd *exec.Cmd) *process {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatalf("parent: %v, %v", err, cmd.Wait())
+	for lines := bufio.NewReader(out); ; {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			t.Fatalf("parent: %v, %v, %q", err, cmd.Wait(), line)
+		}
+		if child, err := strconv.Atoi(strings.TrimSpace(line)); err == nil { // sudo may have asked before
+			go func() { _, _ = io.Copy(os.Stderr, lines) }()
+			return &process{cmd, stdin, child}
+		}
 	}
-	child, err := strconv.Atoi(strings.TrimSpace(line))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &process{cmd, stdin, child}
 }
 
 // reap waits for a process that became ours when its parent died: we are
@@ -421,41 +431,71 @@ func TestSignals(t *testing.T) {
 	})
 }
 
+// TestTwoSessions: the one that came last is asked. Whichever ends first, and
+// however, the other is asked then, and after both all is as before.
 func TestTwoSessions(t *testing.T) {
 	inMachine(t, func(t *testing.T) {
 		before := snapshot(t)
-		first, err := begin(t.Context())
-		if err != nil {
-			t.Fatal(err)
+		for _, killed := range []bool{false, true} {
+			for _, firstEndsFirst := range []bool{false, true} {
+				twoSessions(t, killed, firstEndsFirst)
+				same(t, before)
+			}
 		}
-		with := snapshot(t)
-		if _, err := begin(t.Context()); err == nil {
-			t.Fatal("the same again")
-		}
-		same(t, with)
-		second, err := Start(t.Context(), Config{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		other := netip.MustParseAddr("198.18.0.2")
-		dev, err := second.OpenTUN(t.Context(), TUN{MTU: 1500, Addrs: []netip.Addr{other}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := names
-		s.Server = other
-		if _, err := second.SetDNS(t.Context(), s); !errors.Is(err, resolver.ErrBusy) {
-			t.Errorf("bare resolv.conf twice: %v", err)
-		}
-		if err := errors.Join(second.Close(), dev.Close()); err != nil {
-			t.Error(err)
-		}
-		same(t, with)
-		if err := first.end(); err != nil {
-			t.Error(err)
-		}
-		same(t, before)
 	})
+}
+
+func twoSessions(t *testing.T, killed, firstEndsFirst bool) {
+	t.Helper()
+	first, err := begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := begin(t.Context()); err == nil {
+		t.Fatal("the same again")
+	}
+	second := &session{}
+	if second.child, err = Start(t.Context(), Config{}); err != nil {
+		t.Fatal(err)
+	}
+	s := names
+	s.Server = netip.MustParseAddr("198.18.0.2")
+	if second.dev, err = second.child.OpenTUN(t.Context(), TUN{MTU: 1500, Addrs: []netip.Addr{s.Server}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.child.SetDNS(t.Context(), s); err != nil {
+		t.Error(err)
+	}
+	asked(t, s.Server)
+	ends, stays, left := second, first, addr4
+	if firstEndsFirst {
+		ends, stays, left = first, second, s.Server
+	}
+	if killed {
+		kill(t, ends.child.proc.Pid, unix.SIGKILL)
+	} else if err := ends.end(); err != nil {
+		t.Error(err)
+	}
+	asked(t, left)
+	if killed {
+		if err := ends.end(); err != nil {
+			t.Error(err)
+		}
+	}
+	asked(t, left)
+	if err := stays.end(); err != nil {
+		t.Error(err)
+	}
+}
+
+// asked waits until resolv.conf names a server, as the last thing that is done.
+func asked(t *testing.T, server netip.Addr) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); !strings.Contains(sh(t, "cat /etc/resolv.conf"), "\nnameserver "+server.String()+"\n"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s is not asked:\n%s", server, sh(t, "head /etc/resolv.conf*"))
+		}
+	}
 }
 
 func TestRefusedWithDevice(t *testing.T) {

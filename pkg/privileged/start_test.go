@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/culvert-dev/culvert/pkg/fdpass"
 )
 
 func TestCommand(t *testing.T) {
@@ -59,7 +61,7 @@ func TestImports(t *testing.T) {
 	allowed := []string{
 		"github.com/culvert-dev/culvert/pkg/privileged", "github.com/culvert-dev/culvert/pkg/resolver",
 		"github.com/culvert-dev/culvert/pkg/tun", "github.com/godbus/dbus/", "github.com/vishvananda/",
-		"golang.org/x/sys/",
+		"golang.org/x/sys/", "github.com/culvert-dev/culvert/pkg/fdpass",
 	}
 	for pkg := range strings.Lines(string(out)) {
 		pkg = strings.TrimSpace(pkg)
@@ -122,7 +124,7 @@ func TestCheckRoutes(t *testing.T) {
 	if err := CheckRoutes([]netip.Prefix{{}}); !errors.Is(err, errRefused) {
 		t.Errorf("no prefix: %v", err)
 	}
-	if err := CheckRoutes(make([]netip.Prefix, maxRoutes+1)); !errors.Is(err, errRefused) {
+	if err := CheckRoutes(make([]netip.Prefix, MaxRoutes+1)); !errors.Is(err, errRefused) {
 		t.Errorf("too many: %v", err)
 	}
 }
@@ -170,7 +172,7 @@ func FuzzRequest(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
 		var req request
-		if err := decode(text, &req); err != nil {
+		if err := fdpass.Decode(text, &req); err != nil {
 			return
 		}
 		if CheckRoutes(req.Routes) == nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -101,6 +102,139 @@ func TestSudoOnTerminal(t *testing.T) {
 				reapAll(t)
 				same(t, before)
 			}
+		}
+	})
+}
+
+// TestF28KillEverySubset: CASES 3.F 28, and 5.6 item 7: whichever of culvert, sudo and the
+// child are killed at once, the machine is as before by those that live, and else by the next
+// start or by Clean. Without a terminal, on one, where sudo has its child on another, and in
+// the background when the terminal is gone.
+func TestF28KillEverySubset(t *testing.T) {
+	inMachineWithSudo(t, func(t *testing.T, self string) {
+		sh(t, fmt.Sprintf(`printf 'Defaults use_pty\ntester ALL=(root) NOPASSWD: %s privileged\n' >/etc/sudoers.d/culvert; chmod 440 /etc/sudoers.d/culvert`, self))
+		before := snapshot(t)
+		for _, mode := range []string{"without a terminal", "on a terminal", "background"} {
+			for subset := 1; subset < 1<<3; subset++ {
+				p := follow(t, asUserIn(mode, self))
+				if mode == "background" {
+					p.cmd.Wait() // and its terminal is gone
+				}
+				changed(t, before)
+				killed := killAtOnce(t, self, subset)
+				reapAll(t)
+				p.stdin.Close()
+				left := snapshot(t) != before
+				if lost := subset&1 != 0 && subset&4 != 0; left && !lost {
+					t.Errorf("%s, killed %v: %s", mode, killed, snapshot(t))
+				}
+				if err := tidy[subset%2](t); err != nil {
+					t.Errorf("%s, killed %v: %v", mode, killed, err)
+				}
+				same(t, before)
+			}
+		}
+	})
+}
+
+var tidy = []func(t *testing.T) error{
+	func(t *testing.T) error { return Clean(t.Context(), Config{}) },
+	func(t *testing.T) error {
+		s, err := begin(t.Context())
+		if err != nil {
+			return err
+		}
+		return s.end()
+	},
+}
+
+// asUserIn is the user's side as somebody begins it.
+func asUserIn(mode, self string) *exec.Cmd {
+	cmd := asUser(self)
+	switch mode {
+	case "on a terminal":
+		cmd.Path, cmd.Args = "/usr/bin/script", []string{"script", "-qec", self + " parent", "/dev/null"}
+	case "background":
+		cmd.Path, cmd.Args = "/usr/bin/script", []string{"script", "-qec", self + " background", "/dev/null"}
+	}
+	return cmd
+}
+
+// killAtOnce kills those of the three whose bit is set, before any could see the end of
+// another: culvert first, who would begin a new child.
+func killAtOnce(t *testing.T, self string, subset int) (killed []string) {
+	t.Helper()
+	var all []int
+	for bit, who := range []struct{ name, pattern string }{{"culvert", "^" + self + " parent"}, {"sudo", "^[^ ]*sudo "}, {"child", "^" + self + " privileged"}} {
+		if subset&(1<<bit) == 0 {
+			continue
+		}
+		killed = append(killed, who.name)
+		for pid := range strings.FieldsSeq(sh(t, "pgrep -f '"+who.pattern+"'")) {
+			n, err := strconv.Atoi(pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, n)
+		}
+	}
+	for _, pid := range all { // to stop them before would have sudo suspend itself
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+	return killed
+}
+
+// TestSudoAsksOnce: where sudo asks each time, it does so once a session. What a killed
+// child left is told, since nobody is asked again for that, and the next start finds it.
+func TestSudoAsksOnce(t *testing.T) {
+	inMachineWithSudo(t, func(t *testing.T, self string) {
+		sh(t, fmt.Sprintf(`printf 'Defaults use_pty, timestamp_timeout=0\ntester ALL=(root) %s privileged\n' >/etc/sudoers.d/culvert; chmod 440 /etc/sudoers.d/culvert
+			sed -i "s|^tester:[^:]*:|tester:$(openssl passwd -6 secret):|" /etc/shadow`, self))
+		before := snapshot(t)
+		for _, killed := range []bool{false, true} {
+			cmd := asUserIn("on a terminal", self)
+			cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", `{ sleep 1; echo secret; cat; } | script -qec "$0 parent" /dev/null`, self}
+			p := follow(t, cmd)
+			changed(t, before)
+			if killed {
+				killAtOnce(t, self, 4)
+			}
+			p.stdin.Close()
+			p.cmd.Wait()
+			reapAll(t)
+			if left := snapshot(t) != before; left != killed {
+				t.Errorf("killed %v, left something %v", killed, left)
+			}
+			if err := Clean(t.Context(), Config{}); err != nil {
+				t.Error(err)
+			}
+			same(t, before)
+		}
+	})
+}
+
+// TestCapabilities: a binary that was given the two capabilities has device, routes and port
+// 53 without sudo. The resolver's settings need root, and stay as they are.
+func TestCapabilities(t *testing.T) {
+	inMachineWithSudo(t, func(t *testing.T, self string) {
+		sh(t, "rm /etc/sudoers; setcap cap_net_admin,cap_net_bind_service+ep "+self)
+		before, conf := snapshot(t), sh(t, "cat /etc/resolv.conf")
+		for _, killed := range []bool{false, true} {
+			p := follow(t, asUser(self))
+			if now := sh(t, "ip route; ss -Hlnu; cat /etc/resolv.conf"); !strings.Contains(now, "10.96.0.0/12 dev culvert0") || !strings.Contains(now, "198.18.0.1:53") || !strings.HasSuffix(now, conf) {
+				t.Error(now)
+			}
+			if killed {
+				kill(t, p.cmd.Process.Pid, unix.SIGKILL)
+			}
+			p.stdin.Close()
+			if err := p.cmd.Wait(); err != nil && !killed {
+				t.Error(err)
+			}
+			reapAll(t)
+			same(t, before)
 		}
 	})
 }

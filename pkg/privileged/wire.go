@@ -1,14 +1,8 @@
 package privileged
 
 import (
-	"bytes"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"syscall"
@@ -16,11 +10,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/resolver"
 )
 
-const (
-	maxFrame = 256 << 10 // a thousand names of the longest kind
-	maxFiles = 2         // in one answer
-	protocol = 1         // of the greeting; both ends are one binary
-)
+const protocol = 1 // of the greeting; both ends are one binary
 
 // request is one of these, told by Op.
 type request struct {
@@ -49,6 +39,7 @@ type TUN struct {
 
 type answer struct {
 	Greeting int            `json:",omitempty"`
+	Root     bool           `json:",omitempty"` // of the greeting
 	Error    string         `json:",omitempty"`
 	Kind     string         `json:",omitempty"` // of the error, see kinds
 	Index    int            `json:",omitempty"`
@@ -103,68 +94,4 @@ func (a answer) err() error {
 		}
 	}
 	return e
-}
-
-// send writes one frame. Descriptors travel with its first byte.
-func send(conn *net.UnixConn, v any, files ...*os.File) error {
-	text, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	if len(text) > maxFrame {
-		return fmt.Errorf("frame of %d bytes, at most %d", len(text), maxFrame)
-	}
-	frame := append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
-	n, err := sendFiles(conn, frame, files)
-	if err != nil {
-		return err
-	}
-	_, err = conn.Write(frame[n:])
-	return err
-}
-
-// receive reads one frame into v. Descriptors that nobody asked for are closed.
-func receive(conn *net.UnixConn, v any) (files []*os.File, err error) {
-	defer func() {
-		if err != nil {
-			closeAll(files)
-			files = nil
-		}
-	}()
-	var head [4]byte
-	n, files, err := receiveFiles(conn, head[:])
-	if err != nil {
-		return files, err
-	}
-	if _, err := io.ReadFull(conn, head[n:]); err != nil {
-		return files, err
-	}
-	size := binary.BigEndian.Uint32(head[:])
-	if size > maxFrame {
-		return files, fmt.Errorf("frame of %d bytes, at most %d", size, maxFrame)
-	}
-	text := make([]byte, size)
-	if _, err := io.ReadFull(conn, text); err != nil {
-		return files, err
-	}
-	return files, decode(text, v)
-}
-
-// decode takes exactly one value and no field that it does not know.
-func decode(text []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(text))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return fmt.Errorf("decode frame: %w", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("decode frame: more than one value")
-	}
-	return nil
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		f.Close()
-	}
 }

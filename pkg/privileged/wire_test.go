@@ -16,13 +16,14 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/culvert-dev/culvert/pkg/fdpass"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 )
 
 // pair returns both ends of a socket pair, greeting already read.
 func pair(t *testing.T) (user *net.UnixConn, served <-chan error) {
 	t.Helper()
-	user, file, err := socketpair()
+	user, file, err := fdpass.Pair()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +37,7 @@ func pair(t *testing.T) (user *net.UnixConn, served <-chan error) {
 	t.Cleanup(func() { user.Close() })
 	user.SetDeadline(time.Now().Add(10 * time.Second))
 	var hello answer
-	if _, err := receive(user, &hello); err != nil || hello.Greeting != protocol {
+	if _, err := fdpass.Receive(user, &hello); err != nil || hello.Greeting != protocol {
 		t.Fatal(hello, err)
 	}
 	return user, done
@@ -59,11 +60,11 @@ func TestRefused(t *testing.T) {
 		"port 53 of no address":  {Op: opListen},
 		"port 53 of every local": {Op: opListen, Listen: netip.IPv4Unspecified()},
 	} {
-		if err := send(user, req); err != nil {
+		if err := fdpass.Send(user, req); err != nil {
 			t.Fatal(err)
 		}
 		var a answer
-		files, err := receive(user, &a)
+		files, err := fdpass.Receive(user, &a)
 		if err != nil || len(files) != 0 || !errors.Is(a.err(), errRefused) {
 			t.Errorf("%s: %+v, %v, %v", name, a, files, err)
 		}
@@ -114,7 +115,7 @@ func TestFilesNobodyAsked(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	if err := send(user, request{Op: opUndo}, w); err != nil {
+	if err := fdpass.Send(user, request{Op: opUndo}, w); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
@@ -122,7 +123,7 @@ func TestFilesNobodyAsked(t *testing.T) {
 		t.Errorf("the pipe: %v", err)
 	}
 	var a answer
-	if _, err := receive(user, &a); err != nil || a.err() != nil {
+	if _, err := fdpass.Receive(user, &a); err != nil || a.err() != nil {
 		t.Errorf("%+v, %v", a, err)
 	}
 	user.Close()

@@ -30,7 +30,7 @@ func (s Settings) check() error {
 	}
 	for _, list := range [][]string{s.Search, s.Zones} {
 		for _, name := range list {
-			if err := checkName(name); err != nil {
+			if err := CheckName(name); err != nil {
 				return fmt.Errorf("domain %q: %w", name, err)
 			}
 		}
@@ -47,10 +47,10 @@ func validServer(a netip.Addr) bool {
 	return a.IsValid() && a.Zone() == "" && !a.Is4In6() && !a.IsUnspecified() && !a.IsMulticast()
 }
 
-// checkName takes names of hosts as the Kubernetes DNS specification and
+// CheckName takes names of hosts as the Kubernetes DNS specification and
 // SRV records have them, with or without the last dot. The root is refused: it
 // would take all of the machine's names.
-func checkName(name string) error {
+func CheckName(name string) error {
 	name = strings.TrimSuffix(name, ".")
 	if name == "" {
 		return errors.New("empty, or the root")

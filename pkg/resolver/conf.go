@@ -89,9 +89,11 @@ func fits(search []string) bool {
 	return len(search) <= confSearch && len(strings.Join(search, " ")) <= confSearchSize
 }
 
-func (c conf) render(mark string) []byte {
+// render writes c below comments.
+func (c conf) render(head string) []byte { return append([]byte(head), c.text()...) }
+
+func (c conf) text() []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s\n# The original is %s beside this file; it comes back when culvert ends.\n", mark, origSuffix)
 	for _, a := range c.Servers {
 		fmt.Fprintf(&b, "nameserver %s\n", a)
 	}
@@ -107,7 +109,7 @@ func (c conf) render(mark string) []byte {
 // markPrefix begins every file that is ours.
 const markPrefix = "# written by culvert for "
 
-func mark(id string) string { return markPrefix + id }
+func mark(id ...string) string { return markPrefix + strings.Join(id, " ") }
 
 // markOf returns whose text is, or "" if it is not ours. It is the first line
 // that counts, whole.

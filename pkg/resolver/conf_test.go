@@ -51,9 +51,8 @@ func sameConf(a, b conf) bool {
 
 func TestRender(t *testing.T) {
 	orig := parseConf([]byte("nameserver 10.0.0.2\nnameserver 10.0.0.3\nsearch corp.example\noptions ndots:2 rotate\n"))
-	got := string(orig.with(shop).render(mark("culvert0 1234")))
+	got := string(orig.with(shop).render(mark("culvert0", "1234") + "\n"))
 	want := `# written by culvert for culvert0 1234
-# The original is .culvert-orig beside this file; it comes back when culvert ends.
 nameserver 198.18.0.1
 search shop.svc.cluster.local svc.cluster.local cluster.local corp.example
 options ndots:2 rotate
@@ -115,7 +114,7 @@ func FuzzResolvConf(f *testing.F) {
 			t.Fatalf("%d servers", len(orig.Servers))
 		}
 		want := orig.with(shop)
-		out := want.render(mark("culvert0 1234"))
+		out := want.render(mark("culvert0", "1234") + "\n")
 		if got := parseConf(out); !sameConf(got, want) {
 			t.Fatalf("wrote %+v, read %+v from %q", want, got, out)
 		}

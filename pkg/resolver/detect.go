@@ -11,11 +11,12 @@ import (
 type Mode string
 
 const (
-	ModeNone     Mode = ""                 // no way on this system; Plan.Why says why
-	ModeResolved Mode = "systemd-resolved" // settings of the link, over D-Bus
-	ModeFile     Mode = "resolv.conf"      // the bare file
-	ModeEtcDir   Mode = "/etc/resolver"    // macOS: a file for each zone
-	ModeNRPT     Mode = "NRPT"             // Windows: name resolution policy table
+	ModeNone       Mode = ""                 // no way on this system; Plan.Why says why
+	ModeResolved   Mode = "systemd-resolved" // settings of the link, over D-Bus
+	ModeFile       Mode = "resolv.conf"      // the bare file
+	ModeResolvconf Mode = "resolvconf"       // openresolv, which writes that file
+	ModeEtcDir     Mode = "/etc/resolver"    // macOS: a file for each zone
+	ModeNRPT       Mode = "NRPT"             // Windows: name resolution policy table
 )
 
 // World is what there is to know of a system before anything is changed.
@@ -25,21 +26,20 @@ type World struct {
 	Target   string // where /etc/resolv.conf points, if it is a symlink
 	Content  string // what is read there
 	Missing  bool   // there is no such file, or its target is gone
-	ReadOnly bool   // neither the file nor its directory can be written
-	Mounted  bool   // it is a mount point of its own, as in containers
+	ReadOnly bool   // nobody can write the file or its directory
 
-	Resolved bool // systemd-resolved owns its name on the system bus
-	Answers  bool // and its stub answers in this network namespace
+	Living     Mode // how other sessions were told of; what is above was before them
+	Resolved   bool // systemd-resolved owns its name on the system bus
+	Answers    bool // and its stub answers in this network namespace
+	Openresolv bool // openresolv writes the file, of what it is told only
 }
 
 // Plan is what Detect decides.
 type Plan struct {
-	Mode    Mode
-	Why     string // in a few words, for people
-	InPlace bool   // the file can only be written, not replaced
+	Mode Mode
+	Why  string // in a few words, for people
 
-	// Manager is who writes /etc/resolv.conf here, if that can be seen. It may
-	// write again while we are in it.
+	// Manager is who writes /etc/resolv.conf here, if that can be seen.
 	Manager string
 }
 
@@ -63,12 +63,18 @@ func Detect(w World) Plan {
 
 func detectLinux(w World) Plan {
 	stub := leadsToStub(w.Content)
+	if w.Living != "" { // they could not ask each other otherwise
+		return Plan{Mode: w.Living, Why: "as the session before", Manager: manager(w)}
+	}
 	if stub && w.Resolved && w.Answers {
 		return Plan{Mode: ModeResolved, Why: "systemd-resolved answers", Manager: "systemd-resolved"}
 	}
-	p := Plan{Mode: ModeFile, Why: whyFile(stub, w), Manager: manager(w), InPlace: w.Mounted}
+	if w.Openresolv {
+		return Plan{Mode: ModeResolvconf, Why: "openresolv writes resolv.conf", Manager: "resolvconf"}
+	}
+	p := Plan{Mode: ModeFile, Why: whyFile(stub, w), Manager: manager(w)}
 	if w.ReadOnly {
-		return Plan{Why: "/etc/resolv.conf is read-only and " + p.Why, Manager: p.Manager}
+		return Plan{Why: "/etc/resolv.conf is read-only (by its mount, or chattr +i) and " + p.Why, Manager: p.Manager}
 	}
 	return p
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"time"
 
 	"github.com/godbus/dbus/v5"
@@ -140,9 +141,18 @@ func (r *resolved) speak(ctx context.Context, do func(caller) error) error {
 	defer conn.Close()
 	obj := conn.Object(resolveName, resolvePath)
 	return do(func(method string, args ...any) error {
-		return obj.CallWithContext(ctx, resolveCall+method, dbus.FlagNoAutoStart, args...).Err
+		err := obj.CallWithContext(ctx, resolveCall+method, dbus.FlagNoAutoStart, args...).Err
+		for _, name := range refusals {
+			if isBusError(err, name) {
+				return fmt.Errorf("%w: %w", os.ErrPermission, err)
+			}
+		}
+		return err
 	})
 }
+
+// refusals are of who is not root, where policies say so.
+var refusals = []string{"org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"}
 
 func isBusError(err error, name string) bool {
 	var e dbus.Error

@@ -312,8 +312,8 @@ func TestResolvedTwoSessions(t *testing.T) {
 	})
 }
 
-// TestResolvedPassedOver: it runs, but resolv.conf names another server.
-func TestResolvedPassedOver(t *testing.T) {
+// TestResolvedB10PassedOver: it runs, but resolv.conf names another server.
+func TestResolvedB10PassedOver(t *testing.T) {
 	needDebian(t)
 	resolvertest.InMachine(t, func(t *testing.T) {
 		newMachine(t)

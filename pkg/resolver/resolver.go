@@ -5,11 +5,25 @@
 // split by name, they die with the link, and nothing of the machine's own is
 // replaced. A bare resolv.conf knows no split, so there the server is put in
 // front of all and forwards what is not the cluster's to Upstreams. That file
-// is the one thing that can outlive culvert, so it says on its first line whose
-// it is and the original lies beside it, hard-linked, so that putting it back is
-// one rename that keeps owner, mode, attributes and symlink. A living session
-// holds a lock on the file it wrote: what is marked and not locked was left by a
-// session that died.
+// can outlive culvert, so it says on its first line whose it is and the original
+// lies beside it, hard-linked, so that putting it back is one rename that keeps
+// owner, mode, attributes and symlink. It also quotes the original, for copies of
+// it that others make and put back when we are long gone. Beside it, too, each session has an
+// entry, locked while it lives. From the living entries and the original
+// follows what resolv.conf is to say, and one function (settle) makes it so,
+// whatever happened: a session began, ended or was killed, or somebody else
+// wrote the file, which makes theirs the original. A C library asks servers in
+// order and not by zone, so resolv.conf names the server of the session that
+// came last; that one passes what it does not know to the one before.
+//
+// Nothing is polled: Run hears of changes from inotify, which also tells when a
+// session's entry is closed by its death. openresolv writes resolv.conf from
+// what it is told and may refuse to write it again once it is not its own, so it
+// is told of us instead, as of any interface. Everybody else who writes the file
+// (DHCP clients, NetworkManager with and without dnsmasq, Debian's resolvconf,
+// VPN clients, people) is followed; who edits ours has edited the original. A read-only /etc is refused before anything is changed: a mount
+// over the file would not be seen by who has mounts of their own, and no mark
+// on it could tell "clean" whose it is.
 //
 // Detect decides from a World that is handed in, so that the table of all
 // systems is tested on each of them. Set takes the whole wanted state; the zero
@@ -27,7 +41,8 @@ import (
 	"sync"
 )
 
-// ErrBusy says that another living session has the resolver's one place.
+// ErrBusy says that another living session has the place of this one, as where
+// two network namespaces share one /etc.
 var ErrBusy = errors.New("in use by another session")
 
 // Settings is all that is wanted of the system's resolver.
@@ -103,9 +118,7 @@ func (r *Resolver) Set(ctx context.Context, s Settings) error {
 // begin chooses the place. It is kept until everything is reverted, even if
 // the system changes meanwhile.
 func (r *Resolver) begin(ctx context.Context, s Settings) error {
-	if err := r.restore(ctx); errors.Is(err, ErrBusy) {
-		return fmt.Errorf("set the resolver: %w", err)
-	} else if err != nil { // what a dead session left is no original
+	if err := r.Restore(ctx); err != nil { // what a dead session left is no original
 		return fmt.Errorf("put back the resolver of an earlier session: %w", err)
 	}
 	plan := Detect(look(ctx, r.cfg))
@@ -119,6 +132,9 @@ func (r *Resolver) begin(ctx context.Context, s Settings) error {
 	r.plan, r.place = plan, place
 	return nil
 }
+
+// Preview tells what Set would do, without rights and without doing it.
+func (r *Resolver) Preview(ctx context.Context) Plan { return Detect(look(ctx, r.cfg)) }
 
 // Plan says what is in use; the zero Plan when nothing is.
 func (r *Resolver) Plan() Plan {
@@ -141,13 +157,5 @@ func (r *Resolver) revert(ctx context.Context) error {
 		return fmt.Errorf("put the resolver back (%s): %w", r.plan.Mode, err)
 	}
 	r.plan, r.place = Plan{}, nil
-	return nil
-}
-
-// Restore undoes what a session that died left behind, and spares the living.
-func (r *Resolver) Restore(ctx context.Context) error {
-	if err := r.restore(ctx); err != nil && !errors.Is(err, ErrBusy) {
-		return err
-	}
 	return nil
 }

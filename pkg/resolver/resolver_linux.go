@@ -11,21 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// look sees the World of Linux.
+// look sees the World of Linux. While sessions are in resolv.conf, it sees what
+// was there before.
 func look(ctx context.Context, cfg Config) World {
 	p := pathsIn(cfg)
-	text, err := os.ReadFile(p.conf)
-	target, _ := os.Readlink(p.conf)
-	w := World{
-		OS:       "linux",
-		Target:   target,
-		Content:  string(text),
-		Missing:  err != nil,
-		Mounted:  mounted(p.conf),
-		Resolved: onBus(ctx, busOf(cfg)),
+	w := World{OS: "linux", Resolved: onBus(ctx, busOf(cfg)), ReadOnly: readOnly(p)}
+	if living, _, err := p.entries(); err == nil && len(living) > 0 {
+		w.Living = living[0].mode
 	}
-	w.ReadOnly = readOnly(p, w.Mounted)
+	o, err := p.original(w.Living != "")
+	w.Content, w.Target, w.Missing = string(o.text), o.link, err != nil || o.text == nil
 	w.Answers = w.Resolved && leadsToStub(w.Content) && stubAnswers(ctx)
+	w.Openresolv = isOpenresolv(w.Content)
 	return w
 }
 
@@ -36,11 +33,11 @@ func busOf(cfg Config) string {
 	return systemBus
 }
 
-// mounted tells whether path is a mount point, which no rename can replace.
+// mounted tells whether path is a mount point.
 func mounted(path string) bool {
 	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return false // then EBUSY will tell
+		return false // then writing will tell
 	}
 	for line := range bytes.Lines(text) {
 		if f := strings.Fields(string(line)); len(f) > 4 && f[4] == path {
@@ -50,31 +47,27 @@ func mounted(path string) bool {
 	return false
 }
 
-// readOnly looks at the mounts, not at our rights: those are the caller's.
-func readOnly(p paths, mounted bool) bool {
-	if errors.Is(unix.Access(p.dir, unix.W_OK), unix.EROFS) {
-		return true
-	}
-	return mounted && errors.Is(unix.Access(p.conf, unix.W_OK), unix.EROFS)
+// readOnly looks at the mounts and at what even root may not write, not at our
+// rights: those are the caller's.
+func readOnly(p paths) bool {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, p.conf, unix.AT_SYMLINK_NOFOLLOW, 0, &st)
+	immutable := err == nil && st.Attributes&unix.STATX_ATTR_IMMUTABLE != 0
+	return immutable || fixed(p.dir) || mounted(p.conf) && fixed(p.conf)
 }
 
 func open(cfg Config, p Plan) (place, error) {
 	switch p.Mode {
 	case ModeResolved:
 		return &resolved{bus: busOf(cfg), log: cfg.Log}, nil
-	case ModeFile:
-		return &file{paths: pathsIn(cfg), log: cfg.Log, inPlace: p.InPlace}, nil
+	case ModeFile, ModeResolvconf:
+		return &file{paths: pathsIn(cfg), mode: p.Mode, log: cfg.Log}, nil
 	}
 	return nil, fmt.Errorf("no way to set it here: %w", errors.ErrUnsupported)
 }
 
-func (r *Resolver) restore(ctx context.Context) error { return pathsIn(r.cfg).restore(ctx) }
+// Restore undoes what sessions that died left behind, and spares the living.
+func (r *Resolver) Restore(ctx context.Context) error { return pathsIn(r.cfg).restore(ctx) }
 
-// Leftovers lists the files that a session which died left behind.
-func (r *Resolver) Leftovers() ([]string, error) {
-	path, _, err := pathsIn(r.cfg).leftover()
-	if errors.Is(err, ErrBusy) || path == "" {
-		return nil, nil
-	}
-	return []string{path}, err
-}
+// Leftovers lists the files that sessions which died left behind.
+func (r *Resolver) Leftovers() ([]string, error) { return pathsIn(r.cfg).leftovers() }

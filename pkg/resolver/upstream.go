@@ -1,9 +1,7 @@
 package resolver
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
@@ -13,24 +11,50 @@ const (
 	origSuffix = ".culvert-orig"
 	tmpSuffix  = ".culvert-new"
 
+	// entrySuffix, and a link's name, is the file of one session.
+	entrySuffix = ".culvert-for-"
+
 	// uplinks is where systemd-resolved lists the servers it asks itself.
 	uplinks = "/run/systemd/resolve/resolv.conf"
 )
 
-// Upstreams returns the machine's own nameservers, whether Set was called or
-// not and by whichever process: ours is never among them. It needs no rights.
+// Upstreams returns whom a session's server asks for what is not its own: the
+// server of the session that came before it, else the machine's Nameservers.
 func (r *Resolver) Upstreams(ours netip.Addr) ([]netip.AddrPort, error) {
-	conf, err := r.original()
+	living, err := r.living()
 	if err != nil {
 		return nil, err
 	}
+	// One that is not among them yet will be the last to have come.
+	if i := slices.IndexFunc(living, func(e entry) bool { return e.Server == ours }); i+1 < len(living) {
+		return []netip.AddrPort{netip.AddrPortFrom(living[i+1].Server, 53)}, nil
+	}
+	return r.Nameservers(ours)
+}
+
+// Nameservers returns the machine's own, whether Set was called or not and by
+// whichever process: ours, and other sessions', are never among them. It needs
+// no rights.
+func (r *Resolver) Nameservers(ours netip.Addr) ([]netip.AddrPort, error) {
+	living, err := r.living()
+	if err != nil {
+		return nil, err
+	}
+	o, err := pathsIn(r.cfg).original(len(living) > 0)
+	if err != nil {
+		return nil, err
+	}
+	conf := o.conf()
 	if len(conf.Servers) == 0 { // resolv.conf(5)
 		conf.Servers = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1})}
+	}
+	isOurs := func(a netip.Addr) bool {
+		return a == ours || slices.ContainsFunc(living, func(e entry) bool { return e.Server == a })
 	}
 	var out []netip.AddrPort
 	for _, a := range r.pastStub(conf.Servers) {
 		ap := netip.AddrPortFrom(a, 53)
-		if a != ours && !slices.Contains(out, ap) {
+		if !isOurs(a) && !slices.Contains(out, ap) {
 			out = append(out, ap)
 		}
 	}
@@ -40,17 +64,18 @@ func (r *Resolver) Upstreams(ours netip.Addr) ([]netip.AddrPort, error) {
 	return out, nil
 }
 
-// original reads resolv.conf, or what is kept of it while ours is in place.
-func (r *Resolver) original() (conf, error) {
-	path := r.cfg.path("/etc/resolv.conf")
-	text, err := os.ReadFile(path)
-	if err == nil && markOf(text) != "" {
-		text, err = os.ReadFile(path + origSuffix)
+// Conf is the machine's resolv.conf as it would be with these settings, for who puts it
+// elsewhere than Set. It needs no rights.
+func (r *Resolver) Conf(s Settings) ([]byte, error) {
+	living, err := r.living()
+	if err != nil {
+		return nil, err
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return conf{}, err
+	o, err := pathsIn(r.cfg).original(len(living) > 0)
+	if err != nil {
+		return nil, err
 	}
-	return parseConf(text), nil
+	return o.conf().with(s).text(), nil
 }
 
 // pastStub puts systemd-resolved's own upstreams in place of its stub. With a

@@ -19,7 +19,7 @@ func prefixes(s string) []netip.Prefix {
 	return ps
 }
 
-func TestMerge(t *testing.T) {
+func TestMergeC18(t *testing.T) {
 	for _, c := range []struct{ in, want string }{
 		{"", ""},
 		{"10.42.2.5/24", "10.42.2.0/24"},
@@ -144,7 +144,7 @@ func minimal(t *testing.T, ps []netip.Prefix) {
 
 func parent(p netip.Prefix) netip.Prefix { return netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked() }
 
-func TestArithmeticOnRandomPrefixes(t *testing.T) {
+func TestArithmeticC18OnRandomPrefixes(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	some := func() (ps []netip.Prefix) {
 		for range rnd.IntN(12) {

@@ -3,6 +3,7 @@ package tun
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"sync/atomic"
@@ -27,6 +28,9 @@ type Device struct {
 	raw     syscall.RawConn
 	closed  atomic.Bool
 }
+
+// Node is the file that devices are made by.
+func Node() (fs.FileInfo, error) { return os.Stat(cloneDevice) }
 
 // Open makes a TUN device of that name, or of the first free one of culvert0,
 // culvert1, ... where name is "". It is down and has no address: see Link.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -316,12 +317,42 @@ func TestSetRoutes(t *testing.T) {
 	}
 }
 
+// Two sessions of one cluster: the first leads, and the second when it is gone.
+func TestSetRoutesBeside(t *testing.T) {
+	a, b := open(t, ""), open(t, "")
+	both := prefixes("10.96.0.0/16 fd00:10:96::/112")
+	for i, d := range []*tun.Device{a, b} {
+		l := tun.Link{Name: d.Name()}
+		must(t, l.Configure(1500, []netip.Addr{own4, own4.Next()}[i], []netip.Addr{own6, own6.Next()}[i]))
+		must(t, l.SetRoutes(both))
+		must(t, l.SetRoutes(both))
+	}
+	leads := func(name string) {
+		t.Helper()
+		for _, to := range []string{"10.96.3.4", "fd00:10:96::5"} {
+			link, err := netlink.LinkByName(name)
+			must(t, err)
+			if got, err := netlink.RouteGet(net.ParseIP(to)); err != nil || got[0].LinkIndex != link.Attrs().Index {
+				t.Errorf("route to %s is %v, %v; want %s", to, got, err, name)
+			}
+		}
+	}
+	leads(a.Name())
+	must(t, tun.Link{Name: b.Name()}.SetRoutes(nil))
+	must(t, tun.Link{Name: b.Name()}.SetRoutes(both))
+	must(t, a.Close())
+	leads(b.Name())
+}
+
 func TestSetRoutesInTheWay(t *testing.T) {
 	a, b := open(t, ""), open(t, "")
 	must(t, tun.Link{Name: a.Name()}.Configure(1500, own4))
 	must(t, tun.Link{Name: b.Name()}.Configure(1500, own4.Next()))
-	must(t, tun.Link{Name: a.Name()}.SetRoutes(prefixes("10.96.0.0/16")))
-	err := tun.Link{Name: b.Name()}.SetRoutes(prefixes("10.96.0.0/16"))
+	link, err := netlink.LinkByName(a.Name())
+	must(t, err)
+	_, dst, _ := net.ParseCIDR("10.96.0.0/16")
+	must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst}))
+	err = tun.Link{Name: b.Name()}.SetRoutes(prefixes("10.96.0.0/16"))
 	if !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "10.96.0.0/16") {
 		t.Errorf("a route that is taken: %v", err)
 	}
@@ -351,6 +382,7 @@ func TestExisting(t *testing.T) {
 	add("0.0.0.0/0", "192.0.2.1", unix.RT_TABLE_MAIN, unix.RTN_UNICAST)
 	add("10.0.0.0/8", "192.0.2.1", unix.RT_TABLE_MAIN, unix.RTN_UNICAST)
 	add("100.100.0.0/16", "", 52, unix.RTN_UNICAST) // as Tailscale does it
+	rule(t, "pref", "5270", "table", "52")
 	add("10.66.0.0/16", "", unix.RT_TABLE_MAIN, unix.RTN_BLACKHOLE)
 	defer netlink.RouteDel(&netlink.Route{Type: unix.RTN_BLACKHOLE, Dst: &net.IPNet{IP: net.IP{10, 66, 0, 0}, Mask: net.CIDRMask(16, 32)}})
 
@@ -362,7 +394,7 @@ func TestExisting(t *testing.T) {
 	}
 	for _, want := range []string{
 		"0.0.0.0/0 via 192.0.2.1 dev " + d.Name(), "10.0.0.0/8 via 192.0.2.1 dev " + d.Name(),
-		"100.100.0.0/16 dev " + d.Name(), "10.66.0.0/16",
+		"100.100.0.0/16 dev " + d.Name() + " table 52", "10.66.0.0/16",
 	} {
 		if !have[want] {
 			t.Errorf("no route %q in %v", want, all)
@@ -375,6 +407,69 @@ func TestExisting(t *testing.T) {
 	}
 	if got := len(tun.Conflicts(prefixes("10.66.0.0/24 100.100.3.0/24"), all)); got != 3 {
 		t.Errorf("%d conflicts, want 3", got)
+	}
+}
+
+func rule(t *testing.T, args ...string) {
+	t.Helper()
+	ip(t, append([]string{"rule", "add"}, args...)...)
+	t.Cleanup(func() { ip(t, append([]string{"rule", "del"}, args...)...) })
+}
+
+func ip(t *testing.T, args ...string) {
+	t.Helper()
+	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+		t.Fatalf("ip %v: %v: %s", args, err, out)
+	}
+}
+
+// TestTablesC16: routes of other tables count where a rule asks them, and are told apart
+// where that is before the main table, in which ours are.
+func TestTablesC16(t *testing.T) {
+	vpn, ours := open(t, "vpn0"), open(t, "")
+	must(t, tun.Link{Name: vpn.Name()}.Configure(1500, own4.Next()))
+	must(t, tun.Link{Name: ours.Name()}.Configure(1500, own4))
+	for table, dst := range map[string]string{"52": "10.96.0.0/12", "51820": "default", "77": "10.7.0.0/16", "253": "10.8.0.0/16", "99": "10.9.0.0/16"} {
+		ip(t, "route", "add", dst, "dev", vpn.Name(), "table", table)
+	}
+	ip(t, "route", "add", "throw", "10.100.0.0/16", "table", "52")
+	t.Cleanup(func() { ip(t, "route", "flush", "table", "52") })
+	rule(t, "pref", "5210", "fwmark", "0x80000/0xff0000", "table", "main") // Tailscale, its own packets
+	rule(t, "pref", "5270", "table", "52")                                 // and all others
+	rule(t, "pref", "6000", "table", "main", "suppress_prefixlength", "0") // wg-quick
+	rule(t, "pref", "6001", "not", "fwmark", "0xca6c", "table", "51820")
+	rule(t, "pref", "6002", "table", "77") // behind the main one by then
+
+	existing, err := tun.Existing()
+	must(t, err)
+	found := map[string]int{}
+	for _, r := range existing {
+		found[r.Dst.String()] = r.Table
+	}
+	for dst, table := range map[string]int{"10.96.0.0/12": 52, "0.0.0.0/0": 0, "10.7.0.0/16": 0, "10.8.0.0/16": 0} {
+		if got, ok := found[dst]; !ok || got != table {
+			t.Errorf("%s: %v, table %d, want %d", dst, ok, got, table)
+		}
+	}
+	for _, none := range []string{"10.9.0.0/16", "10.100.0.0/16"} { // nobody asks; on to the next
+		if _, ok := found[none]; ok {
+			t.Errorf("%s is in the way", none)
+		}
+	}
+	wanted := prefixes("10.96.0.0/16 10.7.3.0/24")
+	must(t, tun.Link{Name: ours.Name()}.SetRoutes(wanted))
+	astray, err := tun.Astray(ours.Name(), wanted)
+	must(t, err)
+	if len(astray) != 1 || astray[0].Wanted != wanted[0] || astray[0].Existing.Device != vpn.Name() || astray[0].Existing.String() != "10.96.0.0/12 dev vpn0 table 52" {
+		t.Errorf("astray: %v", astray)
+	}
+	w := tun.Around(wanted[0], tun.Conflicts(wanted[:1], existing), nil, tun.Either)
+	if !slices.Equal(w.Mapped, wanted[:1]) || w.Exact != nil || w.Whole != nil {
+		t.Errorf("ways %+v", w)
+	}
+	w = tun.Around(wanted[1], tun.Conflicts(wanted[1:], existing), nil, tun.Either)
+	if !slices.Equal(w.Exact, wanted[1:]) {
+		t.Errorf("ways %+v", w)
 	}
 }
 

@@ -5,6 +5,7 @@ package tun
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"runtime"
@@ -14,6 +15,9 @@ var errLinuxOnly = fmt.Errorf("connect is for Linux so far, not %s: %w", runtime
 
 // A Device can't be had on this system yet.
 type Device struct{}
+
+// Node fails.
+func Node() (fs.FileInfo, error) { return nil, errLinuxOnly }
 
 // Open fails.
 func Open(string) (*Device, error) { return nil, errLinuxOnly }
@@ -54,8 +58,14 @@ func (l Link) Configure(int, ...netip.Addr) error { return errLinuxOnly }
 // SetRoutes fails.
 func (l Link) SetRoutes([]netip.Prefix) error { return errLinuxOnly }
 
+// TakeAll fails.
+func (l Link) TakeAll() error { return errLinuxOnly }
+
 // Existing fails.
 func Existing(...string) ([]Route, error) { return nil, errLinuxOnly }
+
+// Astray fails.
+func Astray(string, []netip.Prefix) ([]Conflict, error) { return nil, errLinuxOnly }
 
 // HasIPv6 is false.
 func HasIPv6() bool { return false }

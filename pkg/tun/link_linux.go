@@ -112,7 +112,7 @@ func ownAddrs(link netlink.Link) ([]netip.Addr, error) {
 
 // SetRoutes makes these the routes to the device: it adds what is missing, then
 // removes what is no longer wanted. It touches no route of another device or of
-// another maker, and fails where one of those is in the way.
+// another maker, and fails where one of another maker is in the way.
 func (l Link) SetRoutes(all []netip.Prefix) error {
 	link, err := netlink.LinkByName(l.Name)
 	if err != nil {
@@ -122,13 +122,16 @@ func (l Link) SetRoutes(all []netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	have, err := l.routes(link)
+	have, taken, err := l.routes(link)
 	if err != nil {
 		return err
 	}
 	want := make(map[netip.Prefix]bool, len(all))
 	for _, p := range Merge(all) {
 		want[p] = true
+		if taken[p] {
+			return fmt.Errorf("add route %v to %s: %w", p, l.Name, unix.EEXIST)
+		}
 		r := l.route(link, p, addrs)
 		old, ok := have[p]
 		if ok && old.Src.Equal(r.Src) {
@@ -155,7 +158,8 @@ func (l Link) SetRoutes(all []netip.Prefix) error {
 }
 
 // route is the route to p. The source is told outright, so that what is bound
-// to no address has the device's and no other.
+// to no address has the device's and no other. Two sessions of one cluster have
+// the same routes; those of the device that came first lead, until it is gone.
 func (l Link) route(link netlink.Link, p netip.Prefix, addrs []netip.Addr) *netlink.Route {
 	r := &netlink.Route{
 		LinkIndex: link.Attrs().Index,
@@ -163,6 +167,7 @@ func (l Link) route(link netlink.Link, p netip.Prefix, addrs []netip.Addr) *netl
 		Protocol:  routeProtocol,
 		Scope:     netlink.SCOPE_LINK,
 		Table:     unix.RT_TABLE_MAIN,
+		Priority:  link.Attrs().Index,
 	}
 	for _, a := range addrs {
 		if a.BitLen() == p.Addr().BitLen() {
@@ -172,23 +177,27 @@ func (l Link) route(link netlink.Link, p netip.Prefix, addrs []netip.Addr) *netl
 	return r
 }
 
-// routes returns the routes to the link that are ours.
-func (l Link) routes(link netlink.Link) (map[netip.Prefix]netlink.Route, error) {
-	list, err := netlink.RouteListFiltered(netlink.FAMILY_ALL,
-		&netlink.Route{LinkIndex: link.Attrs().Index, Protocol: routeProtocol, Table: unix.RT_TABLE_MAIN},
-		netlink.RT_FILTER_OIF|netlink.RT_FILTER_PROTOCOL|netlink.RT_FILTER_TABLE)
+// routes returns the routes to the link that are ours, and where other makers'
+// routes lead.
+func (l Link) routes(link netlink.Link) (have map[netip.Prefix]netlink.Route, taken map[netip.Prefix]bool, err error) {
+	list, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 	if err != nil {
-		return nil, fmt.Errorf("list routes of %s: %w", l.Name, err)
+		return nil, nil, fmt.Errorf("list routes: %w", err)
 	}
-	have := make(map[netip.Prefix]netlink.Route, len(list))
+	have, taken = map[netip.Prefix]netlink.Route{}, map[netip.Prefix]bool{}
 	for _, r := range list {
-		have[prefix(r)] = r
+		switch {
+		case r.Protocol != routeProtocol:
+			taken[prefix(r)] = true
+		case r.LinkIndex == link.Attrs().Index:
+			have[prefix(r)] = r
+		}
 	}
-	return have, nil
+	return have, taken, nil
 }
 
-// Existing returns the machine's routes, of every table but the one of its own
-// addresses, and without those to the excepted devices.
+// Existing returns the machine's routes, of every table that rules ask but the one of its
+// own addresses, and without those to the excepted devices.
 func Existing(except ...string) ([]Route, error) {
 	list, err := netlink.RouteListFiltered(netlink.FAMILY_ALL,
 		&netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
@@ -199,13 +208,21 @@ func Existing(except ...string) ([]Route, error) {
 	if err != nil {
 		return nil, err
 	}
+	before, err := tables()
+	if err != nil {
+		return nil, err
+	}
 	var routes []Route
 	for _, r := range list {
-		if r.Table == unix.RT_TABLE_LOCAL || r.Flags&unix.RTM_F_CLONED != 0 || !leads(r.Type) {
+		first, asked := before[table{r.Family, r.Table}]
+		if !asked || r.Flags&unix.RTM_F_CLONED != 0 || !leads(r) {
 			continue
 		}
 		for _, hop := range hops(r) {
 			have := Route{Dst: prefix(r), Device: names[hop.LinkIndex], Gateway: gateway(hop)}
+			if first {
+				have.Table = r.Table
+			}
 			if have.Device == "" || !slices.Contains(except, have.Device) {
 				routes = append(routes, have)
 			}
@@ -214,14 +231,68 @@ func Existing(except ...string) ([]Route, error) {
 	return routes, nil
 }
 
-// leads tells whether a route of this type decides about other machines'
-// addresses, be it to refuse them.
-func leads(kind int) bool {
-	switch kind {
-	case unix.RTN_UNICAST, unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_THROW:
+// A table is one of a family, by number.
+type table struct{ family, number int }
+
+// tables are those that rules ask, but for that of the machine's own addresses, and
+// whether that is before the main one: those of VPNs often are. The tables of VRFs are for
+// who is bound to one.
+func tables() (before map[table]bool, err error) {
+	before = map[table]bool{}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := netlink.RuleList(family)
+		if err != nil && family == netlink.FAMILY_V4 {
+			return nil, fmt.Errorf("list rules: %w", err)
+		}
+		slices.SortStableFunc(rules, func(a, b netlink.Rule) int { return a.Priority - b.Priority })
+		main := false
+		for _, r := range rules {
+			t := table{family, r.Table}
+			if _, known := before[t]; !known && r.Table != unix.RT_TABLE_UNSPEC && r.Table != unix.RT_TABLE_LOCAL {
+				before[t] = !main && r.Table != unix.RT_TABLE_MAIN
+			}
+			main = main || r.Table == unix.RT_TABLE_MAIN && r.Src == nil && r.Dst == nil && r.Mark == 0 && r.IifName == "" && r.OifName == "" && r.UIDRange == nil
+		}
+	}
+	return before, nil
+}
+
+// leads tells whether a route decides about other machines' addresses, be it to
+// refuse them. One that throws leaves it to the next table.
+func leads(r netlink.Route) bool {
+	switch r.Type {
+	case unix.RTN_UNICAST, unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT:
 		return true
+	case unix.RTN_THROW:
+		return r.Table == unix.RT_TABLE_MAIN
 	}
 	return false
+}
+
+// Astray are routes to a device that packets do not take, each with the one that they
+// take: a rule has another table before that of ours.
+func Astray(device string, all []netip.Prefix) (found []Conflict, err error) {
+	names, err := linkNames()
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range all {
+		a := p.Addr()
+		if !p.IsSingleIP() { // the first one has a meaning on a link
+			a = a.Next()
+		}
+		taken, err := netlink.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+		switch {
+		case err != nil: // refused, which is a route as well
+			found = append(found, Conflict{p, Route{Dst: p}})
+		case len(taken) > 0:
+			hop := hops(taken[0])[0]
+			if to := names[hop.LinkIndex]; to != device {
+				found = append(found, Conflict{p, Route{Dst: prefix(taken[0]), Device: to, Gateway: gateway(hop), Table: taken[0].Table}})
+			}
+		}
+	}
+	return found, nil
 }
 
 func linkNames() (map[int]string, error) {

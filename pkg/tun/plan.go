@@ -12,6 +12,7 @@ type Route struct {
 	Dst     netip.Prefix
 	Device  string     // "" where it leads nowhere (blackhole, unreachable)
 	Gateway netip.Addr // invalid where the destination is on the link
+	Table   int        // that is asked before the main one; 0 for all others
 }
 
 func (r Route) String() string {
@@ -22,6 +23,9 @@ func (r Route) String() string {
 	}
 	if r.Device != "" {
 		b.WriteString(" dev " + r.Device)
+	}
+	if r.Table != 0 {
+		fmt.Fprintf(&b, " table %d", r.Table)
 	}
 	return b.String()
 }
@@ -102,13 +106,26 @@ var (
 // none of the taken prefixes holds them: existing routes and addresses, and
 // whatever is wanted in the tunnel. An address is invalid where all is taken.
 func FreeAddrs(taken []netip.Prefix) (v4, v6 netip.Addr) {
-	var holes []netip.Prefix
+	holes := holesOf(taken)
+	return free(pools4[:], holes), free(pools6[:], holes)
+}
+
+// shared is address space for carriers (RFC 6598). Who has any of it may have all, as
+// Tailscale has, which has routes for single hosts and drops the rest.
+var shared = netip.MustParsePrefix("100.64.0.0/10")
+
+// holesOf is what no address may be taken from.
+func holesOf(taken []netip.Prefix) (holes []netip.Prefix) {
 	for _, p := range taken {
-		if p = normal(p); p.IsValid() && !harmless(p) {
+		switch p = normal(p); {
+		case !p.IsValid() || harmless(p):
+		case p.Overlaps(shared):
+			holes = append(holes, p, shared)
+		default:
 			holes = append(holes, p)
 		}
 	}
-	return free(pools4[:], holes), free(pools6[:], holes)
+	return holes
 }
 
 // free returns the first address of the pools that is in no hole and does not

@@ -1,8 +1,10 @@
 package resolvertest
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -55,4 +57,33 @@ func enter(t *testing.T) {
 	must(os.MkdirAll("/run/etc/upper", 0o755))
 	must(os.MkdirAll("/run/etc/work", 0o755))
 	must(unix.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work"))
+}
+
+// Install lays unpacked packages over the machine of InMachine, as if they had
+// been installed there without being configured. It works once.
+func Install(dirs ...string) error {
+	var lower []string
+	for i, dir := range dirs {
+		usr := fmt.Sprintf("/run/packages/%d", i)
+		lower = append(lower, usr)
+		// Packages say /sbin where the machine has /usr/sbin.
+		script := `mkdir -p "$2"; cd "$1"; for d in bin sbin lib; do if [ -d $d ]; then cp -a $d "$2"; fi; done
+			if [ -d usr ]; then cp -a usr/. "$2"; fi; if [ -d etc ]; then cp -an etc/. /etc; fi`
+		if err := run(exec.Command("sh", "-ec", script, "sh", dir, usr)); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("overlay", "/usr", "overlay", unix.MS_RDONLY, "lowerdir="+strings.Join(append(lower, "/usr"), ":")); err != nil {
+		return fmt.Errorf("lay packages over /usr: %w", err)
+	}
+	return nil
+}
+
+// StartBus runs a system bus in the machine of InMachine for as long as that
+// lasts, for programs that bring none.
+func StartBus() error {
+	cmd := exec.Command("sh", "-ec", `mkdir -p /run/dbus; cat >/run/dbus/resolvertest.conf
+		dbus-daemon --config-file=/run/dbus/resolvertest.conf --nopidfile --fork`)
+	cmd.Stdin = strings.NewReader(bus)
+	return run(cmd)
 }

@@ -98,8 +98,9 @@ func (c Config) command(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, args[0], args[1:]...)
 }
 
-// bus is the configuration of a system bus that lets systemd-resolved have its
-// name and everybody call it, as the policy in its package does.
+// bus is the configuration of a system bus that lets systemd-resolved and
+// NetworkManager have their names and everybody call them, as the policies in
+// their packages do.
 const bus = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -108,7 +109,7 @@ const bus = `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configura
   <listen>unix:path=/run/dbus/system_bus_socket</listen>
   <policy context="default">
     <allow user="*"/>
-    <allow own="org.freedesktop.resolve1"/>
+    <allow own="*"/>
     <allow send_destination="*" eavesdrop="false"/>
     <allow receive_sender="*" eavesdrop="false"/>
   </policy>
