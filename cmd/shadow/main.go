@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/culvert-dev/culvert/pkg/cgroup"
 	"github.com/culvert-dev/culvert/pkg/kube/heal"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
@@ -21,7 +22,7 @@ var version = "dev"
 
 func main() {
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memoryLimit(os.DirFS("/sys/fs/cgroup")))
+		debug.SetMemoryLimit(cgroup.MemoryLimit(os.DirFS("/sys/fs/cgroup")))
 	}
 	cfg := shadow.Config{Version: version, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	flag.StringVar(&cfg.Listen, "listen", ":7465", "listen for wires on `address`")

@@ -33,9 +33,12 @@ const (
 // A Route is a range of cluster addresses.
 type Route struct {
 	Prefix netip.Prefix
-	Kind   string // "pod" or "service"
+	Kind   string // "pod" or ServiceRange
 	Source string // how it is known, in words: "ServiceCIDR kubernetes"
 }
+
+// ServiceRange is the Kind of addresses for Services.
+const ServiceRange = "service"
 
 // A Hint is addresses that are known to be the cluster's from elsewhere, as
 // what the shadow says of itself.
@@ -102,7 +105,7 @@ func newWorld(hint Hint) world {
 // routes is the decision: what is exact, then what was seen outside of that.
 func (w world) routes() []Route {
 	services := w.serviceRoutes()
-	services = append(services, observed("service", 24, 112, outside(services, w.services, w.hint.Services))...)
+	services = append(services, observed(ServiceRange, 24, 112, outside(services, w.services, w.hint.Services))...)
 	pods := w.podRoutes()
 	pods = append(pods, observed("pod", 24, 64, outside(pods, w.pods, w.hint.Pods))...)
 	return append(prune(services), prune(pods)...)
@@ -112,11 +115,11 @@ func (w world) routes() []Route {
 func (w world) serviceRoutes() []Route {
 	var r []Route
 	for k, prefixes := range w.ranges {
-		r = append(r, routesOf("service", "ServiceCIDR "+k.name, prefixes)...)
+		r = append(r, routesOf(ServiceRange, "ServiceCIDR "+k.name, prefixes)...)
 	}
 	if len(r) == 0 {
-		r = append(r, routesOf("service", "kubeadm-config", w.kubeadmServices)...)
-		r = append(r, routesOf("service", "dry-run answer", w.answers)...)
+		r = append(r, routesOf(ServiceRange, "kubeadm-config", w.kubeadmServices)...)
+		r = append(r, routesOf(ServiceRange, "dry-run answer", w.answers)...)
 	}
 	return r
 }

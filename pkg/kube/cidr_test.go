@@ -40,7 +40,7 @@ func many(n int) []netip.Addr {
 	return all
 }
 
-func TestRoutes(t *testing.T) {
+func TestRoutesC17(t *testing.T) {
 	for name, tc := range map[string]struct {
 		world world
 		want  []string
@@ -179,7 +179,7 @@ func answering(c *Cluster) {
 	})
 }
 
-func TestCIDRsByRights(t *testing.T) {
+func TestCIDRsC17ByRights(t *testing.T) {
 	of := func(all ...string) func(verb, resource, namespace string) bool {
 		return func(verb, resource, namespace string) bool {
 			return slices.Contains(all, verb+" "+resource) || namespace == "" && slices.Contains(all, "all "+resource)

@@ -42,12 +42,17 @@ type Cluster struct {
 	Context   string // name of the kubeconfig context
 	Namespace string
 	Server    string // URL of the API server
+	File      string // of the kubeconfig that has the context
+	Plugin    string // the command that credentials come from; "" without one
 
 	client kubernetes.Interface
 	config *rest.Config
 	log    *slog.Logger
 	http   *http.Client
 	conns  *conns
+	by     Through // nil: this machine's own sockets
+
+	credentials *credentials
 }
 
 // Config says which cluster, in kubectl's words.
@@ -57,6 +62,17 @@ type Config struct {
 	Namespace  string // "" is the context's
 	UserAgent  string
 	Log        *slog.Logger
+
+	// Through, if set, is what the API server is dialled through. The Cluster closes it.
+	Through Through
+}
+
+// Through leads to an API server that this machine does not reach itself. Credential
+// plugins do not know of it, and neither do the libraries of a port-forward.
+type Through interface {
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+	Addrs(ctx context.Context) ([]netip.Addr, error) // that it begins with, here
+	Close()
 }
 
 // dialTimeout bounds how long an API server that is not there is waited for.
@@ -95,7 +111,15 @@ func Load(cfg Config) (*Cluster, error) {
 	if wrong := validation.IsDNS1123Label(namespace); len(wrong) > 0 {
 		return nil, fmt.Errorf("%w: %q: %s", ErrNamespace, namespace, wrong[0])
 	}
-	return newCluster(config, name, namespace, cfg.UserAgent, log)
+	c, err := newCluster(config, name, namespace, cfg.UserAgent, cfg.Through, log)
+	if err != nil {
+		return nil, err
+	}
+	c.File = raw.Contexts[name].LocationOfOrigin
+	if config.ExecProvider != nil {
+		c.Plugin = config.ExecProvider.Command
+	}
+	return c, nil
 }
 
 // Contexts are the names in the kubeconfig, sorted.
@@ -160,10 +184,13 @@ func refersWell(raw *api.Config, name string) error {
 
 // newCluster sets what client-go leaves at values made for controllers: a
 // start-up asks some 60 questions in one breath.
-func newCluster(config *rest.Config, name, namespace, agent string, log *slog.Logger) (*Cluster, error) {
+func newCluster(config *rest.Config, name, namespace, agent string, by Through, log *slog.Logger) (*Cluster, error) {
 	config.QPS, config.Burst = 100, 200
 	config.WarningHandler = warnings{log}
-	open := &conns{}
+	open := &conns{by: by}
+	if by != nil { // it stands where a proxy would
+		config.Proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
+	}
 	config.Dial = open.dial
 	if agent != "" {
 		config.UserAgent = agent
@@ -176,13 +203,15 @@ func newCluster(config *rest.Config, name, namespace, agent string, log *slog.Lo
 	if err != nil {
 		return nil, fmt.Errorf("%w: context %s: %w", ErrKubeconfig, name, err)
 	}
+	accepts := &credentials{changed: make(chan struct{}, 1)}
+	httpClient.Transport = gauge{httpClient.Transport, accepts}
 	client, err := kubernetes.NewForConfigAndClient(config, httpClient)
 	if err != nil {
 		return nil, fmt.Errorf("%w: context %s: %w", ErrKubeconfig, name, err)
 	}
 	return &Cluster{
 		Context: name, Namespace: namespace, Server: server.String(),
-		client: client, config: config, log: log, http: httpClient, conns: open,
+		client: client, config: config, log: log, http: httpClient, conns: open, by: by, credentials: accepts,
 	}, nil
 }
 
@@ -197,17 +226,19 @@ func (w warnings) HandleWarningHeader(code int, _ string, text string) {
 
 // Close ends all connections to the API server; the Cluster is of no use then.
 // Only what goes through a port-forward has connections of its own.
-func (c *Cluster) Close() { c.conns.close() }
+func (c *Cluster) Close() {
+	c.conns.close()
+	if c.by != nil {
+		c.by.Close()
+	}
+}
 
 // Check asks the API server for its version, and whether the namespace is
 // there. It gives up after a few seconds, except that a credential plugin may
 // take its time: it may be waiting for a person to log in.
 func (c *Cluster) Check(ctx context.Context) (serverVersion string, err error) {
-	if c.config.ExecProvider == nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, 2*dialTimeout)
-		defer cancel()
-	}
+	ctx, cancel := c.patience(ctx)
+	defer cancel()
 	var info version.Info
 	body, err := c.client.Discovery().RESTClient().Get().AbsPath("/version").MaxRetries(0).DoRaw(ctx)
 	if err != nil {
@@ -226,11 +257,22 @@ func (c *Cluster) Check(ctx context.Context) (serverVersion string, err error) {
 	return info.GitVersion, nil
 }
 
+// patience bounds a first question.
+func (c *Cluster) patience(ctx context.Context) (context.Context, context.CancelFunc) {
+	if c.config.ExecProvider != nil {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, 2*dialTimeout)
+}
+
 // ServerAddrs are the addresses that the way to the API server leads to: those
 // of its host, and of the proxy where there is one. They must stay outside of
 // whatever is routed to the cluster. Behind a proxy the host's own name need
 // not resolve here.
 func (c *Cluster) ServerAddrs(ctx context.Context) ([]netip.Addr, error) {
+	if c.by != nil {
+		return c.by.Addrs(ctx)
+	}
 	server, err := url.Parse(c.Server)
 	if err != nil {
 		return nil, fmt.Errorf("server %s: %w", c.Server, err)

@@ -188,7 +188,7 @@ func TestCheckUnreachable(t *testing.T) {
 	}
 }
 
-func TestServerAddrs(t *testing.T) {
+func TestServerAddrsC19(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	for _, test := range []struct{ server, proxy, want string }{

@@ -132,7 +132,7 @@ func asUser(t *testing.T, c *Cluster, user string) *Cluster {
 	t.Helper()
 	config := rest.CopyConfig(c.config)
 	config.Impersonate.UserName = user
-	other, err := newCluster(config, c.Context, c.Namespace, "", c.log)
+	other, err := newCluster(config, c.Context, c.Namespace, "", nil, c.log)
 	must(t, err)
 	t.Cleanup(other.Close)
 	return other

@@ -77,6 +77,11 @@ func render(cfg ShadowConfig, namespace string, holder Holder, fit func(*corev1.
 		}
 	}
 	templates := []*corev1.PodTemplateSpec{&o.deployment.Spec.Template, &o.job.Spec.Template}
+	if cfg.Path.Endpoint == HostPort {
+		for _, template := range templates {
+			openHostPort(cfg.Session, &template.Spec)
+		}
+	}
 	for _, in := range o.others {
 		templates = append(templates, &in.deployment.Spec.Template)
 	}

@@ -56,7 +56,7 @@ func (c *Cluster) over(t *testing.T, l *line, namespace, user string) *Cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.set(true) })
-	return &Cluster{Context: c.Context, Namespace: namespace, Server: c.Server, client: client, config: config, log: c.log, http: httpClient, conns: &conns{}}
+	return &Cluster{Context: c.Context, Namespace: namespace, Server: c.Server, client: client, config: config, log: c.log, http: httpClient, conns: &conns{}, credentials: &credentials{}}
 }
 
 // line is the way to the API server, which can be cut.

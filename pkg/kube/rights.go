@@ -32,6 +32,7 @@ type Need string
 
 const (
 	Connect  Need = "connect"
+	Forward  Need = "forward"
 	Exchange Need = "exchange" // and to expose
 	Scale    Need = "scale"    // the original to nothing, while it is exchanged
 
@@ -73,11 +74,14 @@ type right struct {
 
 // connectRights is the one list: what is asked for is what `culvert rbac` prints
 // (a test holds them together).
-func connectRights() []right {
+func connectRights() []right { return append(shadowRights(), nameRights()...) }
+
+// forwardRights are those without which only names are forwarded to.
+func forwardRights() []right { return append(shadowRights(), backendRights()...) }
+
+// shadowRights are those to make a shadow, and to reach it.
+func shadowRights() []right {
 	const (
-		names  = "names in this namespace are asked of the cluster's DNS"
-		others = "names in other namespaces are asked of the cluster's DNS"
-		ranges = "address ranges are observed, not read; --include adds what is missing"
 		limits = "the shadow is not fitted to the namespace's limits and quota"
 		policy = "a network policy that keeps the shadow from working is not noticed"
 	)
@@ -104,6 +108,17 @@ func connectRights() []right {
 		{group: "", resource: "resourcequotas", verbs: []string{"list"}, purpose: optional, without: limits},
 		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"list"}, purpose: optional, without: policy},
 		{group: "networking.k8s.io", resource: "networkpolicies", verbs: []string{"create"}, purpose: optional, without: "a network policy that shuts the shadow in cannot be opened for it"},
+	}
+}
+
+// nameRights are those to read names and ranges.
+func nameRights() []right {
+	const (
+		names  = "names in this namespace are asked of the cluster's DNS"
+		others = "names in other namespaces are asked of the cluster's DNS"
+		ranges = "address ranges are observed, not read; --include adds what is missing"
+	)
+	return []right{
 		{group: "", resource: "services", verbs: []string{"list", "watch"}, purpose: optional, without: names},
 		{group: "discovery.k8s.io", resource: "endpointslices", verbs: []string{"list", "watch"}, purpose: optional, without: names},
 
@@ -114,6 +129,16 @@ func connectRights() []right {
 		{group: "", resource: "nodes", verbs: []string{"list", "watch"}, purpose: anywhere, without: ranges},
 		{group: "networking.k8s.io", resource: "servicecidrs", verbs: []string{"list", "watch"}, purpose: anywhere, without: ranges},
 		{group: "", resource: "configmaps", verbs: []string{"get"}, name: "kubeadm-config", namespace: "kube-system", purpose: anywhere, without: ranges},
+	}
+}
+
+// backendRights are those beside shadowRights, to find what is forwarded to.
+func backendRights() []right {
+	const without = "not every kind of target can be forwarded to"
+	return []right{
+		{group: "", resource: "services", verbs: []string{"get"}, purpose: optional, without: without},
+		{group: "apps", resource: "deployments", verbs: []string{"get"}, purpose: optional, without: without},
+		{group: "apps", resource: "statefulsets", verbs: []string{"get"}, purpose: optional, without: without},
 	}
 }
 
@@ -183,6 +208,9 @@ func rightsFor(needs []Need) []right {
 	if len(needs) == 0 || slices.Contains(needs, Connect) {
 		all = append(all, connectRights()...)
 	}
+	if slices.Contains(needs, Forward) {
+		all = append(all, forwardRights()...)
+	}
 	if slices.Contains(needs, Exchange) {
 		all = append(all, exchangeRights()...)
 	}
@@ -193,6 +221,17 @@ func rightsFor(needs []Need) []right {
 		all = append(all, ephemeralRights()...)
 	}
 	return all
+}
+
+// Everywhere tells whether the Services of all namespaces may be watched, with what is
+// behind them.
+func (r *Rights) Everywhere() bool {
+	for _, what := range []string{"list /services", "watch /services", "list discovery.k8s.io/endpointslices", "watch discovery.k8s.io/endpointslices"} {
+		if !r.held["anywhere "+what] {
+			return false
+		}
+	}
+	return true
 }
 
 // Preflight asks the API server, by self subject access reviews, what the user
@@ -222,7 +261,11 @@ func (c *Cluster) Preflight(ctx context.Context, needs ...Need) (*Rights, error)
 	for key := range answers {
 		held[key] = true
 	}
-	return weigh(wanted, held, c.Namespace), nil
+	rights := weigh(wanted, held, c.Namespace)
+	if c.by != nil {
+		rights.through(c.Namespace)
+	}
+	return rights, nil
 }
 
 // may asks for one verb.
@@ -291,7 +334,7 @@ func weigh(wanted []right, held map[string]bool, namespace string) *Rights {
 		rights.Missing = append(rights.Missing, missing[way]...)
 	}
 	rights.Mode = rights.chooseMode(missing, slices.ContainsFunc(wanted, func(r right) bool { return r.purpose == job }))
-	rights.Missing = unique(rights.Missing)
+	rights.Missing = eachOnce(rights.Missing)
 	rights.Notices = append(rights.Notices, perEffect(notices)...)
 	return rights
 }
@@ -317,8 +360,8 @@ func (r *Rights) chooseMode(missing map[purpose][]string, jobs bool) Mode {
 	return ByJob
 }
 
-// unique keeps each line once: two needs may want the same.
-func unique(lines []string) []string {
+// eachOnce keeps each line once: two needs may want the same.
+func eachOnce(lines []string) []string {
 	var kept []string
 	for _, line := range lines {
 		if !slices.Contains(kept, line) {
@@ -340,6 +383,14 @@ func perEffect(notices []string) []string {
 		seen[effect] = true
 	}
 	return kept
+}
+
+// through leaves the way of those that an SSH server can lead.
+func (r *Rights) through(namespace string) {
+	r.Ways = slices.DeleteFunc(r.Ways, func(w Way) bool { return w != PodsProxy })
+	if len(r.Ways) == 0 {
+		r.Missing = append(r.Missing, "get pods/proxy in namespace "+namespace+", the only way through an SSH server")
+	}
 }
 
 func waysOf(held map[string]bool) []Way {
@@ -379,8 +430,11 @@ func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 		return "", fmt.Errorf("%w: %q: %s", ErrNamespace, namespace, wrong[0])
 	}
 	var files []string
-	if len(needs) == 0 || slices.Contains(needs, Connect) {
+	if len(needs) == 0 || slices.Contains(needs, Connect) || slices.Contains(needs, Forward) {
 		files = append(files, "rbac.yaml")
+	}
+	if slices.Contains(needs, Forward) {
+		files = append(files, "rbac-forward.yaml")
 	}
 	if slices.Contains(needs, Exchange) {
 		files = append(files, "rbac-exchange.yaml")

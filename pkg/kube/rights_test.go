@@ -51,6 +51,35 @@ func TestRBACIsThePreflightList(t *testing.T) {
 	same(t, "ClusterRole", anywhereRules, ruleLines(cluster.Rules))
 }
 
+// To forward takes the Role of connecting, and one beside it for what is forwarded to.
+func TestRBACToForward(t *testing.T) {
+	text, err := RBAC("dev", false, Forward)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked, printed []string
+	for _, doc := range strings.Split(text, "\n---\n") {
+		var role rbacv1.Role
+		if err := yaml.UnmarshalStrict([]byte(doc), &role); err != nil {
+			t.Fatal(err)
+		}
+		if role.Name == "culvert-forward" {
+			printed = ruleLines(role.Rules)
+		}
+	}
+	for _, r := range backendRights() {
+		for _, verb := range r.verbs {
+			asked = append(asked, strings.Join([]string{verb, r.group, r.resource, r.name}, " "))
+		}
+	}
+	same(t, "Role", asked, printed)
+	for _, r := range shadowRights() {
+		if r.purpose == anywhere {
+			t.Errorf("%s is asked for the whole cluster", r.resource)
+		}
+	}
+}
+
 func ruleLines(rules []rbacv1.PolicyRule) []string {
 	var all []string
 	for _, r := range rules {

@@ -109,6 +109,7 @@ func (c *Cluster) openRouter(ctx context.Context, session string, path Path, rig
 	}
 	s := c.NewShadow(ShadowConfig{Session: session, Path: path}, rights)
 	s.router, s.joined, s.mode = true, true, c.routerMode(ctx, name)
+	s.published.made(refTo("coordination.k8s.io/v1", "Lease", lease))
 	s.pod = lease.Annotations[annPod]
 	s.workload = parseWorkload(lease.Annotations[annWorkload])
 	if s.service = lease.Annotations[annService]; s.service != "" {

@@ -354,10 +354,10 @@ func TestRouterPolicies(t *testing.T) {
 	}{
 		{name: "none"},
 		{name: "of other pods", there: []runtime.Object{ingress("db", map[string]string{"app": "db"}, "web")}},
-		{"everything shut", []runtime.Object{ingress("deny", nil)}, []string{"culvert-x1", "culvert-x1-1"}, "7465"},
-		{"shut and opened", []runtime.Object{ingress("deny", nil), ingress("web", map[string]string{"app": "web"}, "shop")}, []string{"culvert-x1", "culvert-x1-1", "culvert-x1-2"}, "7465 shop"},
-		{"one pod only", []runtime.Object{ingress("one", map[string]string{"pod": "web-2"}, "shop", "till")}, []string{"culvert-x1", "culvert-x1-1"}, "7465 shop till"},
-		{"ways out", []runtime.Object{egress}, []string{"culvert-x1"}, "7465 8080"},
+		{"everything shut", []runtime.Object{ingress("deny", nil)}, []string{"culvert-x1", "culvert-x1-1"}, "7465 7465"},
+		{"shut and opened", []runtime.Object{ingress("deny", nil), ingress("web", map[string]string{"app": "web"}, "shop")}, []string{"culvert-x1", "culvert-x1-1", "culvert-x1-2"}, "7465 7465 shop"},
+		{"one pod only", []runtime.Object{ingress("one", map[string]string{"pod": "web-2"}, "shop", "till")}, []string{"culvert-x1", "culvert-x1-1"}, "7465 7465 shop till"},
+		{"ways out", []runtime.Object{egress}, []string{"culvert-x1"}, "7465 7465 8080"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c, client := routerCluster(test.there...)

@@ -85,6 +85,14 @@ func (c *Cluster) NewShadow(cfg ShadowConfig, rights *Rights) *Shadow {
 	return s
 }
 
+// OpenShadow is the shadow of a session that somebody else made, and removes: it is for
+// dialling.
+func (c *Cluster) OpenShadow(session string, mode Mode, path Path, rights *Rights) *Shadow {
+	s := c.NewShadow(ShadowConfig{Session: session, Mode: mode, Path: path}, rights)
+	s.joined = true
+	return s
+}
+
 // Mode is how the shadow is run.
 func (s *Shadow) Mode() Mode { return s.mode }
 

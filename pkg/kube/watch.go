@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"unique"
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
@@ -129,7 +130,7 @@ func (b *board) expect(namespaces []string, listed bool) {
 			namespace: ns,
 			services:  map[key]catalog.Service{},
 			slices:    map[key]slice{},
-			behind:    map[key]map[key]bool{},
+			behind:    map[key][]key{},
 			sent:      map[key]catalog.Service{},
 		})
 	}
@@ -209,7 +210,7 @@ type view struct {
 
 	services map[key]catalog.Service // without endpoints
 	slices   map[key]slice
-	behind   map[key]map[key]bool // the slices of each Service
+	behind   map[key][]key // the slices of each Service
 	sent     map[key]catalog.Service
 
 	haveServices, haveSlices bool
@@ -294,18 +295,15 @@ func (v *view) putSlices(d delta[slice]) {
 func (v *view) setSlice(k key, s slice) (before key) {
 	before = v.slices[k].service
 	delete(v.slices, k)
-	delete(v.behind[before], k)
-	if len(v.behind[before]) == 0 {
+	left := slices.DeleteFunc(v.behind[before], func(name key) bool { return name == k })
+	if v.behind[before] = left; len(left) == 0 {
 		delete(v.behind, before)
 	}
 	if s.service.name == "" {
 		return before
 	}
 	v.slices[k] = s
-	if v.behind[s.service] == nil {
-		v.behind[s.service] = map[key]bool{}
-	}
-	v.behind[s.service][k] = true
+	v.behind[s.service] = append(v.behind[s.service], k)
 	return before
 }
 
@@ -332,7 +330,7 @@ func (v *view) put(k key) {
 		return
 	}
 	var behind []slice
-	for name := range v.behind[k] {
+	for _, name := range v.behind[k] {
 		behind = append(behind, v.slices[name])
 	}
 	s.Endpoints = merge(behind)
@@ -350,33 +348,43 @@ func (v *view) drop(k key) {
 	}
 }
 
-// merge makes one list of all slices. The same address may be in several, while
-// the controller moves it, or with other ports: its ports are joined.
+// merge makes one list of all slices, in order. The same address may be in several, while
+// the controller moves it, or with other ports: its ports are joined. Most Services have a
+// single slice, whose list is theirs.
 func merge(all []slice) []catalog.Endpoint {
-	type id struct {
-		addr     netip.Addr
-		hostname string
-	}
-	ports := map[id]map[catalog.Port]bool{}
-	for _, s := range all {
-		for _, e := range s.endpoints {
-			i := id{e.Addr, e.Hostname}
-			if ports[i] == nil {
-				ports[i] = map[catalog.Port]bool{}
-			}
-			for _, p := range e.Ports {
-				ports[i][p] = true
-			}
-		}
+	if len(all) == 1 {
+		return all[0].endpoints
 	}
 	var merged []catalog.Endpoint
-	for i, p := range ports {
-		merged = append(merged, catalog.Endpoint{Addr: i.addr, Hostname: i.hostname, Ports: slices.SortedFunc(maps.Keys(p), comparePorts)})
+	for _, s := range all {
+		merged = append(merged, s.endpoints...)
 	}
-	slices.SortFunc(merged, func(a, b catalog.Endpoint) int {
-		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Hostname, b.Hostname))
-	})
-	return merged
+	return distinct(merged)
+}
+
+// distinct sorts endpoints, and makes one of those that are the same.
+func distinct(all []catalog.Endpoint) []catalog.Endpoint {
+	slices.SortFunc(all, compareEndpoints)
+	each := all[:0]
+	for _, e := range all {
+		last := len(each) - 1
+		if last < 0 || compareEndpoints(each[last], e) != 0 {
+			each = append(each, e)
+			continue
+		}
+		each[last].Ports = inOrder(slices.Concat(each[last].Ports, e.Ports))
+	}
+	return each
+}
+
+func compareEndpoints(a, b catalog.Endpoint) int {
+	return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Hostname, b.Hostname))
+}
+
+// inOrder sorts ports, each once.
+func inOrder(ports []catalog.Port) []catalog.Port {
+	slices.SortFunc(ports, comparePorts)
+	return slices.Compact(ports)
 }
 
 func comparePorts(a, b catalog.Port) int {
@@ -388,9 +396,9 @@ func reduceService(o runtime.Object) catalog.Service {
 	if !ok {
 		return catalog.Service{}
 	}
-	r := catalog.Service{Namespace: s.Namespace, Name: s.Name}
+	r := catalog.Service{Namespace: shared(s.Namespace), Name: s.Name}
 	for _, p := range s.Spec.Ports {
-		r.Ports = append(r.Ports, catalog.Port{Name: p.Name, Protocol: protocol(p.Protocol), Port: uint16(p.Port)})
+		r.Ports = append(r.Ports, catalog.Port{Name: shared(p.Name), Protocol: protocol(p.Protocol), Port: uint16(p.Port)})
 	}
 	if s.Spec.Type == corev1.ServiceTypeExternalName {
 		r.ExternalName = s.Spec.ExternalName
@@ -414,11 +422,13 @@ func reduceSlice(o runtime.Object) slice {
 	if !ok {
 		return slice{}
 	}
-	r := slice{service: key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}}
+	r := slice{service: key{shared(s.Namespace), s.Labels[discoveryv1.LabelServiceName]}}
 	var ports []catalog.Port // shared by all endpoints of the slice
 	for _, p := range s.Ports {
-		ports = append(ports, catalog.Port{Name: deref(p.Name), Protocol: protocol(deref(p.Protocol)), Port: uint16(deref(p.Port))})
+		ports = append(ports, catalog.Port{Name: shared(deref(p.Name)), Protocol: protocol(deref(p.Protocol)), Port: uint16(deref(p.Port))})
 	}
+	ports = inOrder(ports)
+	r.endpoints = make([]catalog.Endpoint, 0, len(s.Endpoints)) // of one address each
 	for _, e := range s.Endpoints {
 		if e.Conditions.Ready != nil && !*e.Conditions.Ready {
 			continue
@@ -427,10 +437,15 @@ func reduceSlice(o runtime.Object) slice {
 			r.endpoints = append(r.endpoints, catalog.Endpoint{Addr: addr, Hostname: deref(e.Hostname), Ports: ports})
 		}
 	}
+	r.endpoints = distinct(r.endpoints)
 	return r
 }
 
-func protocol(p corev1.Protocol) string { return strings.ToLower(string(p)) }
+func protocol(p corev1.Protocol) string { return shared(strings.ToLower(string(p))) }
+
+// shared is s, held once for all who have the same: of thousands of objects in a cluster
+// each has its own copy of the few names of namespaces, ports and protocols.
+func shared(s string) string { return unique.Make(s).Value() }
 
 func deref[T any](p *T) (v T) {
 	if p != nil {
@@ -445,7 +460,7 @@ func parseAddrs(all []string) []netip.Addr {
 	var addrs []netip.Addr
 	for _, s := range all {
 		if a, err := netip.ParseAddr(s); err == nil {
-			addrs = append(addrs, a)
+			addrs = append(addrs, a.Unmap())
 		}
 	}
 	return addrs

@@ -35,7 +35,11 @@ type Way string
 type Path struct {
 	Way      Way    // "" is the best that works
 	Upgrade  string // what wire to ask for there: the header's value
-	Endpoint string // past the API server: Auto, HOST, HOST:PORT, or "" for never
+	Endpoint string // past the API server: Auto, LoadBalancer, HostPort, HOST, HOST:PORT, or "" for never
+
+	// Only is the one protocol of a load balancer, "tcp" or "udp": not every cloud has
+	// some that lead two. "" is both.
+	Only string
 }
 
 // The ways, the best first (measured: the first has 2 to 5 times the throughput
@@ -64,13 +68,6 @@ func (w *ways) list() []Way {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return append([]Way(nil), w.order...)
-}
-
-// arrived notes a way as the last one.
-func (w *ways) arrived(way Way) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.last = way
 }
 
 // worked moves a way to the front.
@@ -134,6 +131,15 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 		return nil, "", err
 	}
 	return s.cluster.dialPod(ctx, &s.ways, door{pod.Name, port, s.cfg.Path.Upgrade})
+}
+
+// DialWay is Dial by one way, whichever worked last.
+func (s *Shadow) DialWay(ctx context.Context, way Way) (net.Conn, error) {
+	pod, err := s.readyPod(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.cluster.dialWay(ctx, way, door{pod.Name, port, s.cfg.Path.Upgrade})
 }
 
 // A door is where a shadow in a pod is dialled, and what is asked for there.
@@ -280,7 +286,7 @@ func (c *Cluster) upgradeTransport() (http.RoundTripper, *http.Transport, error)
 		ReadBufferSize: wayBuffer, WriteBufferSize: wayBuffer,
 	}
 	trip, err := transport.HTTPWrappersForConfig(conf, base)
-	return trip, base, err
+	return gauge{trip, c.credentials}, base, err
 }
 
 func upgradeRequest(ctx context.Context, target *url.URL, to string) *http.Request {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 )
 
 const (
@@ -110,9 +111,9 @@ func read(resp *http.Response, answer any) error {
 }
 
 // control serves the control host until ctx ends.
-func (s *Shadow) control(ctx context.Context, ln net.Listener) error {
+func (s *Shadow) control(ctx context.Context, ln net.Listener, keys wires.Keys) error {
 	server := http.Server{
-		Handler:        http.MaxBytesHandler(s.controls(), maxBody),
+		Handler:        http.MaxBytesHandler(s.controls(keys), maxBody),
 		ReadTimeout:    controlLimit,
 		WriteTimeout:   controlLimit,
 		MaxHeaderBytes: maxHeader,
@@ -128,9 +129,10 @@ func (s *Shadow) control(ctx context.Context, ln net.Listener) error {
 }
 
 // controls are what can be asked.
-func (s *Shadow) controls() http.Handler {
+func (s *Shadow) controls(keys wires.Keys) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /info", func(w http.ResponseWriter, r *http.Request) { respondJSON(w, s.info(r.Context())) })
+	mux.HandleFunc("POST /wireguard", s.admit(keys))
 	if s.router != nil {
 		s.claimControls(mux)
 	}

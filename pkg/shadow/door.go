@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel/wires"
+	"github.com/culvert-dev/culvert/pkg/strangers"
 )
 
 const (
@@ -22,32 +23,10 @@ const (
 	maxHeader     = 8 << 10
 )
 
-// The door counts those who have not yet shown the right key. When there are
-// too many, the longest there must leave: the laptop needs a few round trips,
-// so who wants to keep it out must be faster than that, again and again.
+// The door counts those who have not yet shown the right key, and those who have.
 type door struct {
-	mu        sync.Mutex
-	strangers []net.Conn
-	wires     atomic.Int64
-}
-
-func (d *door) enter(c net.Conn) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.strangers = append(d.strangers, c)
-	if len(d.strangers) > maxStrangers {
-		d.strangers[0].Close()
-		d.strangers = slices.Delete(d.strangers, 0, 1)
-	}
-}
-
-// known takes c out of the count.
-func (d *door) known(c net.Conn) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if i := slices.Index(d.strangers, c); i >= 0 {
-		d.strangers = slices.Delete(d.strangers, i, i+1)
-	}
+	porch strangers.Porch
+	wires atomic.Int64
 }
 
 // answer reads one request and does what it asks for. There is no http.Server,
@@ -56,8 +35,8 @@ func (d *door) known(c net.Conn) {
 func (s *Shadow) answer(ctx, connected context.Context, conn net.Conn, keys wires.Keys) {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	s.door.enter(conn)
-	defer s.door.known(conn)
+	s.door.porch.Enter(conn)
+	defer s.door.porch.Leave(conn)
 	_ = conn.SetDeadline(time.Now().Add(strangerLimit))
 	r := bufio.NewReader(&io.LimitedReader{R: conn, N: maxHeader})
 	req, err := http.ReadRequest(r)
@@ -103,17 +82,15 @@ func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, wire 
 	}
 	var known sync.Once
 	alive := func() {
-		if s.router == nil { // a router's holders show themselves by their claims
-			s.pulse.beat()
-		}
+		s.heard()
 		known.Do(func() {
 			_ = conn.SetDeadline(time.Time{})
-			s.door.known(conn)
+			s.door.porch.Leave(conn)
 			s.door.wires.Add(1)
 			s.cfg.Log.Info("wire opened", "wire", wire, "remote", conn.RemoteAddr())
 		})
 	}
-	err = wire.Serve(ctx, &early{conn, r}, wires.Config{Keys: keys, OnAlive: alive, Log: s.cfg.Log}, s.network)
+	err = wire.Serve(ctx, &strangers.Early{Conn: conn, First: r}, wires.Config{Keys: keys, OnAlive: alive, Log: s.cfg.Log}, s.network)
 	stranger := false
 	known.Do(func() { stranger = true })
 	if stranger {
@@ -124,16 +101,10 @@ func (s *Shadow) wire(ctx context.Context, conn net.Conn, r *bufio.Reader, wire 
 	s.cfg.Log.Info("wire closed", "remote", conn.RemoteAddr(), "err", err)
 }
 
-// early is a connection of which something has already been read.
-type early struct {
-	net.Conn
-	first *bufio.Reader
-}
-
-func (e *early) Read(p []byte) (int, error) {
-	if e.first != nil && e.first.Buffered() > 0 {
-		return e.first.Read(p)
+// heard notes a sign of life on a wire. A router's holders show themselves by their
+// claims.
+func (s *Shadow) heard() {
+	if s.router == nil {
+		s.pulse.beat()
 	}
-	e.first = nil
-	return e.Conn.Read(p)
 }

@@ -105,6 +105,7 @@ type Shadow struct {
 	pulse   *pulse
 	network *network
 	door    door
+	udp     udp
 	router  *router.Router // nil without Routes
 	arrival *arrivals      // of its connections
 	service serviceState
@@ -130,6 +131,8 @@ func New(cfg Config) *Shadow {
 	}
 	s := &Shadow{cfg: cfg, pulse: newPulse(), claimed: newPulse(), retry: firstRetry, bound: make(chan net.Addr, 1), ended: make(chan struct{}, 1)}
 	s.network = newNetwork(cfg.Network, readResolvConf("/etc/resolv.conf"), len(cfg.Routes) > 0)
+	s.door.porch.Most = maxStrangers
+	s.udp.peers, s.udp.admitted = map[string]bool{}, make(chan peer)
 	s.service.again = make(chan struct{}, 1)
 	if len(cfg.Routes) > 0 {
 		s.arrival = &arrivals{Network: cmp.Or(cfg.Redirect, cfg.Network), pulse: newPulse()}
@@ -163,6 +166,7 @@ func (s *Shadow) Run(ctx context.Context) error {
 		ln.Close()
 		return err
 	}
+	s.udp.number = uint16(ln.Addr().(*net.TCPAddr).Port)
 	s.bound <- ln.Addr()
 	s.pulse.beat()
 	defer s.network.wait()
@@ -182,9 +186,10 @@ func (s *Shadow) serve(ctx context.Context, ln, control net.Listener, keys wires
 	defer stop()
 	defer context.AfterFunc(ctx, stop)()
 	g.Go(func() error { <-life.Done(); return ln.Close() })
-	g.Go(func() error { return s.control(life, control) })
+	g.Go(func() error { return s.control(life, control, keys) })
 	g.Go(func() error { return s.accept(life, connected, ln, keys) })
 	g.Go(func() error { return s.outlive(working) })
+	g.Go(func() error { return s.serveUDP(connected) })
 	if s.router != nil {
 		g.Go(func() error { return s.route(life) })
 		g.Go(func() error { return s.leave(ctx, life, hangUp) })

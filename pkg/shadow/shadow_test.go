@@ -23,6 +23,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
 	"github.com/culvert-dev/culvert/pkg/channel/wires"
+	"github.com/culvert-dev/culvert/pkg/strangers"
 )
 
 const (
@@ -123,7 +124,7 @@ func (p *pod) switched(w wires.Wire) net.Conn {
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Upgrade") != w.Upgrade() {
 		p.t.Fatalf("upgrade: %v, %v", resp, err)
 	}
-	return &early{c, r}
+	return &strangers.Early{Conn: c, First: r}
 }
 
 // open opens a wire with so many signs of life.
@@ -303,7 +304,7 @@ func TestWrongKeyIsRefused(t *testing.T) {
 			c.Close()
 			break
 		}
-		if _, err := w.Dial(t.Context(), &early{c, r}, wires.Config{Keys: id}); err == nil {
+		if _, err := w.Dial(t.Context(), &strangers.Early{Conn: c, First: r}, wires.Config{Keys: id}); err == nil {
 			t.Fatal("a stranger was let in")
 		}
 		c.Close()
@@ -416,9 +417,7 @@ func TestSlowStrangersDoNotKeepTheLaptopOut(t *testing.T) {
 	if _, err := Ask(t.Context(), p.open(time.Second)); err != nil {
 		t.Errorf("the laptop was kept out: %v", err)
 	}
-	p.shadow.door.mu.Lock()
-	n := len(p.shadow.door.strangers)
-	p.shadow.door.mu.Unlock()
+	n := p.shadow.door.porch.Count()
 	if n > maxStrangers {
 		t.Errorf("%d strangers inside", n)
 	}
