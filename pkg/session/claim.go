@@ -167,18 +167,32 @@ func (x *Exchange) dialBeside(ctx context.Context) (channel.Channel, error) {
 	r := x.attachment()
 	conn, _, err := r.place.Dial(ctx)
 	if err != nil {
-		return nil, err
+		return nil, ended(err)
 	}
 	return x.wireTo(ctx, r, conn)
 }
 
-// wireTo makes a wire of a connection to r, unless another router was put in its
-// place meanwhile.
-func (x *Exchange) wireTo(ctx context.Context, r *attached, conn net.Conn) (channel.Channel, error) {
-	wire, err := x.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: r.keys, Log: x.cfg.Log})
+// dialDirect dials the present router past the API server.
+func (x *Exchange) dialDirect(ctx context.Context) (channel.Channel, error) {
+	r := x.attachment()
+	wire, err := x.past.dial(ctx, r.shadow, r.keys)
 	if err != nil {
 		return nil, err
 	}
+	return x.takes(r, wire)
+}
+
+// wireTo makes a wire of a connection to r.
+func (x *Exchange) wireTo(ctx context.Context, r *attached, conn net.Conn) (channel.Channel, error) {
+	wire, err := x.cfg.stream().Dial(ctx, conn, wires.Config{Keys: r.keys, Log: x.cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	return x.takes(r, wire)
+}
+
+// takes notes a wire to r, unless another router was put in its place meanwhile.
+func (x *Exchange) takes(r *attached, wire channel.Channel) (channel.Channel, error) {
 	var before channel.Channel
 	r.set(func(r *attached) { before, r.wire = r.wire, wire })
 	if x.attachment() != r {

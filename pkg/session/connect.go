@@ -3,83 +3,67 @@ package session
 import (
 	"cmp"
 	"context"
-	"errors"
-	"fmt"
 	"io"
-	"log/slog"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/wires"
-	"github.com/culvert-dev/culvert/pkg/dns"
 	"github.com/culvert-dev/culvert/pkg/kube"
-	"github.com/culvert-dev/culvert/pkg/netstack"
-	"github.com/culvert-dev/culvert/pkg/privileged"
-	"github.com/culvert-dev/culvert/pkg/resolver"
-	"github.com/culvert-dev/culvert/pkg/shadow"
+	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
 // ConnectConfig is what "culvert connect" is asked for.
 type ConnectConfig struct {
-	Cluster *kube.Cluster
+	TunnelConfig
 
-	FarEnd
-
-	Endpoint string // where the wire goes past the API server, as kube.Path has it
+	// StockClient, if set, gets the configuration of a WireGuard client, as wg-quick
+	// reads it, that reaches the cluster while the session lasts. It needs an Endpoint.
+	StockClient io.Writer
 
 	// Include and Exclude are added to, and cut out of, what is found.
 	Include, Exclude []netip.Prefix
 
-	Reporter Reporter
-	Stderr   io.Writer // for what the privileged child says
-	Log      *slog.Logger
-}
+	// Conflict is what to do where this machine's network has addresses of the cluster's;
+	// "" is tun.Either.
+	Conflict tun.Avoid
 
-// A FarEnd is what runs in the cluster for a session, and how it is reached.
-type FarEnd struct {
-	Image       string
-	PullSecrets []string
-	Way         kube.Way      // "" is the best that works
-	Wire        wires.Wire    // "" is the best
-	Grace       time.Duration // how long it outlives this machine's silence
-}
+	// Up is called once the machine is connected; an error ends the session. It may be nil.
+	Up func() error
 
-// path is how it is dialled.
-func (f FarEnd) path() kube.Path { return pathTo(f.Way, f.Wire) }
+	// HowToEnd is said when it is connected: "Ctrl-C".
+	HowToEnd string
+
+	Stderr io.Writer // for what the privileged child says
+}
 
 // A Connect joins this machine to the cluster's network, until it is told to
 // stop.
 type Connect struct {
-	course
+	*tunnel
+	machine
 	cfg ConnectConfig
 
-	rights *kube.Rights
-	keys   keys
-	shadow *kube.Shadow
-	keep   *channel.Keep
-	far    shadow.Info // as it was when the wire was first open
-	plan   routePlan
-	hint   kube.Hint
-	child  *privileged.Child
-	device *privileged.Device
-	stack  *netstack.Stack
-	names  *dns.Server
+	stock  stock
+	aside  []string          // devices of other sessions, which are not in the way
+	others map[string]string // devices of those to the same cluster, by where they answer
+	pins   pins              // guarded by mu
 
-	mu     sync.Mutex // guards what changes while it runs
-	routes []RouteStatus
-	naming naming
-	mode   resolver.Mode // how the OS was told of names; none before that
-	seen   sinkState
-
+	leading      sync.Mutex    // held while routes are set
+	deviceUp     chan struct{} // closed when it is, and all routes are known
 	zonesChanged chan struct{}
 }
 
 // NewConnect starts nothing.
 func NewConnect(cfg ConnectConfig) *Connect {
-	cfg.Wire = cmp.Or(cfg.Wire, wires.TLS)
-	return &Connect{course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg, zonesChanged: make(chan struct{}, 1)}
+	c := &Connect{tunnel: newTunnel(cfg.TunnelConfig, kube.Connect), cfg: cfg, stock: newStock(cfg.StockClient), deviceUp: make(chan struct{}), zonesChanged: make(chan struct{}, 1)}
+	c.machine = machine{of: &c.course, stderr: cfg.Stderr}
+	c.isUp, c.lend = cfg.Up, c.lends
+	c.around.how = cmp.Or(cfg.Conflict, tun.Either)
+	c.past.avoid, c.past.device = c.routed, func() []netip.Addr { return c.device.Addrs }
+	if cfg.StockClient != nil && c.path.Only == "tcp" {
+		c.path.Only = ""
+	}
+	return c
 }
 
 // steps are the way up.
@@ -95,9 +79,11 @@ func (c *Connect) steps() []step {
 		{"opening the wire", c.openWire},
 		{"making the device", c.openDevice},
 		{"reading names", c.serveNames},
+		{"listening for status", c.listenForStatus}, // before others see our routes
 		{"setting routes", c.setRoutes},
 		{"telling the resolver", c.setResolver},
-		{"listening for status", c.tellStatus},
+		{"letting a WireGuard client in", c.admitStock},
+		{"connecting", c.connected},
 	}
 }
 
@@ -106,37 +92,28 @@ func (c *Connect) steps() []step {
 // left; what could not be put back is marked ErrLeft.
 func (c *Connect) Run(ctx context.Context) error { return c.course.run(ctx, c.steps()) }
 
-func (c *Connect) askCluster(ctx context.Context) (string, error) {
-	return askCluster(ctx, c.cfg.Cluster)
-}
-
-func askCluster(ctx context.Context, k *kube.Cluster) (string, error) {
-	version, err := k.Check(ctx)
-	if err != nil {
-		return "", err
+func (c *Connect) openWire(ctx context.Context) (string, error) {
+	result, err := c.open(ctx, c.dialDirect, c.wireChanged)
+	if err == nil {
+		c.warnOfPing()
 	}
-	return fmt.Sprintf("cluster %s, namespace %s, Kubernetes %s", k.Context, k.Namespace, version), nil
+	return result, err
 }
 
-func (c *Connect) checkRights(ctx context.Context) (result string, err error) {
-	c.rights, err = c.preflight(ctx, c.cfg.Cluster, kube.Connect)
-	return "rights checked", err
-}
-
-func (c *Connect) startChild(ctx context.Context) (string, error) {
-	child, err := privileged.Start(ctx, privileged.Config{Stderr: c.cfg.Stderr})
-	if err != nil {
-		return "", err
+// dialDirect dials the shadow past the API server, when it is known what leads through
+// the tunnel.
+func (c *Connect) dialDirect(ctx context.Context) (channel.Channel, error) {
+	select {
+	case <-c.deviceUp:
+		return c.tunnel.dialDirect(ctx)
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	c.child = child
-	c.undo.add("end the privileged child", func(context.Context) error { return child.Close() })
-	c.background("privileged child", func(ctx context.Context) error {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-child.Done():
-			return errors.New("it was killed, and with it went routes and resolver settings")
-		}
-	})
-	return "privileged child ready", nil
+}
+
+func (c *Connect) wireChanged(s channel.KeepState) {
+	if s.Up {
+		c.stock.look() // the shadow may be another one, or what leads to it
+	}
+	c.tunnel.wireChanged(s)
 }

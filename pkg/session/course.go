@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/dns"
 	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
@@ -20,7 +21,10 @@ import (
 type course struct {
 	id       string
 	since    time.Time
-	but      string // what stays, said at the end: ", but for ..."
+	restored string       // said at the end: what is as before
+	but      string       // and what stays: ", but for ..."
+	isUp     func() error // called between the way up and the stay; may be nil
+	lend     func() *loan // what a later verb may use of this one; may be nil, and so may that
 	reporter Reporter
 	log      *slog.Logger
 
@@ -37,11 +41,13 @@ type course struct {
 
 	asked   chan struct{} // closed by leave
 	leaving sync.Once
+	undoing chan struct{} // closed when that begins
 	over    chan struct{} // closed when all is undone
 	result  error         // of the way down; after over
 
-	wmu    sync.Mutex
-	warned []string
+	wmu     sync.Mutex
+	warned  []string
+	refused error // why the API server does not accept the credentials any more
 }
 
 type step struct {
@@ -53,8 +59,8 @@ func newCourse(reporter Reporter, log *slog.Logger) course {
 	id := make([]byte, 4)
 	rand.Read(id) // never fails
 	return course{
-		id: hex.EncodeToString(id), since: time.Now(), reporter: reporter, log: log,
-		asked: make(chan struct{}), over: make(chan struct{}),
+		id: hex.EncodeToString(id), since: time.Now(), restored: "this machine and the cluster are", reporter: reporter, log: log,
+		asked: make(chan struct{}), undoing: make(chan struct{}), over: make(chan struct{}),
 	}
 }
 
@@ -73,6 +79,9 @@ func (c *course) run(ctx context.Context, steps []step) error {
 		}
 	})
 	err := c.up(ctx, steps)
+	if err == nil && c.isUp != nil {
+		err = c.isUp()
+	}
 	if err == nil {
 		err = c.stay(ctx)
 	}
@@ -120,12 +129,13 @@ func (c *course) down(ctx context.Context) error {
 	if changed {
 		c.reporter.Begin("putting everything back")
 	}
+	close(c.undoing)
 	c.result = c.undo.run(ctx)
 	close(c.over)
 	c.end()
 	c.group.Wait()
 	if changed && c.result == nil {
-		c.reporter.Done("this machine and the cluster are as before" + c.but)
+		c.reporter.Done(c.restored + " as before" + c.but)
 	}
 	return c.result
 }
@@ -143,6 +153,13 @@ func (c *course) background(what string, run func(ctx context.Context) error) {
 		}
 		c.fail(fmt.Errorf("%s: %w", what, err))
 	})
+}
+
+// ask is a connection to a nameserver that no socket leads to.
+func (c *course) ask(names *dns.Server, network string) net.Conn {
+	near, far := net.Pipe()
+	c.group.Go(func() { names.Serve(c.life, far, network == "tcp") })
+	return near
 }
 
 // alongside runs what is ended before the undo is over; stop ends it and waits.
@@ -166,7 +183,26 @@ func (c *course) preflight(ctx context.Context, k *kube.Cluster, needs ...kube.N
 		return nil, err
 	}
 	c.warnAll(rights.Notices)
+	c.background("credentials", func(ctx context.Context) error {
+		return k.Refused(ctx, func(err error) { c.credentials(k, err) })
+	})
 	return rights, nil
+}
+
+// credentials tells of those that are not accepted any more, and nil that they are again.
+func (c *course) credentials(k *kube.Cluster, err error) {
+	c.wmu.Lock()
+	c.refused = err
+	c.wmu.Unlock()
+	if err == nil {
+		c.reporter.Say("the API server accepts the credentials again")
+		return
+	}
+	what := "end this session and begin another with credentials that are valid"
+	if k.Plugin != "" {
+		what = "log in again, if this machine is not just offline"
+	}
+	c.reporter.Warn(fmt.Sprintf("%v: what is open goes on, but what changes in the cluster is not seen, and a wire that is lost stays so; %s", err, what))
 }
 
 func (c *course) warnAll(lines []string) {
@@ -192,5 +228,9 @@ func (c *course) warn(line string) {
 func (c *course) warnings() []string {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
-	return append([]string{}, c.warned...)
+	all := append([]string{}, c.warned...)
+	if c.refused != nil {
+		all = append(all, c.refused.Error())
+	}
+	return all
 }

@@ -12,6 +12,7 @@ import (
 type silent struct{}
 
 func (silent) Begin(string)    {}
+func (silent) Asks()           {}
 func (silent) Progress(string) {}
 func (silent) Done(string)     {}
 func (silent) Say(string)      {}

@@ -225,7 +225,7 @@ func (x *Exchange) endUnasked(ctx context.Context, r *attached) (ours bool) {
 	if r.place.WaitReady(ctx, x.cfg.Reporter.Progress) != nil {
 		return true
 	}
-	err := overWire(ctx, r.place, x.cfg.Wire, wires.Config{Keys: r.keys, Log: x.cfg.Log}, func(far channel.Network) error {
+	err := overWire(ctx, r.place, x.cfg.stream(), wires.Config{Keys: r.keys, Log: x.cfg.Log}, func(far channel.Network) error {
 		_, err := shadow.End(ctx, far, 0)
 		return err
 	})

@@ -1,11 +1,9 @@
 package session
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,7 +18,7 @@ import (
 
 // ExchangeConfig is what "culvert exchange" and "culvert expose" are asked for.
 type ExchangeConfig struct {
-	Cluster *kube.Cluster
+	TunnelConfig
 
 	Target kube.Target // whose traffic is to come here
 	Expose string      // or the name of a new Service for it
@@ -31,14 +29,9 @@ type ExchangeConfig struct {
 	Mirror bool         // copies only
 	Take   bool         // from whoever holds the same Match
 
-	FarEnd
-
 	Local Local
 
 	Hurry <-chan struct{} // closed when the person has no patience: the command and the router are not waited for; or nil
-
-	Reporter Reporter
-	Log      *slog.Logger
 }
 
 // An Exchange brings the traffic of a Service to this machine, until it is told
@@ -52,6 +45,7 @@ type Exchange struct {
 	forwards []forwarded
 	workload *kube.Workload // that is scaled down, or nil
 	keep     *channel.Keep
+	past     *direct
 	open     atomic.Int64  // connections that are being served here
 	reopened chan struct{} // there is a new wire
 	finding  chan struct{} // has room for one: who finds or makes a router
@@ -112,11 +106,12 @@ func (r *attached) isTurned() bool {
 
 // NewExchange starts nothing.
 func NewExchange(cfg ExchangeConfig) *Exchange {
-	cfg.Wire = cmp.Or(cfg.Wire, wires.TLS)
-	return &Exchange{
+	x := &Exchange{
 		course: newCourse(cfg.Reporter, cfg.Log), cfg: cfg,
 		reopened: make(chan struct{}, 1), finding: make(chan struct{}, 1),
 	}
+	x.past = &direct{wire: cfg.Wire, say: cfg.Reporter.Say, log: cfg.Log, keep: func() channel.Network { return x.keep }}
+	return x
 }
 
 // steps are the way up.
@@ -268,11 +263,16 @@ func (x *Exchange) awaitRouter(ctx context.Context) (string, error) {
 }
 
 func (x *Exchange) openWire(ctx context.Context) (string, error) {
-	x.keep = x.keepOpen(channel.KeepConfig{Open: x.dialWire, Beside: x.dialBeside, OnState: x.wireChanged})
+	how := channel.KeepConfig{Open: x.dialWire, Beside: x.dialBeside, OnState: x.wireChanged}
+	if x.cfg.Endpoint != "" {
+		how.Better = x.dialDirect
+	}
+	x.keep = x.newKeep(how)
+	x.keepOpen(x.keep)
 	if err := ready(ctx, x.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the router: %w", err)
 	}
-	return fmt.Sprintf("wire open: %s through %s", x.cfg.Wire, x.attachment().place.Way()), nil
+	return fmt.Sprintf("wire open: %s through %s", x.cfg.stream(), x.attachment().place.Way()), nil
 }
 
 // claim listens at the router and makes the traffic come.
@@ -370,6 +370,9 @@ func (x *Exchange) wireChanged(s channel.KeepState) {
 			who = "nobody answers"
 		}
 		x.cfg.Reporter.Say(fmt.Sprintf("the wire is down, %s; opening it again: %v", who, s.Err))
+	case s.Better:
+		x.cfg.Reporter.Say(fmt.Sprintf("the wire goes past the API server now: %v", x.past.went()))
+		fallthrough
 	case s.Reopened > 0 || s.Renewed:
 		select {
 		case x.reopened <- struct{}{}:

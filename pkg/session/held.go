@@ -53,7 +53,7 @@ func heldBehind(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *
 
 // heldWithin is what is held of pods.
 func heldWithin(ctx context.Context, c *kube.Cluster, rights *kube.Rights, log *slog.Logger) ([]Status, error) {
-	pods, err := c.TakenPods(ctx, pathTo("", wires.TLS), rights)
+	pods, err := c.TakenPods(ctx, FarEnd{}.path(), rights)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +92,7 @@ func heldStatuses(c *kube.Cluster, kind string, mark kube.ExchangeMark, of Excha
 func claimsOf(ctx context.Context, c *kube.Cluster, session string, rights *kube.Rights, log *slog.Logger) (Method, []shadow.ClaimInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	s, k, err := c.OpenRouter(ctx, session, pathTo("", wires.TLS), rights)
+	s, k, err := c.OpenRouter(ctx, session, FarEnd{}.path(), rights)
 	if err != nil {
 		return "", nil, err
 	}

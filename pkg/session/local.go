@@ -68,7 +68,10 @@ func (x *Exchange) startLocal(context.Context) (string, error) {
 	if len(l.Command) == 0 {
 		return "", nil
 	}
-	x.start(l)
+	x.stopLocal = x.start(process.Config{
+		Args: l.Command, Env: withEnviron(os.Environ(), x.environ),
+		Stdin: l.Stdin, Stdout: l.Stdout, Stderr: l.Stderr,
+	}, x.cfg.Hurry)
 	return "started " + strings.Join(l.Command, " "), nil
 }
 
@@ -111,25 +114,22 @@ func (x *Exchange) copyMounts(ctx context.Context) (string, error) {
 	return fmt.Sprintf("%d mounted files copied to %s", len(copied), dir), nil
 }
 
-// start runs the command until it ends or the exchange does, of which it is the
-// last part: what it has begun to answer it answers.
-func (x *Exchange) start(l Local) {
-	ctx, stop := context.WithCancelCause(context.WithoutCancel(x.life))
+// start runs a command until it ends, and the course with it, or until stop interrupts
+// it and waits: it may be the last part of an exchange, and what it has begun to answer
+// it answers. hurry interrupts it earlier.
+func (c *course) start(cfg process.Config, hurry <-chan struct{}) (stop func()) {
+	ctx, interrupt := context.WithCancelCause(context.WithoutCancel(c.life))
 	ended := make(chan struct{})
-	x.stopLocal = func() { stop(process.ErrInterrupt); <-ended }
-	x.group.Go(func() {
+	c.group.Go(func() {
 		select {
-		case <-x.cfg.Hurry:
-			stop(process.ErrInterrupt)
+		case <-hurry:
+			interrupt(process.ErrInterrupt)
 		case <-ended:
 		}
 	})
-	x.group.Go(func() {
+	c.group.Go(func() {
 		defer close(ended)
-		err := process.Run(ctx, process.Config{
-			Args: l.Command, Env: withEnviron(os.Environ(), x.environ),
-			Stdin: l.Stdin, Stdout: l.Stdout, Stderr: l.Stderr,
-		})
+		err := process.Run(ctx, cfg)
 		if ctx.Err() != nil {
 			return
 		}
@@ -138,12 +138,13 @@ func (x *Exchange) start(l Local) {
 			err = nil // what reads from the terminal gets its Ctrl-C
 		}
 		if err != nil {
-			x.fail(err)
+			c.fail(err)
 			return
 		}
-		x.cfg.Reporter.Say(l.Command[0] + " has ended")
-		x.leave()
+		c.reporter.Say(cfg.Args[0] + " has ended")
+		c.leave()
 	})
+	return func() { interrupt(process.ErrInterrupt); <-ended }
 }
 
 // personal are the variables that say who and where the developer is. A

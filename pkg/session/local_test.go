@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"slices"
 	"testing"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 func TestEnvFile(t *testing.T) {
@@ -60,17 +62,17 @@ func TestLocalEnds(t *testing.T) {
 	}
 	for _, hurried := range []bool{false, true} {
 		hurry := make(chan struct{})
-		x := NewExchange(ExchangeConfig{Hurry: hurry, Reporter: silent{}, Log: slog.New(slog.DiscardHandler)})
-		x.life, x.end = context.WithCancel(t.Context())
-		x.gctx, x.fail = context.WithCancelCause(x.life)
+		c := newCourse(silent{}, slog.New(slog.DiscardHandler))
+		c.life, c.end = context.WithCancel(t.Context())
+		c.gctx, c.fail = context.WithCancelCause(c.life)
 		r, w := io.Pipe()
-		x.start(Local{Command: []string{"sh", "-c", `trap "echo told; exit 3" INT; echo up; while :; do sleep 0.01; done`}, Stdout: w})
+		end := c.start(process.Config{Args: []string{"sh", "-c", `trap "echo told; exit 3" INT; echo up; while :; do sleep 0.01; done`}, Stdout: w}, hurry)
 		said := bufio.NewScanner(r)
 		if said.Scan(); said.Text() != "up" {
 			t.Fatal(said.Text())
 		}
 		stopped := make(chan struct{})
-		stop := func() { x.stopLocal(); close(stopped) }
+		stop := func() { end(); close(stopped) }
 		if hurried {
 			close(hurry)
 		} else {
@@ -83,9 +85,9 @@ func TestLocalEnds(t *testing.T) {
 			stop()
 		}
 		<-stopped
-		x.end()
-		x.group.Wait()
-		if err := context.Cause(x.gctx); !errors.Is(err, context.Canceled) {
+		c.end()
+		c.group.Wait()
+		if err := context.Cause(c.gctx); !errors.Is(err, context.Canceled) {
 			t.Errorf("hurried %v: %v", hurried, err)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
-// A ConflictError says that routes of the cluster are taken on this machine.
+// A ConflictError says that routes that are wanted are taken on this machine.
 type ConflictError struct {
 	Conflicts []tun.Conflict
 	Sources   []string // of the wanted prefixes, in words
@@ -21,7 +21,7 @@ type ConflictError struct {
 func (e *ConflictError) Error() string {
 	var lines []string
 	for i, c := range e.Conflicts {
-		lines = append(lines, fmt.Sprintf("the cluster's %v (%s) overlaps this machine's route %v", c.Wanted, e.Sources[i], c.Existing))
+		lines = append(lines, fmt.Sprintf("%v (%s) overlaps this machine's route %v", c.Wanted, e.Sources[i], c.Existing))
 	}
 	return strings.Join(lines, "; ")
 }
@@ -107,6 +107,8 @@ type naming struct {
 	server     netip.Addr
 	namespace  string
 	domain     string
+	suffix     string // --as
+	probe      string
 	namespaces []string
 	prefixes   []netip.Prefix
 }
@@ -118,6 +120,12 @@ type naming struct {
 // A resolver takes only so many zones: what matters most comes first.
 func (n naming) settings() resolver.Settings {
 	zones := []string{n.domain, "svc", n.namespace}
+	if n.probe != "" {
+		zones = append(zones, n.probe)
+	}
+	if n.suffix != "" {
+		zones = append(zones, n.suffix)
+	}
 	for _, p := range n.prefixes {
 		zones = append(zones, reverseZones(p)...)
 	}

@@ -2,11 +2,14 @@ package session
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
 	"testing"
 
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
@@ -29,6 +32,26 @@ func TestReverseZones(t *testing.T) {
 	}
 }
 
+func TestSettingsB12(t *testing.T) {
+	n := naming{
+		device: "culvert0", index: 7, server: netip.MustParseAddr("198.18.0.1"), namespace: "shop", domain: "cluster.local",
+		suffix: "staging", namespaces: []string{"shop", "dev"}, prefixes: []netip.Prefix{pfx("10.96.0.0/16")},
+	}
+	want := resolver.Settings{
+		Link: "culvert0", LinkIndex: 7, Server: n.server, Search: []string{"shop.svc.cluster.local", "svc.cluster.local", "cluster.local"},
+		Zones: []string{"cluster.local", "svc", "shop", "staging", "96.10.in-addr.arpa", "dev"},
+	}
+	if got := n.settings(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	for i := range 300 {
+		n.namespaces = append(n.namespaces, fmt.Sprintf("n%03d", i))
+	}
+	if got := n.settings().Zones; len(got) != maxZones || !slices.Equal(got[:6], want.Zones) {
+		t.Errorf("of many namespaces %d zones, first %q", len(got), got[:6])
+	}
+}
+
 func TestRoutesKeepTheirSource(t *testing.T) {
 	plan := routePlan{
 		include: []netip.Prefix{pfx("192.168.7.0/24")},
@@ -41,9 +64,9 @@ func TestRoutesKeepTheirSource(t *testing.T) {
 		{Prefix: pfx("10.244.1.0/24"), Source: "node node2 podCIDR"},
 	}
 	want := []RouteStatus{
-		{pfx("10.96.0.0/32"), "ServiceCIDR kubernetes"},
-		{pfx("10.244.0.0/24"), "node node1 podCIDR"},
-		{pfx("192.168.7.0/24"), "--include"},
+		{Prefix: pfx("10.96.0.0/32"), Source: "ServiceCIDR kubernetes"},
+		{Prefix: pfx("10.244.0.0/24"), Source: "node node1 podCIDR"},
+		{Prefix: pfx("192.168.7.0/24"), Source: "--include"},
 	}
 	if got := plan.routes(found); !reflect.DeepEqual(got, want) {
 		t.Errorf("got %v, want %v", got, want)
@@ -51,14 +74,14 @@ func TestRoutesKeepTheirSource(t *testing.T) {
 }
 
 func TestConflictsNameBoth(t *testing.T) {
-	routes := []RouteStatus{{pfx("10.96.0.0/16"), "ServiceCIDR kubernetes"}}
+	routes := []RouteStatus{{Prefix: pfx("10.96.0.0/16"), Source: "ServiceCIDR kubernetes"}}
 	existing := []tun.Route{{Dst: pfx("10.0.0.0/8"), Device: "vpn0", Gateway: netip.MustParseAddr("10.1.1.1")}, {Dst: pfx("192.168.0.0/16"), Device: "eth0"}}
 	err := conflicts(routes, existing)
 	var conflict *ConflictError
 	if !errors.As(err, &conflict) {
 		t.Fatal(err)
 	}
-	const want = "the cluster's 10.96.0.0/16 (ServiceCIDR kubernetes) overlaps this machine's route 10.0.0.0/8 via 10.1.1.1 dev vpn0"
+	const want = "10.96.0.0/16 (ServiceCIDR kubernetes) overlaps this machine's route 10.0.0.0/8 via 10.1.1.1 dev vpn0"
 	if err.Error() != want {
 		t.Errorf("got %q, want %q", err, want)
 	}

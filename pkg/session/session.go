@@ -19,6 +19,7 @@ import (
 // at any time and from any goroutine.
 type Reporter interface {
 	Begin(step string)
+	Asks()                  // the step under way may ask a person, on the terminal
 	Progress(detail string) // what the step under way waits for
 	Done(result string)     // "": there was nothing to do
 	Say(line string)

@@ -21,7 +21,7 @@ import (
 // A Status is what a running session says of itself. Its JSON form is a
 // promise: fields are added, never renamed.
 type Status struct {
-	Kind      string    `json:"kind"` // connect, exchange or expose
+	Kind      string    `json:"kind"` // KindConnect, KindVia, run, forward, proxy, exchange or expose
 	Session   string    `json:"session"`
 	Owner     string    `json:"owner"`
 	PID       int       `json:"pid"`
@@ -33,11 +33,17 @@ type Status struct {
 	Shadow ShadowStatus `json:"shadow"`
 	Wire   WireStatus   `json:"wire"`
 
-	// Of a connect.
+	// Of a connect, or a run.
 	Flows  *FlowStatus   `json:"flows,omitempty"`
 	Device *DeviceStatus `json:"device,omitempty"`
 	Routes []RouteStatus `json:"routes,omitempty"`
 	DNS    *DNSStatus    `json:"dns,omitempty"`
+
+	// Of a forward or proxy.
+	Listening []ListenStatus `json:"listening,omitempty"`
+
+	// Command is that of a run.
+	Command []string `json:"command,omitempty"`
 
 	// Of an exchange or expose.
 	Exchange *ExchangeStatus `json:"exchange,omitempty"`
@@ -77,22 +83,37 @@ type ForwardStatus struct {
 	Address string `json:"address"`
 }
 
+// ListenStatus tells what a port of this machine is for.
+type ListenStatus struct {
+	Network string `json:"network"`
+	Address string `json:"address"`
+	For     string `json:"for"` // svc/web:80 of a forward; socks5 or http
+}
+
 // ShadowStatus tells of the far end in the cluster.
 type ShadowStatus struct {
 	Kind string `json:"kind"` // of its workload: Deployment or Job
 	Pod  string `json:"pod"`
+	Of   string `json:"of,omitempty"` // the session that lends it
 }
 
 // WireStatus tells of the connection to the shadow.
 type WireStatus struct {
 	Up        bool      `json:"up"`
-	Kind      string    `json:"kind"`  // tls or ssh
-	Way       string    `json:"way"`   // through the API server
+	Kind      string    `json:"kind"`  // tls, ssh or wireguard
+	Way       string    `json:"way"`   // through the API server, or "endpoint" and where
 	Since     time.Time `json:"since"` // it is as it is
 	RTT       string    `json:"rtt,omitempty"`
 	Reopened  int       `json:"reopened"`
 	LastError string    `json:"lastError,omitempty"`
 	NotDirect string    `json:"notDirect,omitempty"` // why not past the API server, where that is wanted
+
+	// Congestion is the congestion control of this machine's end, where the wire has a
+	// TCP connection of its own.
+	Congestion string `json:"congestion,omitempty"`
+
+	// Others are the wires that are not used, and why not.
+	Others map[string]string `json:"others,omitempty"`
 }
 
 // FlowStatus counts what is open now, and bytes since the start.
@@ -117,6 +138,9 @@ type DeviceStatus struct {
 type RouteStatus struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Source string       `json:"source"`
+
+	// Real is what is reached as Prefix, where this machine's network has that, too.
+	Real netip.Prefix `json:"real,omitzero"`
 }
 
 // DNSStatus tells how names are found.
@@ -125,11 +149,26 @@ type DNSStatus struct {
 	Server netip.Addr `json:"server"`
 	Domain string     `json:"domain"`
 	Search []string   `json:"search"`
+	As     string     `json:"as,omitempty"` // the session's own domain: web.shop.staging
+
+	// Remote is the DNS server of a network without a cluster, which is asked for Zones.
+	Remote string   `json:"remote,omitempty"`
+	Zones  []string `json:"zones,omitempty"`
+
+	// Passed says that the system does not ask Server any more.
+	Passed bool   `json:"passed,omitempty"`
+	Probe  string `json:"probe"` // a name that the session alone answers, by Server
 
 	// Whole are the namespaces answered from what is watched, "*" for all;
 	// names elsewhere are asked of the cluster's own DNS.
 	Whole []string `json:"whole"`
 }
+
+// Sessions that join this machine to a network.
+const (
+	KindConnect = "connect"
+	KindVia     = "via"
+)
 
 const (
 	statusPrefix  = "culvert/"
@@ -140,6 +179,7 @@ const (
 const (
 	askForStatus = "status"
 	askToLeave   = "leave"
+	askToLend    = "lend" // its shadow
 )
 
 // ending is what a session that was asked to leave says when it has.
@@ -181,11 +221,12 @@ func (c *course) answer(conn net.Conn, now func() Status) error {
 	if err != nil {
 		return err
 	}
-	if err := json.NewEncoder(conn).Encode(now()); err != nil {
-		return err
+	asked = strings.TrimSpace(asked)
+	if asked == askToLend {
+		return json.NewEncoder(conn).Encode(c.loan())
 	}
-	if strings.TrimSpace(asked) != askToLeave {
-		return nil
+	if err := json.NewEncoder(conn).Encode(now()); err != nil || asked != askToLeave {
+		return err
 	}
 	c.leave()
 	<-c.over
@@ -205,19 +246,31 @@ func (c *course) answer(conn net.Conn, now func() Status) error {
 // Statuses asks every session of this machine that the user may see, oldest
 // first.
 func Statuses(ctx context.Context) ([]Status, error) {
+	all, _, err := askAll(ctx)
+	return all, err
+}
+
+// askAll asks all at once. Those that have not answered are told by their names.
+func askAll(ctx context.Context) (all []Status, silent []string, err error) {
 	names, err := statusNames()
 	if err != nil {
-		return nil, fmt.Errorf("find sessions: %w", err)
+		return nil, nil, fmt.Errorf("find sessions: %w", err)
 	}
-	var all []Status
-	for _, name := range names {
-		s, err := askStatus(ctx, name)
-		if err == nil {
-			all = append(all, s)
+	said, errs := make([]Status, len(names)), make([]error, len(names))
+	var group sync.WaitGroup
+	for i, name := range names {
+		group.Go(func() { said[i], errs[i] = askStatus(ctx, name) })
+	}
+	group.Wait()
+	for i, name := range names {
+		if errs[i] == nil {
+			all = append(all, said[i])
+		} else {
+			silent = append(silent, name)
 		}
 	}
 	slices.SortFunc(all, func(a, b Status) int { return a.Since.Compare(b.Since) })
-	return all, nil
+	return all, silent, nil
 }
 
 func askStatus(ctx context.Context, name string) (s Status, err error) {

@@ -14,6 +14,9 @@ func listenStatus(session string) (net.Listener, error) {
 	if err := os.MkdirAll(statusDir(), 0o700); err != nil {
 		return nil, err
 	}
+	if err := os.Chmod(statusDir(), 0o700); err != nil { // of somebody else's that fails
+		return nil, err
+	}
 	return net.Listen("unix", statusAddress(session))
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -19,15 +20,60 @@ func aCourse(t *testing.T, session string) (c *course, stop func() error) {
 	t.Helper()
 	all := newCourse(nil, slog.New(slog.DiscardHandler))
 	c = &all
+	return c, telling(t, c, func() Status { return Status{Session: session, PID: os.Getpid(), Since: c.since} })
+}
+
+// telling has a course tell what its status is now.
+func telling(t *testing.T, c *course, now func() Status) (stop func() error) {
+	t.Helper()
+	session := now().Session
 	l, err := listenStatus(session)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
-	status := Status{Session: session, PID: os.Getpid(), Since: c.since}
-	go func() { done <- c.serveStatus(ctx, l, func() Status { return status }) }()
-	return c, func() error { cancel(); return <-done }
+	go func() { done <- c.serveStatus(ctx, l, now) }()
+	return func() error { cancel(); return <-done }
+}
+
+// Another session's device is not in the way of one to the same cluster, also while that
+// session is too busy to answer; that of a run is in no network of this machine's.
+func TestBeside(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	const server = "https://203.0.113.7:6443"
+	busy := make(chan struct{})
+	close(busy)
+	var mu sync.Mutex
+	for kind, device := range map[string]string{KindConnect: "culvert7", "run": "culvert8"} {
+		c, session := newCourse(nil, slog.New(slog.DiscardHandler)), "test-beside-"+kind
+		stop := telling(t, &c, func() Status {
+			mu.Lock()
+			wait := busy
+			mu.Unlock()
+			<-wait
+			return Status{Kind: kind, Session: session, Server: server, Namespace: "shop", Device: &DeviceStatus{Name: device}}
+		})
+		defer func() {
+			if err := stop(); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	c := &Connect{tunnel: &tunnel{}, cfg: ConnectConfig{TunnelConfig: TunnelConfig{Cluster: &kube.Cluster{Server: server, Namespace: "mall"}}}}
+	c.log = slog.New(slog.DiscardHandler)
+	for _, when := range []string{"at first", "busy", "free again"} {
+		if got := c.beside(t.Context()); !slices.Equal(got, []string{"culvert7"}) {
+			t.Errorf("%s: %v", when, got)
+		}
+		mu.Lock()
+		if when == "at first" {
+			busy = make(chan struct{})
+		} else if when == "busy" {
+			close(busy)
+		}
+		mu.Unlock()
+	}
 }
 
 func TestStatusOfRunningSessions(t *testing.T) {

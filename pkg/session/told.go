@@ -9,16 +9,26 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
-	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/netstack"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/shadow"
 )
 
-func (c *Connect) tellStatus(context.Context) (string, error) {
-	return fmt.Sprintf("connected to %s; Ctrl-C puts everything back", c.cfg.Cluster.Context), c.listen(c.status)
+func (c *Connect) listenForStatus(context.Context) (string, error) { return "", c.listen(c.status) }
+
+func (c *Connect) connected(context.Context) (string, error) {
+	return fmt.Sprintf("connected to %s; %s puts everything back", c.cfg.Cluster.Context, c.cfg.HowToEnd), nil
 }
+
+func (f *PortForward) tellStatus(context.Context) (string, error) {
+	return "forwarding; Ctrl-C ends it", f.listen(f.status)
+}
+
+func (p *Proxy) tellStatus(context.Context) (string, error) {
+	return fmt.Sprintf("%s is reached through the proxy; Ctrl-C ends it", p.cfg.Cluster.Context), p.listen(p.status)
+}
+func (r *Run) tellStatus(context.Context) (string, error) { return "", r.listen(r.status) }
 
 func (x *Exchange) tellStatus(context.Context) (string, error) { return x.told(), x.listen(x.status) }
 
@@ -33,28 +43,49 @@ func (c *course) listen(now func() Status) error {
 }
 
 // basics are of every kind.
-func (c *course) basics(kind string, k *kube.Cluster) Status {
-	return Status{
-		Kind: kind, Session: c.id, Owner: kube.Self().Owner(), PID: os.Getpid(), Since: c.since,
-		Context: k.Context, Namespace: k.Namespace, Server: k.Server, Missing: c.warnings(),
-	}
+func (c *course) basics(kind string) Status {
+	return Status{Kind: kind, Session: c.id, Owner: kube.Self().Owner(), PID: os.Getpid(), Since: c.since, Missing: c.warnings()}
+}
+
+// inCluster are of every kind that is in one.
+func (c *course) inCluster(kind string, k *kube.Cluster) Status {
+	s := c.basics(kind)
+	s.Context, s.Namespace, s.Server = k.Context, k.Namespace, k.Server
+	return s
+}
+
+// statusAs is of every verb that has a tunnel.
+func (t *tunnel) statusAs(kind string) Status {
+	s, to := t.inCluster(kind, t.cfg.Cluster), t.shadow()
+	s.Shadow = ShadowStatus{Kind: string(to.Mode()), Pod: podNow(t.gctx, t.keep), Of: to.of}
+	s.Wire = t.past.status(t.keep.State(), to.Way(), t.cfg.Endpoint)
+	return s
 }
 
 func (c *Connect) status() Status {
-	pod := podNow(c.gctx, c.keep)
+	s := c.statusAs(KindConnect)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.basics("connect", c.cfg.Cluster)
-	flows := flowStatus(c.stack.Stats())
-	s.Shadow = ShadowStatus{Kind: string(c.shadow.Mode()), Pod: pod}
-	s.Wire = wireStatus(c.keep.State(), c.cfg.Wire, c.shadow.Way())
-	s.Flows = &flows
-	s.Device = &DeviceStatus{Name: c.device.Name(), Addresses: c.device.Addrs, MTU: deviceMTU, Offload: c.device.Offload()}
+	c.fill(&s)
 	s.Routes = slices.Clone(c.routes)
-	s.DNS = &DNSStatus{
-		Mode: string(c.mode), Server: c.naming.server, Domain: c.naming.domain,
-		Search: c.naming.search(), Whole: c.seen.whole(),
+	s.DNS.Domain, s.DNS.Search, s.DNS.As, s.DNS.Probe, s.DNS.Whole = c.naming.domain, c.naming.search(), c.naming.suffix, c.naming.probe, c.seen.whole()
+	return s
+}
+
+// status has a device only while the command runs.
+func (r *Run) status() Status {
+	s := r.statusAs("run")
+	s.Command = r.cfg.Args
+	command, stack := r.running()
+	if command == nil {
+		return s
 	}
+	s.Flows = flowStatus(stack.Stats())
+	s.Device = &DeviceStatus{Name: command.Device.Name(), Addresses: r.addrs, MTU: deviceMTU, Offload: command.Device.Offload()}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.Routes = slices.Clone(r.routes)
+	s.DNS = &DNSStatus{Mode: "resolv.conf of its own", Server: r.server, Domain: r.naming.domain, Search: r.naming.search(), Whole: r.seen.whole()}
 	return s
 }
 
@@ -64,13 +95,13 @@ func (x *Exchange) status() Status {
 	if x.cfg.Expose != "" {
 		kind = "expose"
 	}
-	s := x.basics(kind, x.cfg.Cluster)
+	s := x.inCluster(kind, x.cfg.Cluster)
 	r := x.attachment()
 	if pod != "" && x.service.Pod != "" {
 		pod = r.shadow.Pod() // its own word is the name it has taken
 	}
 	s.Shadow = ShadowStatus{Kind: string(r.place.Mode()), Pod: pod}
-	s.Wire = wireStatus(x.keep.State(), x.cfg.Wire, r.place.Way())
+	s.Wire = x.past.status(x.keep.State(), r.place.Way(), x.cfg.Endpoint)
 	service := x.service.Name
 	if r.pod != "" {
 		service = ""
@@ -100,7 +131,7 @@ func matchText(m router.Match) string {
 
 // podNow asks the shadow for its name: it may have been replaced.
 func podNow(ctx context.Context, keep *channel.Keep) string {
-	if !keep.State().Up {
+	if s := keep.State(); !s.Up || s.Silent > 0 {
 		return ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
@@ -112,8 +143,11 @@ func podNow(ctx context.Context, keep *channel.Keep) string {
 	return info.Hostname
 }
 
-func wireStatus(k channel.KeepState, kind wires.Wire, way kube.Way) WireStatus {
-	w := WireStatus{Up: k.Up, Kind: string(kind), Way: string(way), Since: k.Since, Reopened: k.Reopened}
+func wireStatus[K, W ~string](k channel.KeepState, kind K, way W) WireStatus {
+	w := WireStatus{Up: k.Up && k.Silent == 0, Kind: string(kind), Way: string(way), Since: k.Since, Reopened: k.Reopened}
+	if k.Silent > 0 { // it may be heard again, and is not to be relied on
+		w.Since = time.Now().Add(-k.Silent)
+	}
 	if k.RTT > 0 {
 		w.RTT = k.RTT.Round(10 * time.Microsecond).String()
 	}
@@ -126,8 +160,8 @@ func wireStatus(k channel.KeepState, kind wires.Wire, way kube.Way) WireStatus {
 	return w
 }
 
-func flowStatus(n netstack.Stats) FlowStatus {
-	return FlowStatus{
+func flowStatus(n netstack.Stats) *FlowStatus {
+	return &FlowStatus{
 		TCP: int(n.TCP.Open), UDP: int(n.UDP.Open), Ping: int(n.Ping.Open),
 		Sent:     n.TCP.Sent + n.UDP.Sent + n.Ping.Sent,
 		Received: n.TCP.Received + n.UDP.Received + n.Ping.Received,

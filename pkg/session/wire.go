@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"time"
 
@@ -42,62 +41,53 @@ func newKeys(session string) (k keys, err error) {
 	return keys{laptop, laptopKey, laptopPublic, shadowKey, shadowPublic}, err
 }
 
-// pathTo is how a shadow is dialled that is to serve a wire.
-func pathTo(way kube.Way, wire wires.Wire) kube.Path {
-	return kube.Path{Way: way, Upgrade: wire.Upgrade()}
+func (t *tunnel) awaitShadow(ctx context.Context) (string, error) {
+	return "shadow pod ready", t.shadow().WaitReady(ctx, t.cfg.Reporter.Progress)
 }
 
-func (c *Connect) createShadow(ctx context.Context) (string, error) {
-	var err error
-	if c.keys, err = newKeys(c.id); err != nil {
-		return "", err
-	}
-	to := c.cfg.path()
-	to.Endpoint = c.cfg.Endpoint
-	c.shadow = c.cfg.Cluster.NewShadow(kube.ShadowConfig{
-		Session: c.id, Image: c.cfg.Image, PullSecrets: c.cfg.PullSecrets, Grace: c.cfg.Grace, Path: to,
-		HostKey: c.keys.shadowKey, AuthorizedKey: c.keys.laptopPublic,
-	}, c.rights)
-	c.undo.add("remove the shadow", c.shadow.Delete)
-	if err := c.shadow.Create(ctx, c.warn); err != nil {
-		return "", err
-	}
-	c.background("lease", c.shadow.Renew)
-	return fmt.Sprintf("shadow made, as a %s", c.shadow.Mode()), nil
+func (t *tunnel) openWire(ctx context.Context) (string, error) {
+	return t.open(ctx, t.dialDirect, t.wireChanged)
 }
 
-func (c *Connect) awaitShadow(ctx context.Context) (string, error) {
-	return "shadow pod ready", c.shadow.WaitReady(ctx, c.cfg.Reporter.Progress)
-}
-
-func (c *Connect) openWire(ctx context.Context) (string, error) {
-	how := channel.KeepConfig{Open: c.dialWire, Beside: c.dialBeside, OnState: c.wireChanged}
-	if c.cfg.Endpoint != "" {
-		how.Better = c.dialDirect
+// open opens the wire. better, if set, dials past the API server where that was asked for;
+// changed is told of each change of the wire.
+func (t *tunnel) open(ctx context.Context, better func(context.Context) (channel.Channel, error), changed func(channel.KeepState)) (string, error) {
+	how := channel.KeepConfig{Open: t.dialWire, Beside: t.dialBeside, OnState: changed}
+	if better != nil && t.cfg.Endpoint != "" {
+		how.Better = better
 	}
-	c.keep = c.keepOpen(how)
-	if err := ready(ctx, c.keep); err != nil {
+	t.keep = t.newKeep(how)
+	t.keepOpen(t.keep)
+	if err := ready(ctx, t.keep); err != nil {
 		return "", fmt.Errorf("open the wire to the shadow: %w", err)
 	}
-	info, err := shadow.Ask(ctx, c.keep)
+	info, err := shadow.Ask(ctx, t.keep)
 	if err != nil {
 		return "", err
 	}
-	c.learn(info)
-	return fmt.Sprintf("wire open: %s through %s", c.cfg.Wire, c.shadow.Way()), nil
+	t.learn(info)
+	return fmt.Sprintf("wire open: %s through %s", t.cfg.stream(), t.shadow().Way()), nil
+}
+
+func (t *tunnel) warnOfPing() {
+	if !t.far.Ping.V4 {
+		t.warn("the shadow may not send echo requests here, so ping does not reach the cluster")
+	}
+}
+
+func (c *course) newKeep(how channel.KeepConfig) *channel.Keep {
+	how.OpenTimeout, how.Age, how.Log = reopenLimit, wireAge, c.log
+	return channel.NewKeep(how)
 }
 
 // keepOpen keeps a wire open until that is undone.
-func (c *course) keepOpen(how channel.KeepConfig) *channel.Keep {
-	how.OpenTimeout, how.Age, how.Log = reopenLimit, wireAge, c.log
-	keep := channel.NewKeep(how)
+func (c *course) keepOpen(keep *channel.Keep) {
 	c.background("wire", keep.Run)
 	c.undo.add("close the wire", func(context.Context) error {
 		err := keep.Close()
 		keep.Wait() // nobody makes a shadow any more
 		return err
 	})
-	return keep
 }
 
 // ready waits for the first wire.
@@ -112,14 +102,11 @@ func ready(ctx context.Context, keep *channel.Keep) error {
 }
 
 // learn takes what the shadow's pod knows without any right.
-func (c *Connect) learn(info shadow.Info) {
-	c.far = info
-	c.hint = kube.Hint{Pods: info.Addresses}
+func (t *tunnel) learn(info shadow.Info) {
+	t.far = info
+	t.hint = kube.Hint{Pods: info.Addresses}
 	if ns := info.ResolvConf.Nameservers; len(ns) > 0 {
-		c.hint.Services = ns[:1]
-	}
-	if !info.Ping.V4 {
-		c.warn("the shadow may not send echo requests here, so ping does not reach the cluster")
+		t.hint.Services = ns[:1]
 	}
 }
 
@@ -129,75 +116,70 @@ const wireAge = 45 * time.Minute
 // reopenLimit bounds one opening of the wire, with a new shadow at worst.
 const reopenLimit = 2 * time.Minute
 
-func (c *Connect) dialWire(ctx context.Context) (channel.Channel, error) {
-	wire, err := c.dialBeside(ctx)
+func (t *tunnel) dialWire(ctx context.Context) (channel.Channel, error) {
+	wire, err := t.dialAgain(ctx)
 	if !errors.Is(err, kube.ErrGone) {
 		return wire, err
 	}
-	c.cfg.Reporter.Say("the shadow is gone, making another")
-	conn, err := c.dialNewShadow(ctx)
+	if err := t.replaceShadow(ctx); err != nil {
+		return nil, err
+	}
+	return t.dialAgain(ctx)
+}
+
+// dialAgain dials the shadow that there is.
+func (t *tunnel) dialAgain(ctx context.Context) (channel.Channel, error) {
+	first, err := t.dialLane(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return c.wireOver(ctx, conn)
-}
-
-func (c *Connect) wireOver(ctx context.Context, conn net.Conn) (channel.Channel, error) {
-	return c.cfg.Wire.Dial(ctx, conn, wires.Config{Keys: c.keys.laptop, Log: c.cfg.Log})
+	return channel.Spread(first, t.dialLane), nil
 }
 
 // dialBeside dials the same shadow while the wire to it is silent. Should that
 // be gone, it is for dialWire to make another.
-func (c *Connect) dialBeside(ctx context.Context) (channel.Channel, error) {
-	conn, _, err := c.shadow.Dial(ctx)
+func (t *tunnel) dialBeside(ctx context.Context) (channel.Channel, error) {
+	wire, err := t.dialAgain(ctx)
+	return wire, ended(err)
+}
+
+// ended tells a Keep that the far end is gone, and no silence to be waited out.
+func ended(err error) error {
+	if errors.Is(err, kube.ErrGone) {
+		return endedError{err}
+	}
+	return err
+}
+
+type endedError struct{ error }
+
+func (e endedError) Unwrap() []error { return []error{net.ErrClosed, e.error} }
+
+func (t *tunnel) dialLane(ctx context.Context) (channel.Lane, error) {
+	to := t.shadow()
+	conn, _, err := to.Dial(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return c.wireOver(ctx, conn)
+	return t.cfg.stream().Dial(ctx, conn, wires.Config{Keys: to.keys.laptop, Log: t.cfg.Log})
 }
 
 // dialDirect dials the shadow past the API server.
-func (c *Connect) dialDirect(ctx context.Context) (channel.Channel, error) {
-	conn, err := c.shadow.DialDirect(ctx, c.routed)
-	if err != nil {
-		return nil, err
-	}
-	return c.wireOver(ctx, conn)
-}
-
-// routed tells of addresses that the wire itself may not use.
-func (c *Connect) routed(a netip.Addr) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return slices.ContainsFunc(c.routes, func(r RouteStatus) bool { return r.Prefix.Contains(a) })
-}
-
-// dialNewShadow makes the shadow again: it ends itself when this machine was
-// silent for the grace time, as after a sleep.
-func (c *Connect) dialNewShadow(ctx context.Context) (net.Conn, error) {
-	if err := c.shadow.Delete(ctx); err != nil {
-		return nil, err
-	}
-	if err := c.shadow.Create(ctx, c.warn); err != nil {
-		return nil, err
-	}
-	if err := c.shadow.WaitReady(ctx, nil); err != nil {
-		return nil, err
-	}
-	conn, _, err := c.shadow.Dial(ctx)
-	return conn, err
+func (t *tunnel) dialDirect(ctx context.Context) (channel.Channel, error) {
+	to := t.shadow()
+	return t.past.dial(ctx, to.Shadow, to.keys.laptop)
 }
 
 // wireChanged tells the person when the wire goes, and when it is back.
-func (c *Connect) wireChanged(s channel.KeepState) {
+func (t *tunnel) wireChanged(s channel.KeepState) {
 	switch {
-	case c.gctx.Err() != nil:
+	case t.gctx.Err() != nil:
 	case !s.Up:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
+		t.cfg.Reporter.Say(fmt.Sprintf("the wire is down, opening it again: %v", s.Err))
 	case s.Better:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire goes past the API server now, through %s", c.shadow.Way()))
+		t.cfg.Reporter.Say(fmt.Sprintf("the wire goes past the API server now: %v", t.past.went()))
 	case s.Reopened > 0 && !s.Renewed:
-		c.cfg.Reporter.Say(fmt.Sprintf("the wire is open again: %s through %s", c.cfg.Wire, c.shadow.Way()))
+		t.cfg.Reporter.Say(fmt.Sprintf("the wire is open again: %s through %s", t.cfg.stream(), t.shadow().Way()))
 	}
 }
 
