@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/privileged"
 	"github.com/culvert-dev/culvert/pkg/resolver"
@@ -28,7 +29,7 @@ func (a *app) cleanCommand() *cobra.Command {
 		Use:   "clean",
 		Short: "Remove what sessions that died left behind",
 		Long:  cleanLong,
-		Args:  noArgs,
+		Args:  talk.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return a.clean(c, o) },
 	}
 	f := c.Flags()
@@ -62,7 +63,7 @@ func (a *app) clean(c *cobra.Command, o cleanOptions) error {
 
 // cleanMachine returns what was found, and puts it back.
 func (a *app) cleanMachine(c *cobra.Command, o cleanOptions) ([]string, error) {
-	files, err := resolver.New(resolver.Config{Log: a.logger()}).Leftovers()
+	files, err := resolver.New(resolver.Config{Log: a.Logger()}).Leftovers()
 	if err != nil || o.dryRun || len(files) == 0 {
 		return files, err
 	}
@@ -75,14 +76,14 @@ func (a *app) cleanCluster(c *cobra.Command, o cleanOptions) ([]kube.Cleaned, er
 		return nil, err
 	}
 	defer cluster.Close()
-	steps := a.steps()
+	steps := a.Steps()
 	return cluster.Clean(c.Context(), kube.CleanConfig{AllNamespaces: o.allNamespaces, DryRun: o.dryRun, Progress: steps.Say})
 }
 
 func (a *app) tableOfCleaned(files []string, sessions []kube.Cleaned, dryRun, looked bool) {
 	if len(files)+len(sessions) == 0 {
 		if looked {
-			fmt.Fprintln(a.err, "nothing was left behind")
+			fmt.Fprintln(a.Err, "nothing was left behind")
 		}
 		return
 	}
@@ -90,7 +91,7 @@ func (a *app) tableOfCleaned(files []string, sessions []kube.Cleaned, dryRun, lo
 	if dryRun {
 		removed = "would be removed"
 	}
-	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(a.Out, 0, 0, 2, ' ', 0)
 	defer w.Flush()
 	fmt.Fprintln(w, "WHAT\tOWNER\tVERDICT\tOBJECTS")
 	for _, f := range files {

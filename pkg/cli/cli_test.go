@@ -1,18 +1,16 @@
 package cli
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 	"testing"
 
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
@@ -31,7 +29,7 @@ func TestExitCodes(t *testing.T) {
 		"nothing":              {nil, 0, ""},
 		"Ctrl-C in a clean":    {fmt.Errorf("wait: %w", context.Canceled), 1, ""},
 		"anything":             {errors.New("broken"), 1, ""},
-		"usage":                {usage(errors.New("no such flag")), 2, "--help"},
+		"usage":                {talk.Usage(errors.New("no such flag")), 2, "--help"},
 		"rights":               {fmt.Errorf("create: %w", kube.ErrForbidden), 3, "culvert rbac -n shop |"},
 		"root":                 {fmt.Errorf("start: %w", os.ErrPermission), 3, "sudo -v && culvert connect -n shop"},
 		"left":                 {fmt.Errorf("remove: %w", session.ErrLeft), 4, "culvert clean -n shop"},
@@ -46,7 +44,7 @@ func TestExitCodes(t *testing.T) {
 		"a canceled left-over": {errors.Join(context.Canceled, session.ErrLeft), 4, "culvert clean"},
 	} {
 		var out bytes.Buffer
-		if code := explain(&out, c.err, typed{line: "connect -n shop", flags: " -n shop"}); code != c.code {
+		if code := explain(&out, c.err, typedAs("connect", []string{"connect", "-n", "shop"}, " -n shop")); code != c.code {
 			t.Errorf("%s: exit code %d, want %d", name, code, c.code)
 		}
 		if c.code != 0 && strings.Count(out.String(), "culvert: error: ") != 1 {
@@ -60,18 +58,24 @@ func TestExitCodes(t *testing.T) {
 
 func TestBadFlags(t *testing.T) {
 	for _, args := range []string{
-		"frobnicate", "connect --frobnicate", "connect --include 10.0.0.0/4", "connect --include 127.0.0.0/8", "connect --image=", "clean -o xml", "connect extra", "connect --include ten", "connect --include 0.0.0.0/0",
+		"frobnicate", "connect --frobnicate", "connect --include 10.0.0.0/4", "connect --include 127.0.0.0/8", "connect --image=", "clean -o xml", "connect extra", "connect --include ten", "connect --as svc", "connect --as a..b", "connect --as x.local", "connect --include 0.0.0.0/0",
 		"connect --exclude 10.0.0.0/33", "connect --grace 5s", "connect --grace soon", "connect --way teleport",
 		"exchange web --to 80 --method magic", "exchange web --to 80 --method scale --mirror", "exchange pod/db-0 --to 80 --method scale", "expose 80 --as web --method scale",
-		"status extra", "status -o xml", "version -o xml", "rbac extra", "clean extra",
+		"forward", "forward svc/web", "forward svc/web 0", "forward svc/web 80 --address here", "forward svc/web 80 --grace 5s", "rbac --for teleport", "proxy extra", "proxy --socks off --http off", "proxy --socks x", "proxy --http 70000", "proxy --address here", "proxy --include ten",
+		"connect 10.0.0.0/8", "connect --via bastion", "connect --via bastion ten", "connect --via bastion 0.0.0.0/0", "connect --via bastion 10.0.0.0/8 --grace 1m",
+		"connect --via bastion 10.0.0.0/8 -n shop", "connect --via bastion 10.0.0.0/8 --dns here", "connect --via bastion 10.0.0.0/8 --dns-zone corp",
+		"connect --via bastion 10.0.0.0/8 --dns 10.0.0.2 --dns-zone a..b", "connect --via bastion 10.0.0.0/8 --ssh bastion", "connect --ssh bastion --endpoint auto",
+		"exchange web --to 80 --ssh bastion --way spdy", "status extra", "status -o xml", "version -o xml", "rbac extra", "clean extra",
+		"doctor extra", "doctor -o xml", "doctor --way teleport",
+		"dial", "dial db-01:22", "dial db-01:22 --hub x", "dial db-01 --hub x:1", "forward svc/web 80 --hub x:1", "forward db-01:22 --hub x:1 --grace 1m", "forward db-01:22 --hub x", "forward svc/web 80 --key k",
 	} {
-		var out, talk bytes.Buffer
-		a := &app{version: "test", out: &out, err: &talk}
-		if code := a.run(t.Context(), strings.Fields(args)); code != exitUsage {
-			t.Errorf("culvert %s: exit code %d, want %d: %s", args, code, exitUsage, talk.String())
+		var out, said bytes.Buffer
+		a := &app{version: "test", Person: talk.Person{Out: &out, Err: &said}}
+		if code := a.run(t.Context(), strings.Fields(args)); code != talk.ExitUsage {
+			t.Errorf("culvert %s: exit code %d, want %d: %s", args, code, talk.ExitUsage, said.String())
 		}
-		if strings.Count(talk.String(), "culvert: error: ") != 1 || out.Len() > 0 {
-			t.Errorf("culvert %s says %q and %q", args, talk.String(), out.String())
+		if strings.Count(said.String(), "culvert: error: ") != 1 || out.Len() > 0 {
+			t.Errorf("culvert %s says %q and %q", args, said.String(), out.String())
 		}
 	}
 }
@@ -87,37 +91,38 @@ func TestHints(t *testing.T) {
 		"culvert status  # another session leads there":      {conflict("10.96.0.0/16", "10.96.0.0/16", "culvert0")},
 	} {
 		err := &session.ConflictError{Conflicts: conflicts, Sources: make([]string, len(conflicts))}
-		if _, hint := judge(err, typed{line: "connect"}); hint != want {
+		if _, hint := judge(err, typed{verb: "connect", line: "connect"}); hint != want {
 			t.Errorf("%v: hint %q, want %q", err, hint, want)
 		}
 	}
-	if _, hint := judge(kube.ErrForbidden, typed{flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
+	if _, hint := judge(kube.ErrForbidden, typed{verb: "connect", flags: " -n shop"}); !strings.HasPrefix(hint, "culvert rbac -n shop | kubectl apply -f -") {
 		t.Errorf("hint %q does not name the namespace", hint)
+	}
+	for line, want := range map[string]string{
+		"connect -n shop": "sudo -v && culvert connect -n shop", "clean": "sudo -v && culvert clean", "forward svc/web 80:80": "", "proxy --socks 80": "", "exchange svc/web --to 80": "", "run -- connect": "",
+	} {
+		if _, hint := judge(fmt.Errorf("listen: %w", os.ErrPermission), typedLine(line)); hint != want {
+			t.Errorf("culvert %s: hint %q, want %q", line, hint, want)
+		}
 	}
 	held := fmt.Errorf("claim: %w", &router.HeldError{Holder: "ann@laptop"})
 	args := strings.Split("exchange|svc/web|-H|x-dev: it's|--to|80|--|go|run|.", "|")
-	if _, hint := judge(held, typed{line: lineOf(args)}); !strings.HasPrefix(hint, `culvert exchange svc/web -H 'x-dev: it'\''s' --to 80 --take -- go run .  # takes it from ann@laptop; or `) {
+	if _, hint := judge(held, typedAs("exchange", args, "")); !strings.HasPrefix(hint, `culvert exchange svc/web -H 'x-dev: it'\''s' --to 80 --take -- go run .  # takes it from ann@laptop; or `) {
 		t.Errorf("hint %q", hint)
 	}
-	for line, flag := range map[string]string{"exchange svc/web --to 80": " --for exchange ", "exchange svc/web --to 80 --method=scale": " --for exchange,scale "} {
-		if _, hint := judge(kube.ErrForbidden, typed{line: line}); !strings.Contains(hint, flag) {
+	for line, flag := range map[string]string{
+		"forward svc/web 80": " --for forward |", "exchange svc/web --to 80": " --for exchange |", "exchange svc/web --to 80 --method=scale": " --for exchange,scale |",
+		"expose 80 --as web": " --for expose |", "exchange svc/web --to 80 -- run --method scale": " --for exchange |", "run -- culvert exchange": "rbac |", "run forward": "rbac |", "proxy -- forward": "rbac |",
+	} {
+		if _, hint := judge(kube.ErrForbidden, typedLine(line)); !strings.Contains(hint, flag) {
 			t.Errorf("culvert %s: hint %q", line, hint)
 		}
 	}
 }
 
-// A step that fails is told, and its spinner ends, when what follows begins.
-func TestStepFails(t *testing.T) {
-	for _, terminal := range []bool{false, true} {
-		var out bytes.Buffer
-		s := &steps{out: &out, terminal: terminal}
-		s.Begin("one")
-		s.Begin("two")
-		s.Done("two is done")
-		if text := out.String(); !strings.Contains(text, "✗ one") || !strings.Contains(text, "✓ two is done") {
-			t.Errorf("terminal %v: %q", terminal, text)
-		}
-	}
+func typedLine(line string) typed {
+	words := strings.Fields(line)
+	return typedAs(words[0], words, "")
 }
 
 func TestParsePrefixes(t *testing.T) {
@@ -135,34 +140,6 @@ func TestBytes(t *testing.T) {
 	}
 }
 
-// The first signal ends what goes on; a second Ctrl-C is told to who can hurry, but
-// not what a terminal says that closes.
-func TestInterruptible(t *testing.T) {
-	r, w := io.Pipe()
-	defer r.Close()
-	ctx, hurry, stop := interruptible(w)
-	defer stop()
-	self, err := os.FindProcess(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	talk := bufio.NewScanner(r)
-	for n, s := range []os.Signal{syscall.SIGHUP, syscall.SIGHUP, syscall.SIGHUP, os.Interrupt} {
-		select {
-		case <-hurry:
-			t.Error("hurry, without a Ctrl-C")
-		default:
-		}
-		if err := self.Signal(s); err != nil {
-			t.Skipf("no signals here: %v", err)
-		}
-		if <-ctx.Done(); n > 0 && !talk.Scan() {
-			t.Fatal(talk.Err())
-		}
-	}
-	<-hurry
-}
-
 func TestEndpoint(t *testing.T) {
 	for text, good := range map[string]bool{
 		"": true, "auto": true, "node7": true, "203.0.113.7": true, "fd00::1": true, "node7:30000": true, "[fd00::1]:30000": true,
@@ -171,5 +148,23 @@ func TestEndpoint(t *testing.T) {
 		if got, err := endpoint(text); good != (err == nil) || good && got != text {
 			t.Errorf("%q: %q, %v", text, got, err)
 		}
+	}
+}
+
+func TestViaConfig(t *testing.T) {
+	a := &app{version: "test"}
+	c := a.connectCommand()
+	if err := c.ParseFlags(strings.Fields("--via me@bastion --exclude 10.3.0.0/16 --dns [fd00::2]:5353 --dns-zone corp.example. --dns-zone lab")); err != nil {
+		t.Fatal(err)
+	}
+	var o connectOptions
+	o.via.destination, o.ranges.exclude, o.via.dns, o.via.zones = "me@bastion", []string{"10.3.0.0/16"}, "[fd00::2]:5353", []string{"corp.example.", "lab"}
+	cfg, err := o.viaConfig(c, []string{"10.1.2.3/8", "fd00::/16"})
+	if got := fmt.Sprint(cfg.Destination, cfg.Ranges, cfg.Exclude, cfg.DNS, cfg.Zones); err != nil || got != "me@bastion[10.0.0.0/8 fd00::/16] [10.3.0.0/16] [fd00::2]:5353 [corp.example lab]" {
+		t.Errorf("%s, %v", got, err)
+	}
+	o.via.dns = "10.0.0.2"
+	if cfg, err := o.viaConfig(c, []string{"10.0.0.0/8"}); err != nil || cfg.DNS.String() != "10.0.0.2:53" {
+		t.Errorf("%+v, %v", cfg, err)
 	}
 }

@@ -22,7 +22,7 @@ func (a *app) completions(root *cobra.Command) {
 		return kube.Contexts(a.kubeconfig)
 	}))
 	_ = root.RegisterFlagCompletionFunc("namespace", offer(func(c *cobra.Command) ([]string, error) {
-		cluster, err := a.cluster()
+		cluster, err := a.clusterBy(true)
 		if err != nil {
 			return nil, err
 		}

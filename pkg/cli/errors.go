@@ -3,44 +3,28 @@ package cli
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"strings"
+
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
-// Exit codes, as the README promises them.
-const (
-	exitDone         = 0 // also after Ctrl-C, when everything was put back
-	exitFailed       = 1
-	exitUsage        = 2
-	exitNotPermitted = 3 // root or RBAC
-	exitLeftovers    = 4 // something could not be put back
-)
-
-// usageError is a wrong flag or argument.
-type usageError struct{ error }
-
-func usage(err error) error {
-	if err == nil {
-		return nil
-	}
-	return usageError{err}
-}
+// endedError is of another process that has said itself what there was to say.
+type endedError struct{ *process.ExitError }
 
 // explain prints err for a person, on one line, and returns the exit code it
 // stands for.
 func explain(w io.Writer, err error, t typed) int {
 	if err == nil {
-		return exitDone
+		return talk.ExitDone
+	}
+	if ended, ok := err.(endedError); ok {
+		return ended.Code
 	}
 	code, hint := judge(err, t)
-	if errors.Is(err, context.Canceled) && code == exitFailed {
+	if errors.Is(err, context.Canceled) && code == talk.ExitFailed {
 		err = errors.New("interrupted")
 	}
-	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
-	fmt.Fprintf(w, "culvert: error: %s\n", strings.Join(lines, "; "))
-	if hint != "" {
-		fmt.Fprintf(w, "culvert: hint: %s\n", hint)
-	}
+	talk.Explain(w, err, hint)
 	return code
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/session"
@@ -61,7 +63,7 @@ func (a *app) exchangeCommand() *cobra.Command {
 			if args, _ = beforeDash(c, args); len(args) == 1 {
 				return nil
 			}
-			return usage(fmt.Errorf("exchange takes one target, as svc/web, but was given %q", args))
+			return talk.Usage(fmt.Errorf("exchange takes one target, as svc/web, but was given %q", args))
 		},
 		RunE: func(c *cobra.Command, args []string) error {
 			_, o.local.Command = beforeDash(c, args)
@@ -99,7 +101,7 @@ func (a *app) exposeCommand() *cobra.Command {
 			if len(args) > 0 {
 				return nil
 			}
-			return usage(errors.New("expose takes the port of a process on this machine"))
+			return talk.Usage(errors.New("expose takes the port of a process on this machine"))
 		},
 		RunE: func(c *cobra.Command, args []string) error {
 			o.to = args
@@ -135,24 +137,24 @@ func (o exchangeOptions) config() (cfg session.ExchangeConfig, err error) {
 	}
 	cfg.Mirror, cfg.Take = o.mirror, o.take
 	if len(o.to) == 0 {
-		return cfg, usage(errors.New("--to is missing: the port on this machine that the traffic goes to, as --to 8080"))
+		return cfg, talk.Usage(errors.New("--to is missing: the port on this machine that the traffic goes to, as --to 8080"))
 	}
 	for _, text := range o.to {
 		f, err := session.ParseForward(text)
 		if err != nil {
-			return cfg, usage(err)
+			return cfg, talk.Usage(err)
 		}
 		cfg.To = append(cfg.To, f)
 	}
 	for _, text := range o.headers {
 		h, err := router.ParseHeader(text)
 		if err != nil {
-			return cfg, usage(fmt.Errorf("--header: %w", err))
+			return cfg, talk.Usage(fmt.Errorf("--header: %w", err))
 		}
 		cfg.Match.Headers = append(cfg.Match.Headers, h)
 	}
 	if o.path != "" && !strings.HasPrefix(o.path, "/") {
-		return cfg, usage(fmt.Errorf("--path begins with /, not %q", o.path))
+		return cfg, talk.Usage(fmt.Errorf("--path begins with /, not %q", o.path))
 	}
 	cfg.Match.Path, cfg.Local = o.path, o.local
 	return cfg, nil
@@ -164,10 +166,10 @@ func (a *app) exchange(c *cobra.Command, target string, o exchangeOptions) error
 		return err
 	}
 	if cfg.Target, err = kube.ParseTarget(target); err != nil {
-		return usage(err)
+		return talk.Usage(err)
 	}
 	if cfg.Method, err = o.methodFor(cfg.Target); err != nil {
-		return usage(err)
+		return talk.Usage(err)
 	}
 	return a.runExchange(c, cfg)
 }
@@ -186,6 +188,8 @@ func (o exchangeOptions) methodFor(t kube.Target) (session.Method, error) {
 		return m, fmt.Errorf("--method scale takes all pods of a deployment or statefulset, not %s alone", t)
 	case m == session.ByEphemeral && t.Kind == "service":
 		return m, fmt.Errorf("--method ephemeral is for a pod, as pod/NAME, or the only one of deploy/NAME or sts/NAME, not %s", t)
+	case m == session.ByEphemeral && (o.endpoint != "" || o.wire == string(wires.WireGuard)):
+		return m, errors.New("--endpoint is not for --method ephemeral: nothing leads to another's pod past the API server")
 	case m == session.ByEphemeral && len(o.pullSecrets) > 0:
 		return m, errors.New("--image-pull-secret cannot be added to a pod that is there: the pod's own pull secrets are used")
 	}
@@ -202,33 +206,21 @@ func (a *app) expose(c *cobra.Command, as string, o exchangeOptions) error {
 	}
 	name, port, found := strings.Cut(as, ":")
 	if found && len(cfg.To) != 1 {
-		return usage(errors.New("--as has a port only where one is exposed: with several, write SERVICE_PORT=PORT for each"))
+		return talk.Usage(errors.New("--as has a port only where one is exposed: with several, write SERVICE_PORT=PORT for each"))
 	}
 	if found && cfg.To[0].Port != "" {
-		return usage(fmt.Errorf("the Service's port is given twice: %s and %s", as, o.to[0]))
+		return talk.Usage(fmt.Errorf("the Service's port is given twice: %s and %s", as, o.to[0]))
 	}
 	if found {
 		cfg.To[0].Port = port
 	}
 	if cfg.Expose = name; !serviceName.MatchString(name) {
-		return usage(fmt.Errorf("--as is the name of a new Service, as web-preview or web-preview:80, not %q", as))
+		return talk.Usage(fmt.Errorf("--as is the name of a new Service, as web-preview or web-preview:80, not %q", as))
 	}
 	return a.runExchange(c, cfg)
 }
 
 func (a *app) runExchange(c *cobra.Command, cfg session.ExchangeConfig) error {
-	cluster, err := a.cluster()
-	if err != nil {
-		return err
-	}
-	defer cluster.Close()
-	defer outliveReaders()()
-	steps := a.steps()
-	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.logger()
-	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr, cfg.Hurry = os.Stdin, a.out, a.err, a.hurry
-	err = session.NewExchange(cfg).Run(c.Context())
-	if err != nil {
-		steps.Fail()
-	}
-	return err
+	cfg.Local.Stdin, cfg.Local.Stdout, cfg.Local.Stderr, cfg.Hurry = os.Stdin, a.Out, a.Err, a.Hurry
+	return a.reach(&cfg.TunnelConfig, func() error { return session.NewExchange(cfg).Run(c.Context()) })
 }

@@ -7,18 +7,31 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/process"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/router"
+	"github.com/culvert-dev/culvert/pkg/sandbox"
 	"github.com/culvert-dev/culvert/pkg/session"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
 // typed is what was typed, for hints that lead to the same cluster.
 type typed struct {
-	line  string // all of it, without the program's name
-	flags string // which cluster and namespace, with a blank before each
+	verb    string
+	line    string // all of it, without the program's name, and the command after --
+	command string // that, with its --
+	flags   string // which cluster and namespace, with a blank before each
+}
+
+// typedAs reads the arguments of a verb.
+func typedAs(verb string, args []string, flags string) typed {
+	t := typed{verb: verb, line: lineOf(args), flags: flags}
+	if i := slices.Index(args, "--"); i >= 0 {
+		t.line, t.command = lineOf(args[:i]), " -- "+lineOf(args[i+1:])
+	}
+	return t
 }
 
 // lineOf is what a shell takes for these arguments.
@@ -34,74 +47,85 @@ func lineOf(args []string) string {
 
 var bare = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
 
-// with is the line with a further flag: before -- and the command after it.
-func (t typed) with(flag string) string {
-	before, command, found := strings.Cut(t.line, " -- ")
-	if found {
-		command = " -- " + command
-	}
-	return before + " " + flag + command
-}
+// whole is the line and its command.
+func (t typed) whole() string { return t.line + t.command }
+
+// with is the same with a further flag.
+func (t typed) with(flag string) string { return t.line + " " + flag + t.command }
 
 // need is the flag of rbac for what was typed; connect's needs none.
 func (t typed) need() string {
-	if strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method ephemeral") {
-		return " --for ephemeral"
+	method := func(name string) bool {
+		return strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method "+name)
 	}
-	for _, verb := range []string{"exchange", "expose"} {
-		if slices.Contains(strings.Fields(t.line), verb) && strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method scale") {
-			return " --for " + verb + ",scale"
-		} else if slices.Contains(strings.Fields(t.line), verb) {
-			return " --for " + verb
-		}
+	switch {
+	case t.verb == "forward", t.verb == "expose":
+		return " --for " + t.verb
+	case t.verb == "exchange" && method("ephemeral"):
+		return " --for ephemeral"
+	case t.verb == "exchange" && method("scale"):
+		return " --for exchange,scale"
+	case t.verb == "exchange":
+		return " --for exchange"
 	}
 	return ""
 }
 
+// rootHelps tells of the verbs that have a child as root.
+func (t typed) rootHelps() bool { return t.verb == "connect" || t.verb == "clean" }
+
 // judge gives an error its exit code and a command that may help.
 func judge(err error, t typed) (code int, hint string) {
-	var wrong usageError
+	var wrong talk.UsageError
 	var conflict *session.ConflictError
 	var held *router.HeldError
 	var ended *process.ExitError
 	var lingers *kube.LingerError
+	var refused *sandbox.RefusedError
+	var unrunnable *sandbox.ExecError
 	switch {
 	case errors.As(err, &lingers): // clean would find nothing
-		return exitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
+		return talk.ExitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
-		return exitLeftovers, "culvert clean" + t.flags
+		return talk.ExitLeftovers, "culvert clean" + t.flags
 	case errors.As(err, &wrong):
-		return exitUsage, "culvert --help"
+		return talk.ExitUsage, "culvert --help"
 	case errors.As(err, &conflict):
-		return exitFailed, makeWay(conflict.Conflicts, t)
+		return talk.ExitFailed, makeWay(conflict.Conflicts, t)
+	case errors.As(err, &refused):
+		return talk.ExitNotPermitted, refused.Allow
+	case errors.As(err, &unrunnable):
+		return unrunnable.Code(), ""
+	case errors.Is(err, session.ErrConnected):
+		return talk.ExitFailed, "culvert disconnect" + t.flags + "  # ends it"
 	case errors.As(err, &ended):
 		return ended.Code, ""
 	case errors.As(err, &held):
-		return exitFailed, "culvert " + t.with("--take") + "  # takes it from " + held.Holder + "; or match other requests with --header, or ask them to leave"
+		return talk.ExitFailed, "culvert " + t.with("--take") + "  # takes it from " + held.Holder + "; or match other requests with --header, or ask them to leave"
 	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):
-		return exitFailed, "kubectl get services" + t.flags
+		return talk.ExitFailed, "kubectl get services" + t.flags
 	case errors.Is(err, kube.ErrExchanged):
-		return exitFailed, "culvert status --cluster" + t.flags
+		return talk.ExitFailed, "culvert status --cluster" + t.flags
 	case errors.Is(err, kube.ErrNoPod):
-		return exitFailed, "kubectl get pods" + t.flags
+		return talk.ExitFailed, "kubectl get pods" + t.flags
 	case errors.Is(err, resolver.ErrBusy):
-		return exitFailed, "culvert status  # another session has the resolver"
+		return talk.ExitFailed, "culvert status  # another session has the resolver"
 	case errors.Is(err, kube.ErrForbidden):
-		return exitNotPermitted, "culvert rbac" + t.flags + t.need() + " | kubectl apply -f -  # by somebody who may grant it"
-	case errors.Is(err, os.ErrPermission) && t.need() == "": // an exchange needs no root
-		return exitNotPermitted, "sudo -v && culvert " + t.line
+		return talk.ExitNotPermitted, "culvert rbac" + t.flags + t.need() + " | kubectl apply -f -  # by somebody who may grant it"
+	case errors.Is(err, os.ErrPermission) && t.rootHelps():
+		return talk.ExitNotPermitted, "sudo -v && culvert " + t.whole()
 	case errors.Is(err, kube.ErrKubeconfig):
-		return exitFailed, "kubectl config view  # or name a file with --kubeconfig"
+		return talk.ExitFailed, "kubectl config view  # or name a file with --kubeconfig"
 	case errors.Is(err, kube.ErrContext):
-		return exitFailed, "kubectl config get-contexts"
+		return talk.ExitFailed, "kubectl config get-contexts"
 	case errors.Is(err, kube.ErrNamespace):
-		return exitFailed, "kubectl get namespaces"
+		return talk.ExitFailed, "kubectl get namespaces"
 	case errors.Is(err, kube.ErrUnauthorized):
-		return exitFailed, "kubectl auth whoami"
+		return talk.ExitFailed, "kubectl auth whoami"
 	case errors.Is(err, kube.ErrUnreachable):
-		return exitFailed, "kubectl cluster-info"
+		return talk.ExitFailed, "kubectl cluster-info"
 	}
-	return exitFailed, ""
+	return talk.ExitFailed, ""
 }
 
 // makeWay leaves to this machine what it has routes for, and no more.

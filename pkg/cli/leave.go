@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/session"
 )
@@ -21,9 +22,9 @@ func (a *app) leaveCommand() *cobra.Command {
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case len(args) > 1:
-				return usage(fmt.Errorf("leave takes one target, as svc/web, but was given %q", args))
+				return talk.Usage(fmt.Errorf("leave takes one target, as svc/web, but was given %q", args))
 			case len(args) == 1 && all:
-				return usage(errors.New("leave takes a target or --all, not both"))
+				return talk.Usage(errors.New("leave takes a target or --all, not both"))
 			}
 			return nil
 		},
@@ -47,7 +48,7 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 	if target != "" {
 		t, err := kube.ParseTarget(target)
 		if err != nil {
-			return usage(err)
+			return talk.Usage(err)
 		}
 		ours := which
 		which = func(s session.Status) bool {
@@ -63,16 +64,16 @@ func (a *app) leave(c *cobra.Command, target string, all bool) error {
 	case len(running) == 0 && target != "":
 		return fmt.Errorf("no exchange of %s runs on this machine", target)
 	case len(running) > 1 && target == "" && !all:
-		return usage(fmt.Errorf("%d exchanges run on this machine: name one, or --all", len(running)))
+		return talk.Usage(fmt.Errorf("%d exchanges run on this machine: name one, or --all", len(running)))
 	}
 	left, err := session.Leave(c.Context(), running)
 	for _, s := range left {
-		if !a.quiet {
-			fmt.Fprintf(a.err, "✓ left %s in namespace %s\n", s.Exchange.Subject(), s.Namespace)
+		if !a.Quiet {
+			fmt.Fprintf(a.Err, "✓ left %s in namespace %s\n", s.Exchange.Subject(), s.Namespace)
 		}
 	}
-	if len(left) == 0 && err == nil && !a.quiet {
-		fmt.Fprintln(a.err, "nothing is exchanged on this machine")
+	if len(left) == 0 && err == nil && !a.Quiet {
+		fmt.Fprintln(a.Err, "nothing is exchanged on this machine")
 	}
 	return err
 }

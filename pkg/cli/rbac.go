@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
@@ -16,7 +17,7 @@ func (a *app) rbacCommand() *cobra.Command {
 		Short: "Print the rights that a verb needs, to be applied by who may grant them",
 		Example: `  culvert rbac -n shop | kubectl apply -f -
   culvert rbac -n shop --for connect,exchange --cluster | kubectl apply -f -`,
-		Args: noArgs,
+		Args: talk.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			needs, err := needsOf(verbs)
 			if err != nil {
@@ -35,12 +36,12 @@ func (a *app) rbacCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprint(a.out, text)
+			_, err = fmt.Fprint(a.Out, text)
 			return err
 		},
 	}
-	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, exchange, expose; and scale and ephemeral, for these methods of exchange (repeatable)")
-	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "exchange", "expose", "scale", "ephemeral"}, cobra.ShellCompDirectiveNoFileComp))
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, forward, proxy, exchange, expose; and scale and ephemeral, for these methods of exchange (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "forward", "proxy", "exchange", "expose", "scale", "ephemeral"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
 }
@@ -49,8 +50,10 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 	var needs []kube.Need
 	for _, v := range verbs {
 		switch v {
-		case "connect":
+		case "connect", "proxy":
 			needs = append(needs, kube.Connect)
+		case "forward":
+			needs = append(needs, kube.Forward)
 		case "exchange", "expose":
 			needs = append(needs, kube.Exchange)
 		case "scale":
@@ -58,7 +61,7 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 		case "ephemeral":
 			needs = append(needs, kube.EphemeralExchange)
 		default:
-			return nil, usage(fmt.Errorf("--for is connect, exchange, expose, scale or ephemeral, not %q", v))
+			return nil, talk.Usage(fmt.Errorf("--for is connect, forward, proxy, exchange, expose, scale or ephemeral, not %q", v))
 		}
 	}
 	return needs, nil

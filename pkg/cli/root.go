@@ -8,89 +8,63 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"sigs.k8s.io/yaml"
+
+	"github.com/culvert-dev/culvert/pkg/cli/hubs"
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 )
 
 // app is one run of the program: its streams and the flags of every verb.
 type app struct {
-	version  string
-	out      io.Writer
-	err      io.Writer
-	terminal bool            // err is one
-	hurry    <-chan struct{} // closed by a second Ctrl-C
+	talk.Person
+	version string
+	ctx     context.Context // of the run
+	deaf    func()          // leaves signals to who has asked for them
+	ignored []os.Signal     // by who started us
 
+	args       []string // as typed
 	kubeconfig string
 	context    string
 	namespace  string
-	verbose    bool
-	quiet      bool
+	ssh        string
 }
 
 // Main runs culvert with args, without the program's name, and returns its
 // exit code.
 func Main(version string, args []string) int {
-	a := &app{
-		version: version, out: os.Stdout, err: os.Stderr,
-		terminal: term.IsTerminal(int(os.Stderr.Fd())),
-	}
-	ctx, hurry, stop := interruptible(a.err)
+	a := &app{Person: talk.New(), version: version}
+	a.ignored = slices.DeleteFunc([]os.Signal{os.Interrupt, syscall.SIGHUP}, func(s os.Signal) bool { return !signal.Ignored(s) })
+	ctx, stop := a.Interruptible()
 	defer stop()
-	a.hurry = hurry
+	a.deaf = stop
 	return a.run(ctx, args)
 }
 
 func (a *app) run(ctx context.Context, args []string) int {
+	a.ctx, a.args = ctx, args
 	root := a.root()
 	root.SetArgs(args)
-	root.SetOut(a.out)
-	root.SetErr(a.err)
-	err := root.ExecuteContext(ctx)
-	return explain(a.err, err, typed{line: lineOf(args), flags: a.clusterFlags()})
+	root.SetOut(a.Out)
+	root.SetErr(a.Err)
+	c, err := root.ExecuteContextC(ctx)
+	return explain(a.Err, err, typedAs(c.Name(), args, a.clusterFlags()))
 }
 
 // clusterFlags are those of the flags typed that say which cluster and namespace.
 func (a *app) clusterFlags() string {
 	var flags string
-	for _, f := range []struct{ name, value string }{{"--kubeconfig", a.kubeconfig}, {"--context", a.context}, {"-n", a.namespace}} {
+	for _, f := range []struct{ name, value string }{{"--kubeconfig", a.kubeconfig}, {"--context", a.context}, {"-n", a.namespace}, {"--ssh", a.ssh}} {
 		if f.value != "" {
 			flags += " " + f.name + " " + f.value
 		}
 	}
 	return flags
-}
-
-// interruptible is cancelled by the first Ctrl-C, SIGTERM or SIGHUP. A second
-// one is answered, and told to who can hurry: what was changed is being put back,
-// and that is bounded.
-func interruptible(w io.Writer) (ctx context.Context, hurry <-chan struct{}, stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
-	again, told := context.WithCancel(context.Background())
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	go func() {
-		for first := true; ; first = false {
-			s, ok := <-signals
-			if !ok {
-				return
-			}
-			if !first {
-				fmt.Fprintln(w, "culvert: still putting things back, a moment")
-			}
-			if !first && s == os.Interrupt { // a terminal that closes says it twice, too
-				told()
-			}
-			cancel()
-		}
-	}()
-	return ctx, again.Done(), func() { signal.Stop(signals); close(signals); cancel(); told() }
 }
 
 func (a *app) root() *cobra.Command {
@@ -108,15 +82,16 @@ func (a *app) root() *cobra.Command {
 			return c.Help()
 		},
 	}
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return talk.Usage(err) })
 	f := root.PersistentFlags()
 	f.StringVar(&a.kubeconfig, "kubeconfig", "", "path of the kubeconfig file (default: $KUBECONFIG, ~/.kube/config)")
 	f.StringVar(&a.context, "context", "", "kubeconfig context to use")
 	f.StringVarP(&a.namespace, "namespace", "n", "", "namespace to work in (default: the context's)")
-	f.BoolVarP(&a.verbose, "verbose", "v", false, "tell more, and log what goes on")
-	f.BoolVarP(&a.quiet, "quiet", "q", false, "tell only errors")
-	root.AddCommand(a.connectCommand(), a.exchangeCommand(), a.exposeCommand(), a.leaveCommand(), a.statusCommand(), a.rbacCommand(), a.cleanCommand(),
-		a.versionCommand(), a.privilegedCommand())
+	f.StringVar(&a.ssh, "ssh", "", "SSH server that reaches the API server, as ssh has it: user@host; your own ssh makes the connection. Credential plugins do not use it")
+	a.Flags(root)
+	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.runCommand(), a.forwardCommand(), a.proxyCommand(), a.exchangeCommand(), a.exposeCommand(), a.leaveCommand(), a.statusCommand(), a.doctorCommand(), a.rbacCommand(), a.cleanCommand(),
+		a.versionCommand(), a.privilegedCommand(), a.sandboxCommand())
+	root.AddCommand(hubs.Commands(&a.Person)...)
 	a.completions(root)
 	return root
 }
@@ -126,20 +101,7 @@ func unknownVerb(c *cobra.Command, verb string) error {
 	if s := c.SuggestionsFor(verb); len(s) > 0 {
 		err = fmt.Errorf("no verb %q, did you mean %q", verb, s[0])
 	}
-	return usage(err)
-}
-
-// logger writes what goes on to stderr when -v was given.
-func (a *app) logger() *slog.Logger {
-	level := slog.LevelError + 1
-	if a.verbose {
-		level = slog.LevelDebug
-	}
-	return slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-}
-
-func (a *app) steps() *steps {
-	return &steps{out: a.err, terminal: a.terminal && !a.verbose, verbose: a.verbose, quiet: a.quiet}
+	return talk.Usage(err)
 }
 
 // outputFormat is checked when it is typed, not when there is something to print.
@@ -167,7 +129,7 @@ func outputFlag(c *cobra.Command, output *outputFormat) {
 func (a *app) print(output outputFormat, v any, table func()) error {
 	switch output {
 	case "json":
-		e := json.NewEncoder(a.out)
+		e := json.NewEncoder(a.Out)
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	case "yaml":
@@ -175,7 +137,7 @@ func (a *app) print(output outputFormat, v any, table func()) error {
 		if err != nil {
 			return err
 		}
-		_, err = a.out.Write(b)
+		_, err = a.Out.Write(b)
 		return err
 	}
 	table()

@@ -5,6 +5,8 @@ import (
 	"runtime"
 
 	"github.com/spf13/cobra"
+
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
 )
 
 func (a *app) versionCommand() *cobra.Command {
@@ -12,7 +14,7 @@ func (a *app) versionCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  noArgs,
+		Args:  talk.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			v := struct {
 				Version string `json:"version"`
@@ -21,7 +23,7 @@ func (a *app) versionCommand() *cobra.Command {
 				Arch    string `json:"arch"`
 			}{a.version, runtime.Version(), runtime.GOOS, runtime.GOARCH}
 			return a.print(output, v, func() {
-				fmt.Fprintf(a.out, "culvert %s (%s, %s/%s)\n", v.Version, v.Go, v.OS, v.Arch)
+				fmt.Fprintf(a.Out, "culvert %s (%s, %s/%s)\n", v.Version, v.Go, v.OS, v.Arch)
 			})
 		},
 	}

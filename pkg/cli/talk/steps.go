@@ -1,4 +1,4 @@
-package cli
+package talk
 
 import (
 	"fmt"
@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// steps tells on stderr how far a verb is: one line for each step that is
+// Steps tells on stderr how far a verb is: one line for each step that is
 // done, and on a terminal the step under way with a spinner before it.
-type steps struct {
+type Steps struct {
 	mu       sync.Mutex
 	out      io.Writer
 	terminal bool
@@ -28,7 +28,7 @@ const (
 )
 
 // Begin starts a step. One that is under way still has failed.
-func (s *steps) Begin(what string) {
+func (s *Steps) Begin(what string) {
 	s.Fail()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -43,8 +43,20 @@ func (s *steps) Begin(what string) {
 	}
 }
 
+// Asks leaves the line to who asks a person something.
+func (s *Steps) Asks() {
+	s.mu.Lock()
+	stop, stopped := s.stop, s.stopped
+	s.stop, s.stopped = nil, nil
+	s.mu.Unlock()
+	if stop != nil {
+		close(stop)
+		<-stopped
+	}
+}
+
 // Progress says what the step under way waits for.
-func (s *steps) Progress(detail string) {
+func (s *Steps) Progress(detail string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if detail == s.detail {
@@ -57,10 +69,10 @@ func (s *steps) Progress(detail string) {
 }
 
 // Done ends the step under way well; one that had nothing to do is not told.
-func (s *steps) Done(result string) { s.end("✓", result) }
+func (s *Steps) Done(result string) { s.end("✓", result) }
 
 // Fail ends the step under way, if there is one; the error is told elsewhere.
-func (s *steps) Fail() {
+func (s *Steps) Fail() {
 	s.mu.Lock()
 	what := s.what
 	s.mu.Unlock()
@@ -69,27 +81,31 @@ func (s *steps) Fail() {
 	}
 }
 
-func (s *steps) end(mark, text string) {
+func (s *Steps) end(mark, text string) {
+	s.Asks()
 	s.mu.Lock()
-	stop, stopped, since := s.stop, s.stopped, s.since
-	s.stop, s.stopped, s.what = nil, nil, ""
+	since := s.since
+	s.what = ""
 	s.mu.Unlock()
-	if stop != nil {
-		close(stop)
-		<-stopped
-	}
 	if !s.quiet && text != "" {
 		fmt.Fprintf(s.out, "%s %s  %.1fs\n", mark, text, time.Since(since).Seconds())
 	}
 }
 
+// LeaveTerminal is for a verb that goes on without one.
+func (s *Steps) LeaveTerminal() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.terminal = false
+}
+
 // Say prints one line between the steps.
-func (s *steps) Say(line string) { s.line("  " + line) }
+func (s *Steps) Say(line string) { s.line("  " + line) }
 
 // Warn prints one line on what works less well than it could.
-func (s *steps) Warn(line string) { s.line("! " + line) }
+func (s *Steps) Warn(line string) { s.line("! " + line) }
 
-func (s *steps) line(text string) {
+func (s *Steps) line(text string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.quiet {
@@ -98,10 +114,10 @@ func (s *steps) line(text string) {
 	if s.stop != nil {
 		fmt.Fprint(s.out, clearLine)
 	}
-	fmt.Fprintln(s.out, text)
+	fmt.Fprintln(s.out, harmless(text))
 }
 
-func (s *steps) spin(stop, stopped chan struct{}) {
+func (s *Steps) spin(stop, stopped chan struct{}) {
 	defer close(stopped)
 	frames := []rune("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
 	tick := time.NewTicker(spinEvery)

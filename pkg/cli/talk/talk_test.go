@@ -1,0 +1,65 @@
+package talk
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// A step that fails is told, and its spinner ends, when what follows begins.
+func TestStepFails(t *testing.T) {
+	for _, terminal := range []bool{false, true} {
+		var out bytes.Buffer
+		s := &Steps{out: &out, terminal: terminal}
+		s.Begin("one")
+		s.Begin("two")
+		s.Done("two is done")
+		if text := out.String(); !strings.Contains(text, "✗ one") || !strings.Contains(text, "✓ two is done") {
+			t.Errorf("terminal %v: %q", terminal, text)
+		}
+	}
+}
+
+// What a host, or a hub, says does nothing to a terminal.
+func TestHarmless(t *testing.T) {
+	var out bytes.Buffer
+	Explain(&out, errors.New("it says \x1b]0;x\a\u009b2J\xff\r\nno"), "")
+	(&Steps{out: &out}).Say("\x1b[2Jé")
+	if got, want := out.String(), "culvert: error: it says  ]0;x  2J?; no\n   [2Jé\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// The first signal ends what goes on; a second Ctrl-C is told to who can hurry, but
+// not what a terminal says that closes.
+func TestInterruptible(t *testing.T) {
+	r, w := io.Pipe()
+	defer r.Close()
+	p := Person{Err: w}
+	ctx, stop := p.Interruptible()
+	defer stop()
+	self, err := os.FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	talk := bufio.NewScanner(r)
+	for n, s := range []os.Signal{syscall.SIGHUP, syscall.SIGHUP, syscall.SIGHUP, os.Interrupt} {
+		select {
+		case <-p.Hurry:
+			t.Error("hurry, without a Ctrl-C")
+		default:
+		}
+		if err := self.Signal(s); err != nil {
+			t.Skipf("no signals here: %v", err)
+		}
+		if <-ctx.Done(); n > 0 && !talk.Scan() {
+			t.Fatal(talk.Err())
+		}
+	}
+	<-p.Hurry
+}
