@@ -31,7 +31,7 @@ import (
 // A program is one image: the package of its binary and the image's name.
 type program struct{ pkg, name string }
 
-var programs = []program{{"./cmd/shadow", "shadow"}}
+var programs = []program{{"./cmd/shadow", "shadow"}, {"./cmd/hub", "hub"}}
 
 func main() {
 	log.SetFlags(0)
