@@ -96,7 +96,7 @@ func TestConnect(t *testing.T) {
 			}
 		}
 	})
-	t.Run("outside as before", func(t *testing.T) {
+	t.Run("B7 outside as before", func(t *testing.T) {
 		for name, want := range map[string]string{"intranet.corp.example": "172.31.0.1", "intranet": "172.31.0.1"} {
 			if got := laptop(t, "sh", "-c", "getent ahostsv4 "+name+" | awk '{print $1; exit}'"); got != want {
 				t.Errorf("%s is %q, want %q", name, got, want)
@@ -151,7 +151,7 @@ func TestConnect(t *testing.T) {
 		}
 	})
 	t.Run("13 posts of 20 MiB at once", postMany)
-	t.Run("a Service made now", newService)
+	t.Run("B9 a Service made now", newService)
 	t.Run("status", func(t *testing.T) {
 		st := theStatus(t)
 		if !st.Wire.Up || st.Wire.Way != "pods/proxy" || st.Wire.Kind != "tls" || st.Shadow.Kind != "Deployment" || st.DNS.Mode != "resolv.conf" {
@@ -161,7 +161,7 @@ func TestConnect(t *testing.T) {
 			t.Errorf("shadow pod %q of session %s", st.Shadow.Pod, st.Session)
 		}
 	})
-	t.Run("routes", everyRange)
+	t.Run("C17 routes", everyRange)
 
 	s.stop()
 	check(30 * time.Second)

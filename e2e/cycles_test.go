@@ -25,11 +25,11 @@ const (
 
 // Fifty times in and out within one process, on the laptop, and nothing adds up:
 // no goroutine, no descriptor, no route, no object.
-func TestCycles(t *testing.T) {
+func Test16Cycles(t *testing.T) {
 	t.Parallel() // with the rooms' tests, which do without the laptop
 	check := noTrace(t)
 	apart(t) // the other half need not wait for all of them, and has restarted the API server long before
-	inside(t, "TestCyclesInside")
+	inside(t, "Test16CyclesInside")
 	check(30 * time.Second)
 }
 
@@ -43,10 +43,10 @@ func inside(t *testing.T, name string) {
 	}
 }
 
-// TestCyclesInside is the part of TestCycles that runs on the laptop.
-func TestCyclesInside(t *testing.T) {
+// Test16CyclesInside is the part of Test16Cycles that runs on the laptop.
+func Test16CyclesInside(t *testing.T) {
 	if os.Getenv(insideName) == "" {
-		return // TestCycles runs it
+		return // Test16Cycles runs it
 	}
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	cycle(t) // what is made once, and kept
@@ -101,8 +101,11 @@ func cycle(t *testing.T) {
 	up := make(chan struct{})
 	ended := make(chan error, 1)
 	connect := session.NewConnect(session.ConnectConfig{
-		Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute},
-		Reporter: &upReporter{up: up}, Stderr: os.Stderr, Log: slog.New(slog.DiscardHandler),
+		TunnelConfig: session.TunnelConfig{
+			Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute},
+			Reporter: &upReporter{up: up}, Log: slog.New(slog.DiscardHandler),
+		},
+		Stderr: os.Stderr,
 	})
 	go func() { ended <- connect.Run(ctx) }()
 	select {
@@ -125,6 +128,7 @@ func cycle(t *testing.T) {
 type upReporter struct{ up chan struct{} }
 
 func (r *upReporter) Begin(string)    {}
+func (r *upReporter) Asks()           {}
 func (r *upReporter) Progress(string) {}
 func (r *upReporter) Say(string)      {}
 func (r *upReporter) Warn(string)     {}

@@ -76,6 +76,12 @@ func exchange(t testing.TB, args ...string) *running {
 // typeAt starts culvert on a terminal, at whose other end one types.
 func typeAt(t testing.TB, args ...string) (s *running, keys *os.File) {
 	t.Helper()
+	return typeAs(t, on(laptopHost, append([]string{"setsid", "--ctty", culvertBin}, args...)...))
+}
+
+// typeAs starts a command there that takes its input for its terminal.
+func typeAs(t testing.TB, cmd *exec.Cmd) (s *running, keys *os.File) {
+	t.Helper()
 	keys, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -92,7 +98,6 @@ func typeAt(t testing.TB, args ...string) (s *running, keys *os.File) {
 		t.Fatal(err)
 	}
 	defer tty.Close()
-	cmd := on(laptopHost, append([]string{"setsid", "--ctty", culvertBin}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
 	t.Cleanup(func() { keys.Close() })
 	s = startAs(t, cmd)
@@ -120,8 +125,9 @@ type exchangeStatus struct {
 	PID                         int
 	Shadow                      struct{ Kind, Pod string }
 	Wire                        struct {
-		Up       bool
-		Reopened int
+		Up        bool
+		Kind, Way string
+		Reopened  int
 	}
 	Exchange struct {
 		Service, Target, Match string
@@ -467,6 +473,10 @@ func dumpObjects() (string, error) {
 	var lines []string
 	for _, o := range list.Items {
 		meta := o["metadata"].(map[string]any)
+		labels, _ := meta["labels"].(map[string]any)
+		if session, _ := labels[sessionLabel].(string); isDead(session) {
+			continue
+		}
 		if ns, _ := meta["namespace"].(string); !slices.Contains(watched, ns) || o["kind"] == "Lease" && ns == "kube-system" {
 			continue
 		}

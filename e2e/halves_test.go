@@ -54,7 +54,8 @@ func topOf(t testing.TB) string {
 }
 
 // together waits while a test of the other half must be alone, and keeps that
-// from beginning until this one has ended. Whatever begins a test calls it.
+// from beginning until this one has ended. Whatever begins a test, or asks the
+// API server for one, calls it.
 func together(t testing.TB) *hold {
 	t.Helper()
 	holds.Lock()
@@ -81,7 +82,7 @@ func letGo(test string, h *hold) {
 	}
 }
 
-// apart ends it before the test does: one that only waits from here on.
+// apart ends it before the test does, until what comes next calls together.
 func apart(t testing.TB) {
 	holds.Lock()
 	h := holds.of[topOf(t)]

@@ -38,7 +38,8 @@ func TestAPIServerLostInside(t *testing.T) {
 	r := &breaker{t: t}
 	defer r.firewall("-D")
 	err = session.NewConnect(session.ConnectConfig{
-		Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute}, Reporter: r, Stderr: io.Discard, Log: slog.New(slog.DiscardHandler),
+		TunnelConfig: session.TunnelConfig{Cluster: cluster, FarEnd: session.FarEnd{Image: image, Grace: time.Minute}, Reporter: r, Log: slog.New(slog.DiscardHandler)},
+		Stderr:       io.Discard,
 	}).Run(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "with the routes set, the API server was not reached") {
 		t.Errorf("connect ended with %v", err)
@@ -76,6 +77,7 @@ func (b *breaker) Begin(step string) {
 	}
 }
 
+func (b *breaker) Asks()           {}
 func (b *breaker) Progress(string) {}
 func (b *breaker) Done(string)     {}
 func (b *breaker) Say(string)      {}

@@ -62,21 +62,26 @@ func pidOf(t *testing.T, machine string) string {
 	return ""
 }
 
-// dumpResolved is what systemd-resolved was told, of every link.
-func dumpResolved(t *testing.T, resolvectl string) string {
-	t.Helper()
-	return laptop(t, "sh", "-ec", resolvectl+" status --no-pager; cat /run/systemd/resolve/*.conf")
+// dumpResolved is what systemd-resolved was told, of every link. It fails where a link goes
+// just then.
+func dumpResolved(resolvectl string) (string, error) {
+	out, err := on(laptopHost, "sh", "-ec", resolvectl+" status --no-pager; cat /run/systemd/resolve/*.conf").CombinedOutput()
+	return string(out), err
 }
 
 // The whole of a session where the resolver is the real systemd-resolved.
 func TestResolved(t *testing.T) {
 	resolvectl := resolvedLaptop(t)
 	outside := outsideByStub(t)
-	check, told := noTrace(t), dumpResolved(t, resolvectl)
+	check, told := noTrace(t), must(dumpResolved(resolvectl))
 	asBefore := func(t *testing.T) {
 		t.Helper()
 		eventually(t, 5*time.Second, "systemd-resolved as before", func() error {
-			if d := difference(told, dumpResolved(t, resolvectl)); d != "" {
+			now, err := dumpResolved(resolvectl)
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, now)
+			}
+			if d := difference(told, now); d != "" {
 				return errors.New(d)
 			}
 			return nil
@@ -99,6 +104,12 @@ func TestResolved(t *testing.T) {
 		}
 	})
 	t.Run("made afterwards", madeAfterwards)
+	t.Run("doctor", func(t *testing.T) {
+		found := doctor(t, nil, "-n", namespace, "--offline")
+		if f := found["names"]; f.State != "ok" || !strings.Contains(found["resolver"].Found, "systemd-resolved") {
+			t.Errorf("%+v, %+v", f, found["resolver"])
+		}
+	})
 	s.stop()
 	asBefore(t)
 	check(30 * time.Second)

@@ -139,7 +139,7 @@ const (
 // A developer with the Role that culvert prints, and nothing else: all of the
 // namespace by address and by name, names elsewhere, and a line for each thing
 // that would be better with more.
-func TestNamespacedRole(t *testing.T) {
+func TestF29NamespacedRole(t *testing.T) {
 	grant(t, namespace, rbac(t, "-n", namespace))
 	check := noTrace(t)
 	s := connectWith(t, dev, "-n", namespace)
@@ -187,7 +187,7 @@ func TestNamespacedRole(t *testing.T) {
 }
 
 // With the ClusterRole too, nothing is less good than it could be.
-func TestClusterRole(t *testing.T) {
+func TestF29ClusterRole(t *testing.T) {
 	grant(t, namespace, rbac(t, "-n", namespace, "--cluster"))
 	t.Cleanup(func() { kubectl(t, "delete", "clusterrole/culvert-connect", "clusterrolebinding/culvert-connect") })
 	kubectl(t, "create", "clusterrolebinding", "culvert-connect", "--clusterrole=culvert-connect", "--user=dev")
@@ -216,7 +216,7 @@ func TestClusterRole(t *testing.T) {
 
 // The usual developer, who may not create roles: a shadow without rights goes
 // by itself too.
-func TestEditRole(t *testing.T) {
+func TestF29EditRole(t *testing.T) {
 	var session string
 	var killed time.Time
 	check := noTrace(t)
@@ -243,7 +243,7 @@ func TestEditRole(t *testing.T) {
 	}
 }
 
-func TestNoRights(t *testing.T) {
+func TestF29NoRights(t *testing.T) {
 	check := noTrace(t)
 	refusal{3, []string{
 		"not permitted", "create secrets in namespace shop", "list pods in namespace shop", "get pods/proxy in namespace shop", "create deployments.apps in namespace shop",
@@ -252,7 +252,7 @@ func TestNoRights(t *testing.T) {
 }
 
 // One way to the shadow is enough for either wire, and status tells which.
-func TestOneWayOnly(t *testing.T) {
+func TestF30OneWayOnly(t *testing.T) {
 	all := rbac(t, "-n", namespace)
 	for _, c := range []struct{ way, role, wire string }{
 		{"pods/proxy", without(t, all, forwardRule), "ssh"},
@@ -494,18 +494,19 @@ func uids(t testing.TB, dir string) []string {
 	return lines(string(must(os.ReadFile(filepath.Join(dir, "uids")))))
 }
 
-// passwordless lets dev run culvert's child as root, through sudo, for a while.
+// passwordless lets dev run culvert's child as root, through sudo, for a while. It has a
+// terminal of its own there, as is Debian's default.
 func passwordless(t testing.TB) {
 	t.Helper()
 	t.Cleanup(func() { laptop(t, "rm", "-f", "/etc/sudoers.d/culvert") })
 	laptop(t, "sh", "-c", `
 		grep -q ^dev: /etc/shadow || echo 'dev:*:20000:0:99999:7:::' >>/etc/shadow
-		echo 'dev ALL=(root) NOPASSWD: `+culvertBin+` privileged' >/etc/sudoers.d/culvert; chmod 440 /etc/sudoers.d/culvert`)
+		{ echo 'Defaults use_pty'; echo 'dev ALL=(root) NOPASSWD: `+culvertBin+` privileged'; } >/etc/sudoers.d/culvert; chmod 440 /etc/sudoers.d/culvert`)
 }
 
 // Who logs in by a credential plugin: as an ordinary user, with sudo for the
 // child alone, so that the plugin is never run by root.
-func TestExecPlugin(t *testing.T) {
+func TestF28ExecPlugin(t *testing.T) {
 	grant(t, namespace, rbac(t, "-n", namespace))
 	t.Run("certificate, as a user", func(t *testing.T) {
 		dir := openDir(t)
@@ -560,6 +561,38 @@ func TestExecPlugin(t *testing.T) {
 	})
 }
 
+// A binary that was given the two capabilities needs no sudo: pods and Services are reached,
+// and names where culvert's own server is asked. The resolver is root's.
+func TestF28Capabilities(t *testing.T) {
+	grant(t, namespace, rbac(t, "-n", namespace))
+	dir := openDir(t)
+	env := plugin(t, dir, certificate(t), false)
+	self := filepath.Join(dir, "culvert")
+	laptop(t, "sh", "-ec", "cp "+culvertBin+" "+self+"; setcap cap_net_admin,cap_net_bind_service+ep "+self)
+	check := noTrace(t)
+	resolvConf := laptop(t, "cat", "/etc/resolv.conf")
+	c := culvertAs(devUID, env, "connect", "-n", namespace)
+	c.Args[slices.Index(c.Args, culvertBin)] = self
+	s := startAs(t, c)
+	s.connected()
+	s.says("without root this machine's resolver can't be told of names")
+	ip := serviceIP(t, "web")
+	if page := curl(t, "http://"+ip+"/"); !strings.Contains(page, `"pod":"web-`) {
+		t.Errorf("web: %s", page)
+	}
+	if got := laptop(t, "dig", "+short", "@"+theStatus(t).DNS.Server, "web.shop.svc.cluster.local"); got != ip {
+		t.Errorf("web is %q, want %s", got, ip)
+	}
+	if table := laptop(t, culvertBin, "status"); !strings.Contains(table, "of which the resolver was not told") {
+		t.Error(table)
+	}
+	if now := laptop(t, "cat", "/etc/resolv.conf"); now != resolvConf {
+		t.Errorf("resolv.conf: %s", now)
+	}
+	s.stop()
+	check(30 * time.Second)
+}
+
 // rootOnlyTheChild looks at every process of culvert.
 func rootOnlyTheChild(t testing.TB) {
 	t.Helper()
@@ -582,7 +615,7 @@ func rootOnlyTheChild(t testing.TB) {
 }
 
 // The API server is known by a name that only the proxy can resolve.
-func TestHTTPSProxy(t *testing.T) {
+func TestF30HTTPSProxy(t *testing.T) {
 	const host, proxy = "api.behind.example", "http://172.31.0.1:3128"
 	router := func(script string) {
 		t.Helper()
@@ -681,7 +714,7 @@ func routeOf(t testing.TB, addr string) string {
 
 // A network of this machine lies in the cluster's range: nothing is done until
 // the person says who is to have it, and the hint says how.
-func TestConflict(t *testing.T) {
+func TestConflictC16Refused(t *testing.T) {
 	var taken netip.Prefix // 256 addresses that no Service has
 	used := kubectl(t, "get", "svc", "-A", "-o", "jsonpath={.items[*].spec.clusterIP}")
 	for i := 255; !taken.IsValid(); i-- {
@@ -692,10 +725,14 @@ func TestConflict(t *testing.T) {
 	inside := taken.Addr().Next().Next().String()
 	t.Cleanup(func() { try("ip", "link", "del", "clash") })
 	laptop(t, "sh", "-c", "ip link add clash type veth peer name clash-peer && ip link set clash addrgenmode none && ip link set clash-peer addrgenmode none && ip addr add "+taken.Addr().Next().String()+"/24 dev clash && ip link set clash up && ip link set clash-peer up")
+	eventually(t, 5*time.Second, "the network is up", func() error {
+		_, _, err := try("sh", "-c", "ip link show clash | grep -q 'state UP' && ip link show clash-peer | grep -q 'state UP'")
+		return err
+	})
 	check := noTrace(t)
 
-	hint := "culvert connect -n " + namespace + " --exclude " + taken.String()
-	refusal{1, []string{"10.96.0.0/16 (ServiceCIDR kubernetes)", taken.String() + " dev clash"}, hint}.check(t, culvert(nil, "connect", "-n", namespace))
+	hint := "culvert connect -n " + namespace + " --conflict refuse --exclude " + taken.String()
+	refusal{1, []string{"10.96.0.0/16 (ServiceCIDR kubernetes)", taken.String() + " dev clash"}, hint}.check(t, culvert(nil, "connect", "-n", namespace, "--conflict", "refuse"))
 	check(0)
 
 	s := connectWith(t, nil, strings.Fields(hint)[2:]...)
@@ -711,7 +748,7 @@ func TestConflict(t *testing.T) {
 
 // What is included goes through the cluster, except the API server, which the
 // tunnel itself leads to; what is excluded does not.
-func TestIncludeExclude(t *testing.T) {
+func TestIncludeExcludeC16(t *testing.T) {
 	check := noTrace(t)
 	excluded := serviceIP(t, "redis")
 	s := connectWith(t, nil, "-n", namespace, "--include=172.30.0.0/24,192.0.2.7", "--exclude="+excluded)

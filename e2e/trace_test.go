@@ -16,7 +16,8 @@ func dumpLaptop(t testing.TB) string {
 	return laptop(t, "sh", "-c", `
 		ip -d addr | sed 's/valid_lft .*//'; ip route show table all; ip -6 route show table all; ip rule; ip -6 rule
 		ls -l --time-style=+ /etc/resolv.conf*; cat /etc/resolv.conf
-		ss -Hlntu; ls -d /run/* /tmp/*culvert* 2>/dev/null; iptables-save | grep -v '^#'; ps -eo args= | grep -c '[c]ulvert connect\|[c]ulvert privileged'; true`)
+		ss -Hlntu; ls -d /run/* "$TMPDIR"/*culvert* 2>/dev/null | grep -v '^/run/mount$' # of mount(8)
+		 iptables-save | grep -v '^#'; ps -eo args= | grep -c '[c]ulvert connect\|[c]ulvert privileged'; true`)
 }
 
 const kinds = "all,cm,secret,sa,role,rolebinding,lease,networkpolicy,endpointslice,pdb,pvc,ingress"

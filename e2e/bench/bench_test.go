@@ -2,11 +2,16 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"io"
 	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -128,7 +133,7 @@ func TestOptions(t *testing.T) {
 
 // A condition is read as it is written.
 func TestCondition(t *testing.T) {
-	for _, s := range []string{"0s", "20ms", "80ms/0.1%", "1ms/1%/2~/100M"} {
+	for _, s := range []string{"0s", "20ms", "80ms/0.1%", "1ms/1%/2~/100M", "100ms/64B"} {
 		c, err := parseCondition(s)
 		if err != nil || c.String() != s || c.perfect() != (s == "0s") {
 			t.Errorf("%s: %v, %v", s, c, err)
@@ -258,5 +263,65 @@ func TestPlot(t *testing.T) {
 	}
 	if name := (condition{RTT: 80 * time.Millisecond, Loss: 0.1}).file(); name != "80ms-0.1pc" {
 		t.Error(name)
+	}
+}
+
+func TestNamesAreAnswered(t *testing.T) {
+	free, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := free.LocalAddr().String()
+	free.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- namesMain(ctx, []string{at}) }()
+	if err := awaitName(t.Context(), at); err != nil {
+		t.Error(err)
+	}
+	for _, a := range []asking{{"", "udp", 4}, {"", "tcp", 4}} {
+		if took, err := a.all(t.Context(), at, 50*time.Millisecond); err != nil || len(took) < 4 {
+			t.Errorf("%d answers by %s: %v", len(took), a.network, err)
+		}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCrowdIsOfObjects(t *testing.T) {
+	var asked []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var object struct{ Metadata struct{ Name string } }
+		body, err := io.ReadAll(r.Body)
+		if err = errors.Join(err, json.Unmarshal(body, &object)); err != nil {
+			t.Errorf("%v in %s", err, body)
+		}
+		asked = append(asked, r.URL.Path+" "+object.Metadata.Name)
+		w.WriteHeader(http.StatusCreated)
+	}))
+	defer server.Close()
+	if err := (api{server.Client(), server.URL}).makeService(t.Context(), 501); err != nil {
+		t.Error(err)
+	}
+	want := []string{"/api/v1/namespaces/cv-bench-1/services service-1", "/apis/discovery.k8s.io/v1/namespaces/cv-bench-1/endpointslices service-1-x7k2p"}
+	if !slices.Equal(asked, want) {
+		t.Errorf("asked for %q", asked)
+	}
+}
+
+// A rush is counted from the first connection until the last host is there.
+func TestRush(t *testing.T) {
+	begin := time.Now()
+	w := &watched{attached: 3, full: begin.Add(3*rush + rush/2)}
+	for _, at := range []time.Duration{0, rush / 2, 2 * rush, 9 * rush} { // the last came later
+		w.accepted = append(w.accepted, begin.Add(at))
+	}
+	s := w.sample(sample{})
+	for key, want := range map[string]float64{"attached": 3, "rush-accepted": 3, "rush-peak": 2, "rush-mean": 0.75, "rush-seconds": 0.35} {
+		if s[key] != want {
+			t.Errorf("%s: %v, want %v", key, s[key], want)
+		}
 	}
 }

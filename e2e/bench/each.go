@@ -20,8 +20,12 @@ import (
 // A TLS connection for each flow is what a mux is measured by: nothing waits for
 // anything else, at the price of a handshake each.
 
-// nearEach listens on the laptop's loopback, as ssh -L does.
 func nearEach(ctx context.Context, e end) error {
+	return onLoopbackPorts(ctx, func(c net.Conn, port int) error { return e.each(ctx, c, port) })
+}
+
+// onLoopbackPorts listens on the laptop's loopback, as ssh -L does.
+func onLoopbackPorts(ctx context.Context, carry func(c net.Conn, port int) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for _, port := range forwarded {
 		l, err := (&channel.Host{}).Listen(ctx, "tcp", address("127.0.0.1", port))
@@ -29,7 +33,7 @@ func nearEach(ctx context.Context, e end) error {
 			return err
 		}
 		g.Go(func() error {
-			return serve(ctx, l, func(c net.Conn) { _ = e.each(ctx, c, port) })
+			return serve(ctx, l, func(c net.Conn) { _ = carry(c, port) })
 		})
 	}
 	return g.Wait()

@@ -17,8 +17,9 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/sshchan"
-	"github.com/culvert-dev/culvert/pkg/channel/tlschan"
+	"github.com/culvert-dev/culvert/pkg/channel/wires"
 	"github.com/culvert-dev/culvert/pkg/netstack"
+	"github.com/culvert-dev/culvert/pkg/proxy"
 	"github.com/culvert-dev/culvert/pkg/tun"
 )
 
@@ -34,10 +35,13 @@ type wire struct {
 	near, far func(ctx context.Context, e end) error
 }
 
-var wires = map[string]wire{
-	"ssh":  overTCP(dialSSH, serveSSH),
-	"tls":  overTCP(dialTLS, serveTLS),
-	"each": {nearEach, farEach},
+var kinds = map[string]wire{
+	"ssh":          overTCP(wires.SSH, throughStack),
+	"tls":          overTCP(wires.TLS, throughStack),
+	"tls-proxy":    overTCP(wires.TLS, throughProxy),
+	"each":         {nearEach, farEach},
+	"wireguard":    {nearWireGuard, farWireGuard},
+	"wireguard-go": {nearKernel, farKernel},
 }
 
 // endMain is the role "far" or "near".
@@ -52,7 +56,7 @@ func endMain(pick func(wire) func(context.Context, end) error) func(context.Cont
 		if err := f.Parse(args); err != nil {
 			return err
 		}
-		w, ok := wires[*name]
+		w, ok := kinds[*name]
 		if !ok {
 			return fmt.Errorf("no wire %q", *name)
 		}
@@ -109,9 +113,9 @@ func (e end) accept(ctx context.Context, serve func(net.Conn) error) error {
 	}
 }
 
-// writeKeys makes the keys of both ends, for OpenSSH and for ours.
+// writeKeys makes the keys of both ends, and of a hub, for OpenSSH and for ours.
 func writeKeys() error {
-	for _, name := range []string{"near", "far"} {
+	for _, name := range []string{"near", "far", "hub"} {
 		private, public, err := sshchan.GenerateKey("culvert bench " + name)
 		if err != nil {
 			return err
@@ -123,70 +127,50 @@ func writeKeys() error {
 	return nil
 }
 
-// identity reads the key of an end, and the public one of its peer, by a wire's
-// own ParseIdentity.
-func identity[I any](e end, own, peer string, parse func(private, peer []byte) (I, error)) (i I, err error) {
+// config has the key of an end, and the public one of its peer.
+func (e end) config(own, peer string) (cfg wires.Config, err error) {
 	private, err := os.ReadFile(filepath.Join(e.keys, own))
 	if err != nil {
-		return i, err
+		return cfg, err
 	}
 	public, err := os.ReadFile(filepath.Join(e.keys, peer+".pub"))
 	if err != nil {
-		return i, err
+		return cfg, err
 	}
-	return parse(private, public)
+	cfg.Keys, err = wires.ParseKeys(private, public)
+	return cfg, err
 }
 
-func dialSSH(ctx context.Context, conn net.Conn, e end) (channel.Channel, error) {
-	i, err := identity(e, "near", "far", sshchan.ParseIdentity)
-	if err != nil {
-		return nil, err
-	}
-	return sshchan.Dial(ctx, conn, sshchan.Config{Identity: i})
-}
-
-func serveSSH(ctx context.Context, conn net.Conn, e end) error {
-	i, err := identity(e, "far", "near", sshchan.ParseIdentity)
-	if err != nil {
-		return err
-	}
-	return sshchan.Serve(ctx, conn, sshchan.Config{Identity: i}, &channel.Host{})
-}
-
-func dialTLS(ctx context.Context, conn net.Conn, e end) (channel.Channel, error) {
-	i, err := identity(e, "near", "far", tlschan.ParseIdentity)
-	if err != nil {
-		return nil, err
-	}
-	return tlschan.Dial(ctx, conn, tlschan.Config{Identity: i})
-}
-
-func serveTLS(ctx context.Context, conn net.Conn, e end) error {
-	i, err := identity(e, "far", "near", tlschan.ParseIdentity)
-	if err != nil {
-		return err
-	}
-	return tlschan.Serve(ctx, conn, tlschan.Config{Identity: i}, &channel.Host{})
-}
-
-// overTCP makes a wire of a channel over one TCP connection. The far end is what the
+// overTCP makes a wire of a channel over TCP, or several. The far end is what the
 // shadow serves; the near one does on the laptop with packets what culvert connect
-// does, and no more of it.
-func overTCP(dial func(context.Context, net.Conn, end) (channel.Channel, error), serve func(context.Context, net.Conn, end) error) wire {
+// does, and no more of it, or with programs what culvert proxy does.
+func overTCP(w wires.Wire, through func(context.Context, channel.Channel) error) wire {
 	far := func(ctx context.Context, e end) error {
-		return e.accept(ctx, func(c net.Conn) error { return serve(ctx, c, e) })
+		cfg, err := e.config("far", "near")
+		if err != nil {
+			return err
+		}
+		return e.accept(ctx, func(c net.Conn) error { return w.Serve(ctx, c, cfg, &channel.Host{}) })
 	}
 	near := func(ctx context.Context, e end) error {
-		conn, err := e.dial(ctx)
+		cfg, err := e.config("near", "far")
 		if err != nil {
 			return err
 		}
-		ch, err := dial(ctx, conn, e)
+		another := func(ctx context.Context) (channel.Lane, error) {
+			conn, err := e.dial(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return w.Dial(ctx, conn, cfg)
+		}
+		first, err := another(ctx)
 		if err != nil {
 			return err
 		}
+		ch := channel.Spread(first, another)
 		defer ch.Close()
-		return throughStack(ctx, ch)
+		return through(ctx, ch)
 	}
 	return wire{near, far}
 }
@@ -195,10 +179,24 @@ func overTCP(dial func(context.Context, net.Conn, end) (channel.Channel, error),
 func throughStack(ctx context.Context, ch channel.Channel) error {
 	stack, err := openStack(ch, serviceNet)
 	if err != nil {
-		return err
+		return errors.Join(err, ch.Close())
 	}
+	return whileOpen(ctx, ch, stack.Run)
+}
+
+// throughProxy carries what programs bring that speak SOCKS5.
+func throughProxy(ctx context.Context, ch channel.Channel) error {
+	l, err := (&channel.Host{}).Listen(ctx, "tcp", address("127.0.0.1", socksPort))
+	if err != nil {
+		return errors.Join(err, ch.Close())
+	}
+	return whileOpen(ctx, ch, func(ctx context.Context) error { return proxy.SOCKS(ctx, l, ch) })
+}
+
+func whileOpen(ctx context.Context, ch channel.Channel, run func(context.Context) error) error {
+	defer ch.Close()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return stack.Run(ctx) })
+	g.Go(func() error { return run(ctx) })
 	g.Go(func() error {
 		defer context.AfterFunc(ctx, func() { ch.Close() })()
 		if err := ch.Wait(); ctx.Err() == nil {
@@ -212,6 +210,9 @@ func throughStack(ctx context.Context, ch channel.Channel) error {
 // nearMTU is what culvert connect gives its device.
 const nearMTU = 65535
 
+// nearAddr is that of the device, which the far end of WireGuard is told.
+var nearAddr = netip.MustParseAddr("198.18.0.1")
+
 // openStack leads a route to what the far end dials.
 func openStack(network channel.Network, route string) (*netstack.Stack, error) {
 	to, err := netip.ParsePrefix(route)
@@ -222,9 +223,8 @@ func openStack(network channel.Network, route string) (*netstack.Stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	own, _ := tun.FreeAddrs([]netip.Prefix{to})
 	link := tun.Link{Name: device.Name()}
-	if err := errors.Join(link.Configure(nearMTU, own), link.SetRoutes([]netip.Prefix{to})); err != nil {
+	if err := errors.Join(link.Configure(nearMTU, nearAddr), link.SetRoutes([]netip.Prefix{to})); err != nil {
 		return nil, errors.Join(err, device.Close())
 	}
 	stack, err := netstack.New(netstack.Config{Device: device, MTU: nearMTU, Network: network})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -17,6 +18,9 @@ const (
 	iperfPort = 5201
 	echoPort  = 7000 // gives back what it gets
 	helloPort = 7001 // says one byte and closes
+	barePort  = 7002 // upgrades to the other ports
+	quietPort = 7003 // as echoPort, for very many
+	namesPort = 7053
 )
 
 // A condition is that of the link between laptop and far end.
@@ -24,6 +28,7 @@ type condition struct {
 	RTT           time.Duration
 	Loss, Reorder float64 // percent of packets, either way
 	Rate          float64 // Mbit/s either way; 0 is what the machine can
+	Buffers       float64 // MiB that a TCP connection of either host may have; 0 is the kernel's own bound
 }
 
 // parseCondition reads one as String writes it: a round trip, then what else.
@@ -43,8 +48,10 @@ func parseCondition(s string) (c condition, err error) {
 			to = &c.Reorder
 		case 'M':
 			to, most = &c.Rate, 1e6
+		case 'B':
+			to, most = &c.Buffers, 1024
 		default:
-			return c, fmt.Errorf("want LOSS%%, REORDERED~ or RATEM of a link, not %q", part)
+			return c, fmt.Errorf("want LOSS%%, REORDERED~, RATEM or BUFFERSB of a link, not %q", part)
 		}
 		if *to, err = strconv.ParseFloat(number, 64); err != nil || !(*to >= 0 && *to <= most) {
 			return c, fmt.Errorf("want 0 to %g, not %q", most, part)
@@ -58,7 +65,7 @@ func (c condition) String() string {
 	for _, part := range []struct {
 		v    float64
 		unit string
-	}{{c.Loss, "%"}, {c.Reorder, "~"}, {c.Rate, "M"}} {
+	}{{c.Loss, "%"}, {c.Reorder, "~"}, {c.Rate, "M"}, {c.Buffers, "B"}} {
 		if part.v > 0 {
 			s += fmt.Sprintf("/%g%s", part.v, part.unit)
 		}
@@ -88,6 +95,9 @@ func (c condition) words() string {
 	}
 	if c.Rate > 0 {
 		s += fmt.Sprintf(", %g Mbit/s", c.Rate)
+	}
+	if c.Buffers > 0 {
+		s += fmt.Sprintf(", TCP buffers of up to %g MiB", c.Buffers)
 	}
 	return s
 }
@@ -122,8 +132,8 @@ func openLink(ctx context.Context, self string, c condition) (l *link, err error
 	if c.perfect() {
 		return l, nil
 	}
-	if err := commands(openWAN); err != nil {
-		return nil, err
+	if err := errors.Join(commands(openWAN), c.buffers()); err != nil {
+		return nil, errors.Join(err, l.close())
 	}
 	// On its own host it has no more than those two devices.
 	if l.relay, err = start(host(laptop), "relay", self, "relay", c.String(), netnsDir+laptop, netnsDir+far); err != nil {
@@ -133,6 +143,25 @@ func openLink(ctx context.Context, self string, c condition) (l *link, err error
 		return nil, errors.Join(err, l.close())
 	}
 	return l, nil
+}
+
+// buffers bounds what a TCP connection of the hosts buffers (tcp(7), tcp_rmem and
+// tcp_wmem), which on a long path bounds what it carries; by default as it is on this machine.
+func (c condition) buffers() (err error) {
+	for _, name := range []string{"tcp_rmem", "tcp_wmem"} {
+		here, e := os.ReadFile("/proc/sys/net/ipv4/" + name)
+		bounds := strings.Fields(string(here))
+		if e != nil || len(bounds) != 3 {
+			return fmt.Errorf("bounds of TCP's buffers: %q, %w", here, e)
+		}
+		if c.Buffers > 0 {
+			bounds[2] = strconv.Itoa(int(c.Buffers * (1 << 20)))
+		}
+		for _, h := range []string{laptop, far, service} {
+			err = errors.Join(err, run("ip", "netns", "exec", prefix+h, "sysctl", "-qw", "net.ipv4."+name+"="+strings.Join(bounds, " ")))
+		}
+	}
+	return err
 }
 
 // relayed tells whether somebody holds both devices.
@@ -166,7 +195,7 @@ func (l *link) close() error {
 	if l.relay != nil {
 		l.relay.stop()
 	}
-	return commands(closeWAN)
+	return errors.Join(commands(closeWAN), condition{}.buffers())
 }
 
 func address(ip string, port int) string { return net.JoinHostPort(ip, strconv.Itoa(port)) }

@@ -33,13 +33,51 @@ var measures = []measure{
 	{"down4", "4 streams down", "Gbit/s", true},
 	{"cpu-up1", "CPU of both ends, 1 stream up", "s/GB", false},
 	{"cpu-down1", "CPU of both ends, 1 stream down", "s/GB", false},
+	{"cpu-hub-up1", "CPU of the hub, 1 stream up", "s/GB", false},
+	{"cpu-hub-down1", "CPU of the hub, 1 stream down", "s/GB", false},
 	{"p50", "request/response, p50", "us", false},
 	{"p99", "request/response, p99", "us", false},
+	{"asked", "requests, 16 at a time", "/s", true},
 	{"opened", "new connections", "/s", true},
+	{"byte-p50", "first byte of a new connection, p50", "ms", false},
 	{"first", "start to first byte", "s", false},
+	{"names-1", "answers, 1 asker", "/s", true},
+	{"names-16", "answers, 16 askers", "/s", true},
+	{"names-64", "answers, 64 askers", "/s", true},
+	{"names-tcp", "answers over TCP, 16 askers", "/s", true},
+	{"names-p50-1", "1 asker, p50", "us", false},
+	{"names-p99-1", "1 asker, p99", "us", false},
+	{"names-p50-16", "16 askers, p50", "us", false},
+	{"names-p99-16", "16 askers, p99", "us", false},
+	{"names-p50-64", "64 askers, p50", "us", false},
+	{"names-p99-64", "64 askers, p99", "us", false},
 	{"rss-near", "RSS of the laptop's end", "MB", false},
 	{"rss-near-held", "same, 1,000 open flows", "MB", false},
 	{"rss-near-after", "same, after all loads", "MB", false},
+	{"rss-near-later", "same, 100,000 flows later", "MB", false},
+	{"host-rss", "RSS of the hub for each host, idle", "kB", false},
+	{"host-rss-held", "same, 10 open connections each", "kB", false},
+	{"host-heap", "of it heap in use, idle", "kB", false},
+	{"host-heap-held", "same, 10 open connections each", "kB", false},
+	{"host-stacks", "of it stacks, idle", "kB", false},
+	{"host-stacks-held", "same, 10 open connections each", "kB", false},
+	{"host-goroutines", "goroutines for each host, idle", "", false},
+	{"host-goroutines-held", "same, 10 open connections each", "", false},
+	{"host-files", "descriptors for each host, idle", "", false},
+	{"host-files-held", "same, 10 open connections each", "", false},
+	{"hub-idle", "CPU of the hub, idle", "s/min", false},
+	{"hub-idle-held", "same, 10 open connections each", "s/min", false},
+	{"hub-wakes", "threads of the hub woken, idle", "/s", false},
+	{"hub-wakes-held", "same, 10 open connections each", "/s", false},
+	{"host-cpu-come", "CPU of the hub for a host to come", "ms", false},
+	{"rush-seconds", "after kill -9: first connection to all hosts there", "s", false},
+	{"rush-peak", "same, most connections in 100 ms by the mean", "", false},
+	{"rush-rate", "same, most connections in 100 ms", "/s", false},
+	{"rush-accepted", "same, connections", "", false},
+	{"rush-cpu", "same, CPU of the hub", "s", false},
+	{"known", "start to all names known", "s", false},
+	{"idle", "CPU of the laptop's end, idle", "s/min", false},
+	{"idle-held", "same, 1,000 open flows", "s/min", false},
 	{"rss-far", "RSS of the far end", "MB", false},
 	{"rss-far-held", "same, 1,000 open flows", "MB", false},
 }
@@ -66,7 +104,7 @@ var (
 	// settled leaves out the second in which windows and rates are found.
 	settled = streams(true)
 	small   = []probe{{"request/response", (*bench).requests}, {"new connections", (*bench).connections}}
-	after   = probe{"memory after all", (*bench).memoryAfter}
+	after   = []probe{{"memory after all", (*bench).memoryAfter}, {"memory later", (*bench).memoryLater}}
 )
 
 func streams(settled bool) []probe {
@@ -105,9 +143,9 @@ func stream(way string, n int, settled bool) func(*bench, context.Context, *tunn
 		}
 		n := cmp.Or(n, t.several)
 		key := way + strconv.Itoa(n)
-		before, from := cpu(t.ends()), b.crossed()
+		before, hub, from := cpu(t.ends()), cpu(t.hub), b.crossed()
 		out, err := output(ctx, t.at, b.iperf(t, n, way, settled)...)
-		used, bytes := cpu(t.ends())-before, b.crossed()-from
+		used, ofHub, bytes := cpu(t.ends())-before, cpu(t.hub)-hub, b.crossed()-from
 		if way == "up" {
 			out, _ = os.ReadFile(server.log)
 		}
@@ -118,6 +156,9 @@ func stream(way string, n int, settled bool) func(*bench, context.Context, *tunn
 		s := sample{key: rate / 1e9}
 		if len(t.far) > 0 && n == 1 {
 			s["cpu-"+key] = used.Seconds() / (bytes / 1e9)
+		}
+		if len(t.hub) > 0 && n == 1 {
+			s["cpu-hub-"+key] = ofHub.Seconds() / (bytes / 1e9)
 		}
 		return s, nil
 	}
@@ -215,38 +256,92 @@ func (b *bench) memoryAfter(_ context.Context, t *tunnel) (sample, error) {
 	return sample{"rss-near-after": rss(t.near)}, nil
 }
 
+// laterLimit is for so many flows one after the other.
+const laterLimit = 3 * time.Minute
+
+// memoryLater is what the laptop's end has kept when many more flows have come and gone.
+func (b *bench) memoryLater(ctx context.Context, t *tunnel) (sample, error) {
+	if !t.many {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, laterLimit)
+	defer cancel()
+	ip, port := t.reach(helloPort)
+	if _, err := output(ctx, t.at, b.self, "load", "pass", address(ip, port)); err != nil {
+		return nil, err
+	}
+	return sample{"rss-near-later": rss(t.near)}, nil
+}
+
 // memory is that of both ends, before and while many flows are open.
 func (b *bench) memory(ctx context.Context, t *tunnel) (sample, error) {
 	if len(t.ends()) == 0 {
 		return nil, nil
 	}
-	ctx, cancel := b.bounded(ctx, grace)
-	defer cancel()
 	s := t.memory("")
+	err := b.holding(ctx, t, func() { maps.Copy(s, t.memory("-held")) })
+	return s, err
+}
+
+// idle is what the laptop's end needs while nothing is asked of it, before and while many
+// flows are open.
+func (b *bench) idle(ctx context.Context, t *tunnel) (sample, error) {
+	s := t.idle(ctx, "")
+	err := b.holding(ctx, t, func() { maps.Copy(s, t.idle(ctx, "-held")) })
+	return s, err
+}
+
+// holding has many flows open meanwhile.
+func (b *bench) holding(ctx context.Context, t *tunnel, meanwhile func()) error {
 	ip, port := t.reach(echoPort)
-	c := onHost(ctx, t.at, b.self, "load", "hold", address(ip, port))
+	return whileHeld(ctx, t.at, grace, meanwhile, b.self, "load", "hold", address(ip, port))
+}
+
+// whileHeld runs a load that says by a line that it holds connections, which may take so
+// long, and does so until its stdin ends.
+func whileHeld(ctx context.Context, at place, limit time.Duration, meanwhile func(), args ...string) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	late := time.AfterFunc(limit, cancel)
+	c := onHost(ctx, at, args...)
+	c.Stderr = os.Stderr
 	stdin, err := c.StdinPipe()
 	if err != nil {
-		return s, err
+		return err
 	}
 	stdout, err := c.StdoutPipe()
 	if err != nil {
-		return s, err
+		return err
 	}
 	if err := c.Start(); err != nil {
-		return s, err
+		return err
 	}
 	_, err = bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		err = fmt.Errorf("hold %d flows: %w", held, err)
+	if late.Stop(); err != nil {
+		err = fmt.Errorf("hold flows: %w", err)
 	} else {
-		maps.Copy(s, t.memory("-held"))
+		meanwhile()
 	}
 	_ = stdin.Close()
 	if e := c.Wait(); e != nil && err == nil {
 		err = e
 	}
-	return s, err
+	return err
+}
+
+const (
+	calmTime = 3 * time.Second // for what was asked before
+	idleTime = 30 * time.Second
+)
+
+func (t *tunnel) idle(ctx context.Context, when string) sample {
+	sleep(ctx, time.Now().Add(calmTime))
+	before := cpu(t.near)
+	sleep(ctx, time.Now().Add(idleTime))
+	used := cpu(t.near) - before
+	s := t.memory(when)
+	s["idle"+when] = used.Seconds() / idleTime.Minutes()
+	return s
 }
 
 func (t *tunnel) memory(when string) sample {

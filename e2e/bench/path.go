@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,24 +17,33 @@ import (
 // A path is one way from the laptop to the service, opened alone.
 type path struct {
 	name, what string
-	needs      []string             // programs
-	bbr        bool                 // needs it of the kernel
-	when       func(condition) bool // it is measured unasked; nil is always
+	needs      []string                 // programs
+	lacks      func(self string) string // says what is not there that it is measured only with; may be nil
+	when       func(condition) bool     // it is measured unasked; nil is always
+	many       bool                     // what 100,000 flows leave of memory is measured, too
+	crowd      bool                     // it is measured among a crowd of Services, too
 	open       func(ctx context.Context, self string) (*tunnel, error)
 }
 
 func never(condition) bool   { return false }
 func lossy(c condition) bool { return c.Loss > 0 }
 func whole(c condition) bool { return c.Loss == 0 }
+func long(c condition) bool  { return c.RTT > 0 && whole(c) }
 
 // A tunnel is a path that is open.
 type tunnel struct {
 	at         place                             // the laptop
 	reach      func(port int) (ip string, p int) // where it finds the service
 	near, far  []*process
-	begun      time.Time // when the laptop's end was started
-	several    int       // streams
-	congestion string    // control, of who has no tunnel
+	hub        []*process                  // what a host is behind; nil is none
+	hosts      int                         // at it, where there are many
+	before     sample                      // of the hub, before they came
+	begun      time.Time                   // when the laptop's end was started
+	several    int                         // streams
+	congestion string                      // control, of who has no tunnel
+	many       bool                        // as its path
+	awaits     string                      // the load that tells whether it is there; "" is "ready"
+	check      func(context.Context) error // whether it is what is to be measured; may be nil
 	undo       func() error
 }
 
@@ -59,22 +69,25 @@ func missing(paths []path) error {
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("no %s here (apt-get install iproute2 procps iperf3 openssh-server sshuttle nftables)", strings.Join(names, ", "))
+	return fmt.Errorf("no %s here (apt-get install iproute2 procps iperf3 openssh-server sshuttle nftables dnsmasq-base)", strings.Join(names, ", "))
 }
 
 // paths are in the order of the table. A wire more is a line more here, and one
-// in wires.
+// in kinds.
 var paths = []path{
 	{name: "direct", what: "routed packets, no tunnel", open: openDirect("")},
-	{name: "direct-bbr", what: "the same, its ends with BBR", when: lossy, bbr: true, open: openDirect("bbr")},
+	{name: "direct-bbr", what: "the same, its ends with BBR", when: lossy, lacks: lacksBBR, open: openDirect("bbr")},
 	{name: "ssh", what: "OpenSSH ssh -L with its defaults, no TUN", needs: openSSHTools, open: openSSH()},
 	{name: "ssh-gcm", what: "OpenSSH ssh -L with aes128-gcm, no TUN", needs: openSSHTools, when: never, open: openSSH("-c", "aes128-gcm@openssh.com")},
 	{name: "sshuttle", what: "sshuttle as Debian has it, method nft", needs: append([]string{"sshuttle", "nft"}, openSSHTools...), when: whole, open: openSshuttle},
-	{name: "tls-each", what: "a TLS connection for each flow, no TUN", when: never, open: openEach("")},
-	{name: "tls-each-bbr", what: "the same, with BBR", when: never, bbr: true, open: openEach("bbr")},
+	{name: "tls-each", what: "a TLS connection for each flow, no TUN", when: long, open: openEach("")},
+	{name: "tls-each-bbr", what: "the same, with BBR", when: lossy, lacks: lacksBBR, open: openEach("bbr")},
+	{name: "wireguard-go", what: "wireguard-go at both ends, between the kernels' TCP", open: openKernels},
 	{name: "culvert-ssh", what: "culvert's TUN, netstack and SSH wire", open: openCulvert("ssh", "")},
-	{name: "culvert-tls", what: "culvert's TUN, netstack and TLS wire", open: openCulvert("tls", "")},
-	{name: "culvert-tls-bbr", what: "the same, the wire's socket with BBR", when: lossy, bbr: true, open: openCulvert("tls", "bbr")},
+	{name: "culvert-tls", what: "culvert's TUN, netstack and TLS wire", many: true, open: openCulvert("tls", "")},
+	{name: "culvert-tls-bbr", what: "the same, its sockets with BBR", when: lossy, lacks: lacksBBR, open: openCulvert("tls", "bbr")},
+	{name: "culvert-tls-proxy", what: "culvert's SOCKS5 and TLS wire, no TUN", when: condition.perfect, open: openSOCKS},
+	{name: "culvert-wireguard", what: "culvert's TUN, netstack and WireGuard wire", many: true, open: openCulvert("wireguard", "")},
 }
 
 // toService is for a tunnel that the whole network of the service leads to.
@@ -99,8 +112,8 @@ func openDirect(congestion string) func(context.Context, string) (*tunnel, error
 // The files of sshd and ssh: their own, and nothing of this machine's.
 func inScratch(name string) string { return filepath.Join(scratch, name) }
 
-func startSSHD() (*process, error) {
-	config := strings.NewReplacer("SCRATCH", scratch, "LISTEN", address(farIP, sshdPort)).Replace(`
+func startSSHD(at place, ip string) (*process, error) {
+	config := strings.NewReplacer("SCRATCH", scratch, "LISTEN", address(ip, sshdPort)).Replace(`
 ListenAddress LISTEN
 HostKey SCRATCH/far
 AuthorizedKeysFile SCRATCH/near.pub
@@ -114,22 +127,45 @@ PidFile none
 	if err := os.WriteFile(inScratch("sshd_config"), []byte(config), 0o600); err != nil {
 		return nil, err
 	}
-	return start(host(far), "sshd", sshd, "-D", "-e", "-f", inScratch("sshd_config"))
+	return start(at, "sshd", sshd, "-D", "-e", "-f", inScratch("sshd_config"))
 }
 
-// sshCommand logs in to the sshd at the far end.
-func sshCommand(flags ...string) ([]string, error) {
-	public, err := os.ReadFile(inScratch("far.pub"))
+// A login is a server of SSH, as the stock client is told of it.
+type login struct {
+	ip   string
+	port int
+	key  string // whose it is: the name of the server, too
+}
+
+// command logs in there.
+func (l login) command(flags ...string) ([]string, error) {
+	public, err := os.ReadFile(inScratch(l.key + ".pub"))
 	if err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(inScratch("known_hosts"), append([]byte("far "), public...), 0o600); err != nil {
+	known := inScratch("known_hosts_" + l.key)
+	if err := os.WriteFile(known, append([]byte(l.key+" "), public...), 0o600); err != nil {
 		return nil, err
 	}
-	return append([]string{"ssh", "-F", "none", "-i", inScratch("near"), "-p", strconv.Itoa(sshdPort),
-		"-o", "HostName=" + farIP, "-o", "HostKeyAlias=far", "-o", "UserKnownHostsFile=" + inScratch("known_hosts"), "-o", "GlobalKnownHostsFile=none",
+	return append([]string{"ssh", "-F", "none", "-i", inScratch("near"), "-p", strconv.Itoa(l.port),
+		"-o", "HostName=" + l.ip, "-o", "HostKeyAlias=" + l.key, "-o", "UserKnownHostsFile=" + known, "-o", "GlobalKnownHostsFile=none",
 		"-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes"}, flags...), nil
 }
+
+// forward is a client that forwards the service's ports: from one host, to another.
+func (l login) forward(at place, name, flag, from, to string, flags ...string) (*process, error) {
+	args, err := l.command(flags...)
+	if err != nil {
+		return nil, err
+	}
+	for _, port := range forwarded {
+		args = append(args, flag, fmt.Sprintf("%s:%d:%s", from, port, address(to, port)))
+	}
+	return start(at, name, append(args, "-N", "root@"+l.key)...)
+}
+
+// atFar is the sshd at the far end.
+var atFar = login{farIP, sshdPort, "far"}
 
 // between starts the far end, and when that listens the laptop's.
 func between(ctx context.Context, port int, far func() (*process, error), near func() (*process, error)) (*tunnel, error) {
@@ -150,12 +186,8 @@ func between(ctx context.Context, port int, far func() (*process, error), near f
 }
 
 // overSSH starts both ends of what runs over OpenSSH.
-func overSSH(ctx context.Context, name string, near func(ssh []string) []string, flags ...string) (*tunnel, error) {
-	ssh, err := sshCommand(flags...)
-	if err != nil {
-		return nil, err
-	}
-	return between(ctx, sshdPort, startSSHD, func() (*process, error) { return start(host(laptop), name, near(ssh)...) })
+func overSSH(ctx context.Context, near func() (*process, error)) (*tunnel, error) {
+	return between(ctx, sshdPort, func() (*process, error) { return startSSHD(host(far), farIP) }, near)
 }
 
 // forwarded are the service's ports, for what forwards ports and not a network.
@@ -165,27 +197,24 @@ func onLoopback(port int) (string, int) { return "127.0.0.1", port }
 
 func openSSH(flags ...string) func(context.Context, string) (*tunnel, error) {
 	return func(ctx context.Context, _ string) (*tunnel, error) {
-		t, err := overSSH(ctx, "ssh", func(ssh []string) []string {
-			for _, port := range forwarded {
-				ssh = append(ssh, "-L", fmt.Sprintf("127.0.0.1:%d:%s", port, address(serviceIP, port)))
-			}
-			return append(ssh, "-N", "root@far")
-		}, flags...)
-		if t != nil {
-			t.reach = onLoopback
-		}
+		t, err := overSSH(ctx, func() (*process, error) {
+			return atFar.forward(host(laptop), "ssh", "-L", "127.0.0.1", serviceIP, flags...)
+		})
+		t.reach = onLoopback
 		return t, err
 	}
 }
 
 func openSshuttle(ctx context.Context, _ string) (*tunnel, error) {
-	t, err := overSSH(ctx, "sshuttle", func(ssh []string) []string {
-		return []string{"sshuttle", "--method", "nft", "-e", strings.Join(ssh, " "), "-r", "root@far", serviceNet}
+	t, err := overSSH(ctx, func() (*process, error) {
+		ssh, err := atFar.command()
+		if err != nil {
+			return nil, err
+		}
+		return start(host(laptop), "sshuttle", "sshuttle", "--method", "nft", "-e", strings.Join(ssh, " "), "-r", "root@far", serviceNet)
 	})
-	if t != nil {
-		// It takes its rules away itself; should it not, they end here.
-		t.undo = func() error { return run("ip", "netns", "exec", prefix+laptop, "nft", "flush", "ruleset") }
-	}
+	// It takes its rules away itself; should it not, they end here.
+	t.undo = func() error { return run("ip", "netns", "exec", prefix+laptop, "nft", "flush", "ruleset") }
 	return t, err
 }
 
@@ -202,6 +231,18 @@ func openCulvert(wire, congestion string) func(context.Context, string) (*tunnel
 	return func(ctx context.Context, self string) (*tunnel, error) {
 		return openEnds(ctx, self, "-wire", wire, "-congestion", congestion)
 	}
+}
+
+func openSOCKS(ctx context.Context, self string) (*tunnel, error) {
+	t, err := openEnds(ctx, self, "-wire", "tls-proxy")
+	if err == nil {
+		err = bySOCKS(self, t, address("127.0.0.1", socksPort))
+	}
+	return t, err
+}
+
+func openKernels(ctx context.Context, self string) (*tunnel, error) {
+	return openEnds(ctx, self, "-wire", "wireguard-go")
 }
 
 func openEach(congestion string) func(context.Context, string) (*tunnel, error) {
@@ -224,8 +265,11 @@ func listening(ctx context.Context, p *process, port int) error {
 // that took since the laptop's end was started.
 func (t *tunnel) ready(ctx context.Context, self string) (sample, error) {
 	ip, port := t.reach(echoPort)
-	_, err := output(ctx, t.at, self, "load", "ready", address(ip, port))
+	_, err := output(ctx, t.at, self, "load", cmp.Or(t.awaits, "ready"), address(ip, port))
 	took := time.Since(t.begun)
+	if err == nil {
+		err = t.checked(ctx)
+	}
 	if err := errors.Join(err, t.alive()); err != nil {
 		for _, p := range t.ends() {
 			err = errors.Join(err, errors.New(p.said()))
@@ -236,6 +280,23 @@ func (t *tunnel) ready(ctx context.Context, self string) (sample, error) {
 		return nil, nil
 	}
 	return sample{"first": took.Seconds()}, nil
+}
+
+// checkedLimit is how long a path may take to become what it is.
+const checkedLimit = time.Minute
+
+// checked waits until it is what is to be measured.
+func (t *tunnel) checked(ctx context.Context) error {
+	for deadline := time.Now().Add(checkedLimit); t.check != nil; {
+		err := t.check(ctx)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(deadline) || !sleep(ctx, time.Now().Add(100*time.Millisecond)) {
+			return err
+		}
+	}
+	return nil
 }
 
 // alive tells whether it was this tunnel that answered.

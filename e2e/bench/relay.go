@@ -21,7 +21,7 @@ import (
 
 // The relay does to packets what a long way does, for TCP and UDP alike, and on
 // kernels without netem, too. It takes TCP unsegmented, as a network card would,
-// or it would be the bottleneck; what it loses is a segment, never the whole.
+// or it would be the bottleneck; what it loses is a segment, never the whole. Of UDP every packet is a datagram.
 
 const (
 	// onTheWay bounds what is in the relay, each way: more than fits any window.

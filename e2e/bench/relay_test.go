@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -151,7 +152,7 @@ func TestLink(t *testing.T) {
 	if err := os.MkdirAll(scratch, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := build(); err != nil {
+	if err := errors.Join(build(), writeKeys()); err != nil {
 		t.Fatal(err)
 	}
 	server, err := start(host(service), "serve", self, "serve")
@@ -179,18 +180,19 @@ func testLink(t *testing.T, self, s string) {
 		}
 	}()
 	b := &bench{self: self, seconds: 1, service: host(service)}
-	var o outcome
-	o.Figures = map[string][]float64{}
-	if err := b.visit(t.Context(), path{open: openDirect("")}, []probe{small[0], settled[0]}, &o); err != nil {
-		t.Fatal(err)
-	}
-	p50, up := median(o.Figures["p50"])/1e6, median(o.Figures["up1"])*1000
-	rtt := c.RTT.Seconds()
-	if p50 < rtt || p50 > rtt+0.02 {
-		t.Errorf("answers take %.3f s", p50)
-	}
-	if c.Rate > 0 && up > c.Rate || up <= 0 {
-		t.Errorf("%.0f Mbit/s", up)
+	for _, p := range []path{{name: "TCP", open: openDirect("")}, {name: "UDP", open: openCulvert("wireguard", "")}} {
+		o := outcome{Figures: map[string][]float64{}}
+		if err := b.visit(t.Context(), p, []probe{small[0], settled[0]}, &o); err != nil {
+			t.Fatalf("%s: %v", p.name, err)
+		}
+		p50, up := median(o.Figures["p50"])/1e6, median(o.Figures["up1"])*1000
+		rtt := c.RTT.Seconds()
+		if p50 < rtt || p50 > rtt+0.02 {
+			t.Errorf("%s: answers take %.3f s", p.name, p50)
+		}
+		if c.Rate > 0 && up > c.Rate || up <= 0 {
+			t.Errorf("%s: %.0f Mbit/s", p.name, up)
+		}
 	}
 	if err := l.alive(); err != nil {
 		t.Error(err)

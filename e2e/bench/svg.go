@@ -16,7 +16,7 @@ const (
 	groupGap  = 16
 )
 
-var barColours = []string{"#9aa5b1", "#e07b39", "#c94f4f", "#8a63b8", "#1f7a8c", "#2a9d57", "#3566b0"}
+var barColours = []string{"#9aa5b1", "#e07b39", "#c94f4f", "#8a63b8", "#1f7a8c", "#2a9d57", "#3566b0", "#d1a52b", "#7d5a4f", "#c76b9b"}
 
 // plot draws a group of bars for each measure, the longest of a group as long as
 // can be: measures have units of their own, and what counts is the ratio beside.

@@ -20,6 +20,7 @@ const (
 
 	laptop, far, service = "laptop", "far", "service"
 
+	laptopIP   = "10.211.1.1"
 	farIP      = "10.211.1.2" // as the laptop sees it
 	serviceIP  = "10.211.2.2"
 	serviceNet = "10.211.2.0/24"
@@ -55,10 +56,13 @@ const network = `
 // hostSettings are for many connections in a minute.
 var hostSettings = []string{"net.ipv4.ip_local_port_range=10000 65000", "net.ipv4.tcp_tw_reuse=1"}
 
-// hasBBR tells whether the kernel lets a socket have it.
-func hasBBR() bool {
+// lacksBBR tells whether the kernel lets a socket have it.
+func lacksBBR(string) string {
 	b, _ := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
-	return slices.Contains(strings.Fields(string(b)), "bbr")
+	if slices.Contains(strings.Fields(string(b)), "bbr") {
+		return ""
+	}
+	return "the kernel has no BBR (modprobe tcp_bbr)"
 }
 
 // allowFiles lets what is started here open as many files as may be, for a

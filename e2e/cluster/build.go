@@ -37,6 +37,8 @@ var needs = []struct{ glob, pkg string }{
 	{"/usr/bin/ssh", "openssh-client"},
 	{"/usr/bin/curl", "curl"},
 	{"/usr/bin/sudo", "sudo"},
+	{"/usr/bin/wg-quick", "wireguard-tools"},
+	{"/usr/bin/wireguard-go", "wireguard-go"},
 	{"/usr/bin/dig", "bind9-dnsutils"},
 	{"/usr/bin/ping", "iputils-ping"},
 	{"/usr/sbin/ip|/usr/bin/ip|/bin/ip|/sbin/ip", "iproute2"},
