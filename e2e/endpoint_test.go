@@ -144,7 +144,7 @@ func joinByWireGuard(t *testing.T, config string) {
 	}
 	other := func(args ...string) string {
 		t.Helper()
-		c := on("laptop2", args...)
+		c := on("phone", args...)
 		c.Env = append(c.Env, "WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go")
 		out, err := c.CombinedOutput()
 		if err != nil {

@@ -244,7 +244,7 @@ func TestRunTerminal(t *testing.T) {
 // that of all it runs, and what comes on its input is typed there.
 func onTerminal(t *testing.T, c *exec.Cmd, line string) (s *running, typed io.WriteCloser) {
 	t.Helper()
-	c.Args = []string{c.Args[0], "exec", laptopHost, "--", "script", "-qec", line, "/dev/null"}
+	c.Args = []string{c.Args[0], "exec", laptopHost, "--", "script", "-qec", "exec " + line, "/dev/null"} // by a shell that has no part in Ctrl-C
 	typed, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -16,7 +16,7 @@ func dumpLaptop(t testing.TB) string {
 	return laptop(t, "sh", "-c", `
 		ip -d addr | sed 's/valid_lft .*//'; ip route show table all; ip -6 route show table all; ip rule; ip -6 rule
 		ls -l --time-style=+ /etc/resolv.conf*; cat /etc/resolv.conf
-		ss -Hlntu; ls -d /run/* "$TMPDIR"/*culvert* 2>/dev/null | grep -v '^/run/mount$' # of mount(8)
+		ss -Hlntu; ls -d /run/* "$TMPDIR"/*culvert* 2>/dev/null | grep -v '^/run/mount$\|^/run/wireguard$' # of mount(8), and of the other half's wg-quick
 		 iptables-save | grep -v '^#'; ps -eo args= | grep -c '[c]ulvert connect\|[c]ulvert privileged'; true`)
 }
 
