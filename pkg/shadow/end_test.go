@@ -63,7 +63,12 @@ func TestEnd(t *testing.T) {
 		t.Errorf("what was open: %q", got)
 	}
 	wire.Close()
+	closed := time.Now()
+	s.want("original") // who had begun to connect before
 	s.end()
+	if took := time.Since(closed); took < begun {
+		t.Errorf("ended after %v", took)
+	}
 	if done := e.was(); !slices.Equal(done, []string{"restored", "healed"}) {
 		t.Errorf("done: %v", done)
 	}

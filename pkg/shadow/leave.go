@@ -18,6 +18,7 @@ const (
 	settle     = 3 * time.Second  // until every node has heard that the Service is put back
 	drainLimit = 30 * time.Second // for what is open then
 
+	begun      = time.Second      // to connect, when what led here was taken away
 	quiet      = 2 * time.Second  // nothing came for so long: nothing comes any more
 	moveLimit  = 8 * time.Second  // for laptops to go to the next pod when this one is told to end
 	wireLimit  = 5 * time.Second  // for what they are answering then
@@ -140,6 +141,10 @@ func (s *Shadow) untilEnded(ctx context.Context) error {
 	}
 	if s.cfg.TTL != nil {
 		s.outlast(ctx)
+	} else {
+		limit, cancel := context.WithTimeout(ctx, wireLimit)
+		defer cancel()
+		s.cut(s.drained(limit, begun, 0))
 	}
 	if !s.heal(ctx, s.cfg.Heal) {
 		return nil
