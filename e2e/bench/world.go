@@ -91,18 +91,9 @@ func build() error {
 	return privsepDir()
 }
 
-const (
-	sshdDir  = "/run/sshd"
-	sshdOurs = scratch + "/made-run-sshd"
-)
-
-// privsepDir is a folder that sshd wants and Debian makes when it starts its own.
-func privsepDir() error {
-	if _, err := os.Stat(sshdDir); err == nil {
-		return nil
-	}
-	return errors.Join(os.WriteFile(sshdOurs, nil, 0o600), os.Mkdir(sshdDir, 0o755))
-}
+// privsepDir is a folder that sshd wants and Debian makes when it starts its own. It stays:
+// somebody else may have one by now.
+func privsepDir() error { return os.MkdirAll("/run/sshd", 0o755) }
 
 // clean searches for what is ours and takes it away: it needs to remember nothing, and so also cleans up after a bench that was killed.
 func clean(self string) error {
@@ -110,11 +101,6 @@ func clean(self string) error {
 	paths, _ := filepath.Glob(netnsDir + "*")
 	for _, path := range paths {
 		errs = append(errs, killAll(path), run("ip", "netns", "del", filepath.Base(path)))
-	}
-	if _, err := os.Stat(sshdOurs); err == nil {
-		if err := os.Remove(sshdDir); !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
 	}
 	return errors.Join(append(errs, cleanCluster(self), os.RemoveAll(scratch))...)
 }

@@ -35,6 +35,9 @@ var needs = []struct{ glob, pkg string }{
 	{"/usr/lib/postgresql/*/bin/psql", "postgresql-client"},
 	{"/usr/sbin/sshd", "openssh-server"},
 	{"/usr/bin/ssh", "openssh-client"},
+	{"/usr/bin/nc.openbsd|/bin/nc.openbsd", "netcat-openbsd"},
+	{"/usr/bin/ansible", "ansible-core"},
+	{"/usr/bin/cap", "capistrano"},
 	{"/usr/bin/curl", "curl"},
 	{"/usr/bin/sudo", "sudo"},
 	{"/usr/bin/wg-quick", "wireguard-tools"},
@@ -62,6 +65,9 @@ func missingPackages() []string {
 
 // install installs what is missing, without starting any of it.
 func install() error {
+	if err := os.MkdirAll("/run/sshd", 0o755); err != nil { // as Debian's service would: tests of sshd need it
+		return err
+	}
 	missing := missingPackages()
 	if len(missing) == 0 {
 		return nil
