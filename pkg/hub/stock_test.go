@@ -138,7 +138,7 @@ func freePort(t *testing.T) string {
 
 // debian are the packages of programs that few machines have, and of what they need.
 var debian = map[string][]string{
-	"corkscrew": {"corkscrew"}, "connect-proxy": {"connect-proxy"}, "autossh": {"autossh"}, "ncat": {"ncat", "liblua5.3-0"},
+	"corkscrew": {"corkscrew"}, "connect-proxy": {"connect-proxy"}, "autossh": {"autossh"}, "ncat": {"ncat", "liblua5.3-0", "libpcap0.8"},
 	"tinyproxy": {"tinyproxy-bin"}, "dnsmasq": {"dnsmasq-base", "libnetfilter-conntrack3", "libnfnetlink0"}, "rsync": {"rsync", "libpopt0"}, "socat": {"socat", "libwrap0"}, "haproxy": {"haproxy", "liblua5.3-0", "libopentracing-c-wrapper0", "libopentracing1"},
 }
 
