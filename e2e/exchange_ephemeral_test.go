@@ -49,8 +49,8 @@ spec:
         - {name: banner, containerPort: 7001}
         - {name: line, containerPort: 7002}
         - {name: udp, containerPort: 7003, protocol: UDP}
-        readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1}
-        livenessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1, failureThreshold: 2}
+        readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1, timeoutSeconds: 5}
+        livenessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1, timeoutSeconds: 5, failureThreshold: 2}
 `, podSpace, name)
 	}
 	apply(t, manifest)
