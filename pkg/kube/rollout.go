@@ -168,7 +168,7 @@ func rolledContainer(pod *corev1.PodSpec, name string) (path string, found *core
 // RollOut changes a workload and waits until all its new pods are available. If they
 // are not within the time, or can never be, or ctx ends, the workload gets the
 // template that it had before, and that is waited for as well; the error then says
-// what was wrong with the new pods and what runs now. It is ErrLeft where even that
+// what was wrong with the new pods and what runs now. It is ErrNotBack where even that
 // could not be had. A workload that has the image already is left as it is, but
 // waited for.
 //
@@ -300,7 +300,7 @@ func (r *roller) resume(ctx context.Context, same string) error {
 	r.say("but not all of it is there: " + r.before.words())
 	r.ours = r.before.template
 	defer r.listen(ctx)()
-	if err := r.watch(ctx, tally.whole); err != nil {
+	if err := r.watch(ctx, sight.whole); err != nil {
 		return fmt.Errorf("%w; it was rolled out before, and there is nothing of this time's to be put back", err)
 	}
 	return r.good(ctx)
@@ -316,7 +316,7 @@ func (r *roller) roll(ctx context.Context, ops []heal.Op) error {
 		return err
 	}
 	r.done.Changed = true
-	err := r.watch(ctx, tally.whole)
+	err := r.watch(ctx, sight.whole)
 	switch {
 	case err == nil:
 		return r.good(ctx)
@@ -447,10 +447,10 @@ func (r *roller) putBack(ctx context.Context, why error) error {
 		return fmt.Errorf("%w; %w", why, err)
 	case err != nil && !r.done.PutBack:
 		r.done.Runs = "the new template, which is not good"
-		return fmt.Errorf("%w; it could not be put back: %w: %w", why, ErrLeft, err)
+		return fmt.Errorf("%w; %w: %w", why, ErrNotBack, err)
 	case err != nil:
 		r.done.Runs = r.fromWords() + ", but not as it did before"
-		return fmt.Errorf("%w; it was put back to %s, but does not run as before: %w: %w", why, r.fromWords(), ErrLeft, err)
+		return fmt.Errorf("%w; %w, although it has %s again: %w", why, ErrNotBack, r.fromWords(), err)
 	}
 	r.done.Runs = r.fromWords()
 	if live, now, err := r.now(ctx); err == nil && now != nil {
@@ -459,11 +459,19 @@ func (r *roller) putBack(ctx context.Context, why error) error {
 	return fmt.Errorf("%w; it was put back and runs %s", why, r.done.Runs)
 }
 
-// sufficient tells whether as much is available as was before: what was broken already
+// sufficient tells whether as much is there as was before: what was broken already
 // must not be what a way back waits for.
-func (r *roller) sufficient(n tally) bool {
-	return n.turned() && n.available >= min(n.wanted, r.before.available)
+func (r *roller) sufficient(s sight) bool {
+	if r.before.whole() {
+		return s.whole()
+	}
+	left := r.bad != nil && slices.ContainsFunc(s.pods, func(p corev1.Pod) bool { return p.DeletionTimestamp == nil && r.bad.has(&p) })
+	return s.live.seen && !left && s.live.updated >= min(s.live.turn, r.before.updated) && s.live.available >= min(s.live.wanted, r.before.available)
 }
+
+// wasBroken tells that what is gone back to did not run either: its pods have the time
+// that there is.
+func (r *roller) wasBroken() bool { return r.done.PutBack && !r.before.whole() }
 
 // back sets the old template, also past an API server that is away for a while.
 func (r *roller) back(ctx context.Context) error {

@@ -28,7 +28,7 @@ const (
 // watch waits until there is enough of the template that was set, within one time for
 // all of it: neither progressDeadlineSeconds nor a condition that an earlier rollout
 // left is asked.
-func (r *roller) watch(ctx context.Context, enough func(tally) bool) error {
+func (r *roller) watch(ctx context.Context, enough func(sight) bool) error {
 	ctx, cancel := context.WithTimeout(ctx, r.within)
 	defer cancel()
 	ticker := time.NewTicker(rollEvery)
@@ -45,7 +45,7 @@ func (r *roller) watch(ctx context.Context, enough func(tally) bool) error {
 		case ctx.Err() == nil:
 			now.err = err // the API server is away: the pods need not be
 		}
-		if err == nil && enough(now.live.tally) {
+		if err == nil && enough(now) {
 			r.say(now.live.words())
 			return nil
 		}
@@ -54,7 +54,7 @@ func (r *roller) watch(ctx context.Context, enough func(tally) bool) error {
 			said = words
 		}
 		if err == nil {
-			if err := now.staysBad(hopeless); err != nil {
+			if err := now.staysBad(hopeless); err != nil && !r.wasBroken() {
 				return err
 			}
 			r.unstick(ctx, now)
@@ -81,6 +81,8 @@ type sight struct {
 	pods []corev1.Pod // of the workload
 	err  error        // of the last look, where that has none of these
 }
+
+func (s sight) whole() bool { return s.live.whole() }
 
 func (s sight) words() string {
 	switch {
