@@ -35,6 +35,7 @@
 //	channel                      the one word: Network, Channel, this machine's Host
 //	cli/talk    cgroup           results, talk and exit codes; what a container may use
 //	catalog     manifests        the names of a cluster as values; what is applied to one
+//	consul                       a service's instances in Consul's registry, restarted one by one
 //
 // Imports point down, and rooms of one line do not import each other; see
 // arrows_test.go, which also fences the large libraries in.
