@@ -29,8 +29,8 @@ import (
 
 // What went wrong, as far as a caller does different things for it.
 var (
-	ErrUnreachable = errors.New("Consul does not answer")
-	ErrForbidden   = errors.New("Consul's ACL does not permit it")
+	ErrUnreachable = errors.New("consul does not answer")
+	ErrForbidden   = errors.New("the ACL of consul does not permit it")
 	ErrNoInstance  = errors.New("the registry has no such instance")
 )
 
