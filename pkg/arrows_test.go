@@ -20,7 +20,7 @@ var layers = [][]string{
 	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk"},
 	{"pkg/ca", "pkg/ca/catest"},
 	{"pkg/channel", "pkg/dns/dnstest"},
-	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan"},
+	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan", "pkg/release"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
 	{"pkg/channel/internal/signalling", "pkg/channel/internal/mux"},
 	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
@@ -44,7 +44,7 @@ var fences = map[string][]string{
 	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/hub", "pkg/ca"}, // in tlschan it reads the keys
 	"github.com/coreos/go-oidc":   {"pkg/ca"},
 	"github.com/go-jose/":         {"pkg/ca/catest"},
-	"go.yaml.in/":                 {"pkg/ca"},
+	"go.yaml.in/":                 {"pkg/ca", "pkg/release"},
 	"github.com/miekg/dns":        {"pkg/dns", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
 	"github.com/spf13/":           {"pkg/cli", "pkg/cli/hubs", "pkg/cli/talk"},
 	"github.com/godbus/":          {"pkg/resolver", "pkg/resolver/resolvertest"},
