@@ -17,6 +17,8 @@ import (
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
+
+	"github.com/culvert-dev/culvert/pkg/release"
 )
 
 // FileName is the project's file, where no other is named.
@@ -82,8 +84,10 @@ type Health struct {
 	Get     string   `yaml:"get" json:"get,omitempty" jsonschema:"URL, as seen from the host, that answers 2xx"`
 	TCP     string   `yaml:"tcp" json:"tcp,omitempty" jsonschema:"HOST:PORT that accepts a connection"`
 	Cmd     string   `yaml:"cmd" json:"cmd,omitempty" jsonschema:"Command that succeeds"`
-	Within  Duration `yaml:"within" json:"within,omitempty" jsonschema:"How long it may take, 1m unless said"`
-	Release string   `yaml:"release" json:"release,omitempty" jsonschema:"Where get shows the release's id: header NAME, or body"`
+	Status  int      `yaml:"status" json:"status,omitempty" jsonschema:"The one status that get answers, if not any 2xx"`
+	Within  Duration `yaml:"within" json:"within,omitempty" jsonschema:"How long it may take, 2m unless said"`
+	Every   Duration `yaml:"every" json:"every,omitempty" jsonschema:"Between two looks, 1s unless said"`
+	Release string   `yaml:"release" json:"release,omitempty" jsonschema:"Where the release's id is shown: header NAME or body, of get; output, of cmd"`
 }
 
 // K8s is a workload, deployment/shop or a mapping.
@@ -232,17 +236,11 @@ func (f *File) merged(own Settings) Settings {
 	return all
 }
 
-const (
-	defaultKeep    = 5
-	defaultTimeout = 10 * time.Minute
-	defaultWithin  = time.Minute
-)
-
 // complete has what nobody said.
 func (s Settings) complete() Settings {
 	if s.Keep == nil {
 		s.Keep = new(int)
-		*s.Keep = defaultKeep
+		*s.Keep = release.DefaultKeep
 	}
 	if len(s.Batch) == 0 {
 		s.Batch = Batch{{N: 1}, {N: 50, Percent: true}, {N: 100, Percent: true}}
@@ -251,14 +249,44 @@ func (s Settings) complete() Settings {
 		s.OnFail = Restore
 	}
 	if s.Timeout == 0 {
-		s.Timeout = Duration(defaultTimeout)
+		s.Timeout = Duration(release.DefaultTimeout)
 	}
 	if s.Health != nil && s.Health.Within == 0 {
 		h := *s.Health
-		h.Within = Duration(defaultWithin)
+		h.Within = Duration(release.DefaultWithin)
 		s.Health = &h
 	}
 	return s
+}
+
+// forHost is what a host is told.
+func (s Settings) forHost() release.Config {
+	c := release.Config{Shared: s.Shared, Keep: *s.Keep, Hooks: release.Hooks{
+		PreRelease: string(s.Hooks.PreRelease), PostRelease: string(s.Hooks.PostRelease), Timeout: time.Duration(s.Timeout),
+	}}
+	if s.Restart != "" {
+		kind, arg, _ := strings.Cut(s.Restart, " ")
+		c.Restart = &release.Action{Kind: kind, Arg: strings.TrimSpace(arg), Timeout: time.Duration(s.Timeout)}
+	}
+	if d := s.Drain; d != nil {
+		c.Drain = &release.Action{Undo: d.Undo, Wait: time.Duration(d.Wait), Timeout: time.Duration(s.Timeout)}
+		c.Drain.Kind, c.Drain.Arg = oneOf("consul", d.Consul, "cmd", d.Cmd, "http", d.HTTP)
+	}
+	if h := s.Health; h != nil {
+		c.Health = &release.Health{Status: h.Status, Within: time.Duration(h.Within), Every: time.Duration(h.Every), Release: h.Release}
+		c.Health.Kind, c.Health.Arg = oneOf("http", h.Get, "tcp", h.TCP, "cmd", h.Cmd)
+	}
+	return c
+}
+
+// oneOf is the one of several that has a text, of pairs of a name and that.
+func oneOf(pairs ...string) (name, text string) {
+	for i := 0; i < len(pairs); i += 2 {
+		if pairs[i+1] != "" {
+			return pairs[i], pairs[i+1]
+		}
+	}
+	return "", ""
 }
 
 var appName = regexp.MustCompile(`^[a-z0-9]([-_.a-z0-9]{0,62}[a-z0-9])?$`)
@@ -362,10 +390,12 @@ func (h Health) check() error {
 	if count(h.Get, h.TCP, h.Cmd) != 1 {
 		return errors.New("health is one of get, tcp and cmd")
 	}
-	if kind, name, _ := strings.Cut(h.Release, " "); h.Release != "" && (h.Get == "" || h.Release != "body" && (kind != "header" || name == "")) {
-		return fmt.Errorf("release is header NAME or body, of get, not %q", h.Release)
+	kind, name, _ := strings.Cut(h.Release, " ")
+	switch {
+	case h.Release == "", h.Get != "" && (h.Release == "body" || kind == "header" && name != ""), h.Cmd != "" && h.Release == "output":
+		return nil
 	}
-	return nil
+	return fmt.Errorf("release is header NAME or body of get, or output of cmd, not %q", h.Release)
 }
 
 func count(texts ...string) (n int) {

@@ -89,7 +89,7 @@ func TestFileErrors(t *testing.T) {
 		{base + "drain: {cmd: x}\n", "culvert.yaml:4:1: drain by cmd or http needs undo"},
 		{base + "restart: upstart shop\n", "culvert.yaml:4:1: restart is one of systemd, supervisor"},
 		{base + "health: {within: 1m}\n", "culvert.yaml:4:1: health is one of get, tcp and cmd"},
-		{base + "health: {tcp: x, release: body}\n", "culvert.yaml:4:1: release is header NAME or body, of get"},
+		{base + "health: {tcp: x, release: body}\n", "culvert.yaml:4:1: release is header NAME or body of get"},
 		{base + "on_fail: shrug\n", `culvert.yaml:4:1: on_fail is restore or rollback-all, not "shrug"`},
 		{base + "shared: [../x]\n", `culvert.yaml:4:1: shared has paths below the tree, not "../x"`},
 		{base + "k8s: pod/x\n", "culvert.yaml:4:6: k8s is deployment/NAME"},

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -174,12 +175,27 @@ func (t *Tree) read(e *release.Entry, file string) error {
 		return err
 	}
 	defer f.Close()
-	whole := sha256.New()
-	cut, err := fastcdc.NewChunker(io.TeeReader(f, whole), fastcdc.Options{AverageSize: usualPiece, MaxSize: min(4*usualPiece, release.MaxPiece)})
+	start, err := io.ReadAll(io.LimitReader(f, wholeFile+1))
 	if err != nil {
 		return err
 	}
-	var pieces []release.Piece
+	if len(start) <= wholeFile {
+		if e.Size = int64(len(start)); e.Size > 0 {
+			e.SHA256 = sha256.Sum256(start)
+			t.add(e.Path, release.Piece{SHA256: e.SHA256, Size: e.Size}, 0)
+		}
+		return nil
+	}
+	return t.cut(e, io.MultiReader(bytes.NewReader(start), f))
+}
+
+// cut reads a long file.
+func (t *Tree) cut(e *release.Entry, r io.Reader) error {
+	whole := sha256.New()
+	cut, err := fastcdc.NewChunker(io.TeeReader(r, whole), fastcdc.Options{AverageSize: usualPiece, MaxSize: min(4*usualPiece, release.MaxPiece)})
+	if err != nil {
+		return err
+	}
 	for {
 		chunk, err := cut.Next()
 		if errors.Is(err, io.EOF) {
@@ -189,26 +205,19 @@ func (t *Tree) read(e *release.Entry, file string) error {
 			return err
 		}
 		p := release.Piece{SHA256: sha256.Sum256(chunk.Data), Size: int64(chunk.Length)}
-		pieces = append(pieces, p)
+		t.add(e.Path, p, e.Size)
+		e.Chunks = append(e.Chunks, p)
 		e.Size += p.Size
 	}
-	if e.Size == 0 {
-		return nil
-	}
 	e.SHA256 = release.Hash(whole.Sum(nil))
-	if e.Size <= wholeFile {
-		pieces = []release.Piece{{SHA256: e.SHA256, Size: e.Size}}
-	} else {
-		e.Chunks = pieces
-	}
-	at := int64(0)
-	for _, p := range pieces {
-		if _, known := t.pieces[p.SHA256]; !known {
-			t.pieces[p.SHA256] = place{file: e.Path, at: at}
-		}
-		at += p.Size
-	}
 	return nil
+}
+
+// add remembers where a piece is.
+func (t *Tree) add(file string, p release.Piece, at int64) {
+	if _, known := t.pieces[p.SHA256]; !known {
+		t.pieces[p.SHA256] = place{file, at}
+	}
 }
 
 // content is pieces, one behind the other. A file that has changed meanwhile is the host's to

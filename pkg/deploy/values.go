@@ -191,4 +191,3 @@ func digestible(v any) []byte {
 	}
 	return b
 }
-
