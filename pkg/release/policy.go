@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"unicode"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -43,11 +44,56 @@ func ParsePolicy(text []byte) (*Policy, error) {
 	case p.To == "" || p.To[0] != '/' || path.Clean(p.To) != p.To || p.To == "/":
 		return nil, fmt.Errorf("policy: to %q is not a clean absolute path", p.To)
 	}
+	for i, s := range p.Shared {
+		p.Shared[i] = strings.TrimSuffix(s, "/")
+	}
 	return p, nil
 }
 
 const everything = "*"
 
+// check is what of a deployer's settings is refused. nil allows all.
+func (p *Policy) check(c *Config) []Problem {
+	if p == nil {
+		return nil
+	}
+	var all []Problem
+	ask := func(list []string, what, text string) {
+		if text != "" && !allowed(list, text) {
+			all = append(all, Problem{Code: Refused, Text: fmt.Sprintf("the policy of this host does not allow %s %q", what, text)})
+		}
+	}
+	for _, s := range c.Shared {
+		ask(p.Shared, "shared", strings.TrimSuffix(s, "/"))
+	}
+	if a := c.Restart; a != nil {
+		ask(p.Restart, "restart", a.String())
+	}
+	if a := c.Drain; a != nil {
+		ask(p.Drain, "drain", a.String())
+		if a.Undo != "" {
+			ask(p.Drain, "drain", a.Kind+" "+a.Undo)
+		}
+	}
+	if h := c.Health; h != nil {
+		ask(p.Health, "health", h.String())
+	}
+	ask(p.Hooks, "hook", c.Hooks.PreRelease)
+	ask(p.Hooks, "hook", c.Hooks.PostRelease)
+	return all
+}
+
 func allowed(list []string, what string) bool {
-	return slices.Contains(list, everything) || slices.Contains(list, strings.TrimSpace(what))
+	return slices.Contains(list, everything) || slices.ContainsFunc(list, func(item string) bool {
+		return strings.TrimSpace(item) == strings.TrimSpace(what)
+	})
+}
+
+// allowsExec: joined arguments are only told apart where none has a space.
+func (p *Policy) allowsExec(argv []string) bool {
+	if slices.Contains(p.Exec, everything) {
+		return true
+	}
+	return !slices.ContainsFunc(argv, func(a string) bool { return a == "" || strings.ContainsFunc(a, unicode.IsSpace) }) &&
+		slices.Contains(p.Exec, strings.Join(argv, " "))
 }
