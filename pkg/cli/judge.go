@@ -61,6 +61,8 @@ func (t typed) need() string {
 		return strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method "+name)
 	}
 	switch {
+	case t.verb == "deploy", t.verb == "rollback", t.verb == "restart":
+		return " --for deploy"
 	case t.verb == "forward", t.verb == "expose":
 		return " --for " + t.verb
 	case t.verb == "exchange" && method("ephemeral"):
@@ -92,6 +94,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return talk.ExitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return talk.ExitLeftovers, "culvert clean" + t.flags
+	case errors.Is(err, kube.ErrNotBack):
+		return talk.ExitLeftovers, "kubectl get pods" + t.flags
 	case errors.As(err, &wrong):
 		return talk.ExitUsage, "culvert --help"
 	case errors.As(err, &file):

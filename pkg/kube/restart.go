@@ -213,6 +213,55 @@ func (c *Cluster) evictPod(ctx context.Context, name string, uid types.UID) erro
 	})
 }
 
+// PodAt finds the pod of a workload that has an address; ErrNoPod is that none has it.
+func (c *Cluster) PodAt(ctx context.Context, t Target, address string) (RunningPod, error) {
+	p, err := c.podAt(ctx, t, address)
+	if err != nil {
+		return RunningPod{}, fmt.Errorf("find the pod of %s at %s in namespace %s: %w", t, address, c.Namespace, noTarget(err))
+	}
+	return asRunning(p), nil
+}
+
+func (c *Cluster) podAt(ctx context.Context, t Target, address string) (*corev1.Pod, error) {
+	live, err := c.getRolled(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := c.podsRolled(ctx, live)
+	if err != nil {
+		return nil, err
+	}
+	i := slices.IndexFunc(pods, func(p corev1.Pod) bool {
+		return !over(&p) && slices.Contains(append(p.Status.PodIPs, corev1.PodIP{IP: p.Status.PodIP}), corev1.PodIP{IP: address})
+	})
+	if i < 0 {
+		return nil, ErrNoPod
+	}
+	return &pods[i], nil
+}
+
+// EndPod ends the pod of a workload that has an address, as RestartPods would, and does
+// not wait for the one in its place.
+func (c *Cluster) EndPod(ctx context.Context, t Target, address string) error {
+	plan, err := c.PlanRestart(ctx, t)
+	if err != nil {
+		return err
+	}
+	p, err := c.podAt(ctx, t, address)
+	if err == nil {
+		r := &restarter{c: c, cfg: RestartConfig{Say: func(string) {}}, plan: plan}
+		err = r.end(ctx, p)
+	}
+	if err != nil {
+		return fmt.Errorf("end the pod of %s at %s in namespace %s: %w", t, address, c.Namespace, sorted(err))
+	}
+	return nil
+}
+
+func asRunning(p *corev1.Pod) RunningPod {
+	return RunningPod{Name: p.Name, UID: string(p.UID), Address: p.Status.PodIP, Node: p.Spec.NodeName}
+}
+
 // look tells whether as many new pods are well as have had their end, and none of the
 // others is missing: one that ended by itself is waited for, too.
 func (r *restarter) look(ctx context.Context, turns int, old *corev1.Pod) (words string, done bool, err error) {
@@ -276,7 +325,7 @@ func (r *restarter) pass(ctx context.Context, p *corev1.Pod) error {
 	if r.cfg.Gate == nil || r.passed[p.UID] {
 		return nil
 	}
-	err := r.cfg.Gate(ctx, RunningPod{Name: p.Name, UID: string(p.UID), Address: p.Status.PodIP, Node: p.Spec.NodeName})
+	err := r.cfg.Gate(ctx, asRunning(p))
 	r.passed[p.UID] = err == nil
 	return err
 }

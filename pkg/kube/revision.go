@@ -193,12 +193,12 @@ func (c *Cluster) patchRolled(ctx context.Context, w *rolled, ops []heal.Op) (*r
 // A Revision is one that the cluster keeps of a workload: a ReplicaSet of a
 // Deployment, or a ControllerRevision.
 type Revision struct {
-	Name    string
-	Number  int64 // the highest was rolled out last; a revision that is rolled out again gets a new one
-	Images  []string
-	Current bool
-	Mark    *Mark // nil: culvert has not rolled it out, nor seen it whole
-	Made    time.Time
+	Name    string    `json:"name"`
+	Number  int64     `json:"number"` // the highest was rolled out last; a revision that is rolled out again gets a new one
+	Images  []string  `json:"images"`
+	Current bool      `json:"current"`
+	Mark    *Mark     `json:"mark,omitempty"` // nil: culvert has not rolled it out, nor seen it whole
+	Made    time.Time `json:"made"`
 
 	uid      types.UID
 	label    string // the pods' of it, where they are not owned by it

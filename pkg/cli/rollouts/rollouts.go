@@ -18,14 +18,21 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/deploy"
+	"github.com/culvert-dev/culvert/pkg/kube"
 )
 
 // app is one run of the program.
-type app struct{ *talk.Person }
+type app struct {
+	*talk.Person
+	cluster Cluster
+}
+
+// A Cluster is loaded by the name of a context and a namespace, where no flag names others.
+type Cluster func(context, namespace string) (*kube.Cluster, error)
 
 // Commands are the verbs.
-func Commands(p *talk.Person) []*cobra.Command {
-	a := &app{p}
+func Commands(p *talk.Person, cluster Cluster) []*cobra.Command {
+	a := &app{p, cluster}
 	return []*cobra.Command{a.deployCommand(), a.rollbackCommand(), a.restartCommand(), a.releasesCommand(), a.execCommand(), a.applyCommand()}
 }
 

@@ -67,7 +67,7 @@ func (a *app) rollback(ctx context.Context, o options, args []string, plan bool)
 			return nil, errors.Join(r.Targets(ctx, id), a.rows(o, r))
 		}
 		return r.Rollback(ctx, id)
-	}, func(p *project) error { return a.rollbackK8s(ctx, o, p, id) })
+	}, func(p *project) error { return a.rollbackK8s(ctx, o, p, id, plan) })
 }
 
 // change does something to hosts, or to a workload, and tells what became of them.
@@ -125,7 +125,7 @@ func (a *app) releasesCommand() *cobra.Command {
 				return err
 			}
 			if p.settings.K8s != nil {
-				return talk.Usage(fmt.Errorf("a workload's releases are its revisions: kubectl rollout history %s", p.settings.K8s.Workload))
+				return a.releasesK8s(c.Context(), o, p)
 			}
 			r, err := a.open(c.Context(), o, p, nil)
 			if r == nil {
