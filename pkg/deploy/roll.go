@@ -134,7 +134,7 @@ func (m *member) conclude(result release.Result) error {
 	why := errors.New(result.Error)
 	switch result.State {
 	case release.StateActive:
-		m.row.State, m.switched = Deployed, true
+		m.row.State, m.switched = Deployed, m.want != "" // a restart is good as it is
 		m.row.Output = ""
 		return nil
 	case release.StateRestored:
@@ -226,11 +226,11 @@ func (r *Rollout) revert(ctx context.Context) error {
 		if err != nil {
 			return m.fail(Unknown, "revert", m.because(err))
 		}
-		if err := m.conclude(result); err != nil {
-			return err
+		if m.row.Release = result.Release; result.State == release.StateRestored {
+			m.row.State = Reverted
+			return nil
 		}
-		m.row.State, m.switched = Reverted, false
-		return nil
+		return m.conclude(result)
 	})
 }
 

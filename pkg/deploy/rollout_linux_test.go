@@ -29,6 +29,7 @@ type yard struct {
 	settings Settings
 	hosts    []Host
 	wait     time.Duration
+	now      func() time.Time
 
 	mu     sync.Mutex
 	down   map[string]bool
@@ -77,7 +78,7 @@ func (y *yard) dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 }
 
 func (y *yard) config() Config {
-	return Config{App: "shop", Env: "prod", Settings: y.settings.complete(), Hosts: y.hosts, Who: "me", Wait: y.wait, Dial: y.dial, Tell: func(e Event) {
+	return Config{Now: y.now, App: "shop", Env: "prod", Settings: y.settings.complete(), Hosts: y.hosts, Who: "me", Wait: y.wait, Dial: y.dial, Tell: func(e Event) {
 		y.mu.Lock()
 		y.events = append(y.events, e)
 		tell := y.tell
@@ -167,6 +168,7 @@ func (y *yard) is(what, got, want string) {
 
 func TestDeploy(t *testing.T) {
 	y := newYard(t, 3)
+	y.now = func() time.Time { return time.Date(2026, 11, 22, 10, 15, 0, 0, time.UTC) }
 	report := y.must("good1", "04c66f5aaaa")
 	y.is("states", states(report), "deployed deployed deployed")
 	y.is("pages", y.pages(), "good1 good1 good1")
@@ -179,8 +181,9 @@ func TestDeploy(t *testing.T) {
 	if n := y.switches("h1"); n != 1 {
 		t.Errorf("%d switches", n)
 	}
-	second := y.must("good2", "04c66f5bbbb")
+	second := y.must("good2", "04c66f5bbbb") // in the same second
 	y.is("before", second.Hosts[2].Before, report.Release)
+	y.is("ids", report.Release+" "+second.Release, "20261122-101500-04c66f5 20261122-101501-04c66f5")
 	y.is("pages", y.pages(), "good2 good2 good2")
 }
 
