@@ -242,6 +242,9 @@ func (r *Rollout) Rollback(ctx context.Context, id string) (*Report, error) {
 }
 
 func (r *Rollout) rollback(ctx context.Context, id string) error {
+	if err := r.check(false); err != nil {
+		return err
+	}
 	if err := r.lock(ctx, id); err != nil {
 		return err
 	}
@@ -279,18 +282,24 @@ func (r *Rollout) Targets(ctx context.Context, id string) error {
 // Restart restarts what hosts run, one by one.
 func (r *Rollout) Restart(ctx context.Context) (*Report, error) {
 	report := &Report{Action: "restart"}
-	err := r.lock(ctx, "")
-	if err == nil {
-		var steps []Step
-		for i := range r.members {
-			steps = append(steps, Step{N: i + 1})
-		}
-		r.cfg.Settings.OnFail = Restore // there is nothing to go back to
-		err = r.roll(ctx, steps, func(ctx context.Context, m *member) (release.Result, error) {
-			return m.wire.Restart(ctx, r.events(m))
-		})
+	return report, r.report(report, r.restart(ctx))
+}
+
+func (r *Rollout) restart(ctx context.Context) error {
+	if err := r.check(false); err != nil {
+		return err
 	}
-	return report, r.report(report, err)
+	if err := r.lock(ctx, ""); err != nil {
+		return err
+	}
+	var steps []Step
+	for i := range r.members {
+		steps = append(steps, Step{N: i + 1})
+	}
+	r.cfg.Settings.OnFail = Restore // there is nothing to go back to
+	return r.roll(ctx, steps, func(ctx context.Context, m *member) (release.Result, error) {
+		return m.wire.Restart(ctx, r.events(m))
+	})
 }
 
 // Exec runs a command in what hosts run, on all at the same time. Its output comes as events.

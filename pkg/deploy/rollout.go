@@ -248,10 +248,13 @@ func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
 }
 
-// check refuses hosts that would refuse.
-func (r *Rollout) check() error {
+// check refuses hosts that would refuse: for what is no deploy, by their policy alone.
+func (r *Rollout) check(deploy bool) error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
 		for _, p := range m.host.Problems {
+			if !deploy && p.Code != release.Refused {
+				continue
+			}
 			return m.fail(Failed, "", &release.Error{Code: p.Code, Text: p.Text, Hint: p.Hint})
 		}
 		return nil
@@ -335,7 +338,7 @@ func (r *Rollout) Deploy(ctx context.Context, tree *Tree, plan *Plan) (*Report, 
 }
 
 func (r *Rollout) deploy(ctx context.Context, tree *Tree, plan *Plan, report *Report) error {
-	if err := r.check(); err != nil {
+	if err := r.check(true); err != nil {
 		return err
 	}
 	if err := r.lock(ctx, plan.Release); err != nil {

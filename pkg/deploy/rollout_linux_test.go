@@ -40,16 +40,16 @@ type yard struct {
 	serving sync.WaitGroup // the hosts' sides
 }
 
-// newYard has a gate that a page has to say good, but for hosts whose name is in a file.
+// works is what fails where the page is not good, but for hosts whose name is in a file.
+const works = `grep -q good "$CULVERT_TO/current/page" || grep -q "^$(basename "$CULVERT_TO")$" "$CULVERT_TO/../patient"`
+
+// newYard has hosts where a release that does not work fails at once, when it is started.
 func newYard(t *testing.T, hosts int, edit ...func(*Settings)) *yard {
 	t.Helper()
 	known := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, known) })
 	y := &yard{t: t, dir: t.TempDir(), down: map[string]bool{}, wires: map[string]net.Conn{}}
-	y.settings = Settings{
-		Health: &Health{Cmd: `grep -q good "$CULVERT_TO/current/page" || grep -q "^$(basename "$CULVERT_TO")$" "$CULVERT_TO/../patient"`, Within: Duration(1500 * time.Millisecond), Every: Duration(50 * time.Millisecond)},
-		Hooks:  Hooks{PostRelease: `echo "$CULVERT_RELEASE" >> "$CULVERT_TO/switches"`},
-	}
+	y.settings = Settings{Restart: "cmd " + works, Hooks: Hooks{PostRelease: `echo "$CULVERT_RELEASE" >> "$CULVERT_TO/switches"`}}
 	for _, e := range edit {
 		e(&y.settings)
 	}
@@ -225,7 +225,9 @@ func TestLostWhileShipping(t *testing.T) {
 
 // A bad release is on the first host alone, and that is put back.
 func TestBadRelease(t *testing.T) {
-	y := newYard(t, 5)
+	y := newYard(t, 5, func(s *Settings) {
+		s.Restart, s.Health = "", &Health{Cmd: works, Within: Duration(2 * time.Second), Every: Duration(50 * time.Millisecond)}
+	})
 	good := y.must("good1", "1")
 	report, err := y.deploy(t.Context(), "bad", "2")
 	if err == nil || !strings.HasPrefix(err.Error(), "h1: health: ") || errors.Is(err, ErrBroken) {
@@ -250,7 +252,7 @@ func TestOnFail(t *testing.T) {
 			y.must("good1", "1")
 			write(t, y.dir, map[string]string{"patient": "h1\nh2\nh4\nh5\n"})
 			report, err := y.deploy(t.Context(), "bad", "2")
-			if err == nil || !strings.HasPrefix(err.Error(), "h3: health: ") {
+			if err == nil || !strings.HasPrefix(err.Error(), "h3: restart: ") {
 				t.Error(err)
 			}
 			y.is("states", states(report), c.states)
@@ -501,7 +503,7 @@ func TestRollback(t *testing.T) {
 // Hosts are restarted one by one, and the first that fails is the last.
 func TestRestart(t *testing.T) {
 	y := newYard(t, 3, func(s *Settings) {
-		s.Restart = `cmd echo "$(basename "$CULVERT_TO")" >> "$CULVERT_TO/../restarts"`
+		s.Restart = `cmd echo "$(basename "$CULVERT_TO")" >> "$CULVERT_TO/../restarts"; ` + works
 	})
 	y.must("good1", "1")
 	write(t, y.dir, map[string]string{"restarts": ""})
