@@ -40,7 +40,7 @@ type Settings struct {
 	From    string   `yaml:"from" json:"from,omitempty" jsonschema:"The tree to ship, a folder or an archive (.tar, .tar.gz, .tgz, .tar.zst, .zip), relative to this file; the folder of this file where there is none"`
 	Exclude []string `yaml:"exclude" json:"exclude,omitempty" jsonschema:"What of the tree is not shipped, in the syntax of gitignore; .git never is"`
 
-	To     string   `yaml:"to" json:"to,omitempty" jsonschema:"Folder on the hosts that gets releases/, shared/ and current; absolute"`
+	To     string   `yaml:"to" json:"to,omitempty" jsonschema:"Folder on the hosts that gets releases/, shared/ and current; absolute. Without it the one that the hosts' policies name"`
 	Shared []string `yaml:"shared" json:"shared,omitempty" jsonschema:"Files and folders that all releases share: links into shared/. A folder has a / at its end"`
 	Keep   *int     `yaml:"keep" json:"keep,omitempty" jsonschema:"How many good releases are kept, 5 unless said; the live one and the one before it always are"`
 
@@ -238,6 +238,7 @@ func (f *File) merged(own Settings) Settings {
 
 // complete has what nobody said.
 func (s Settings) complete() Settings {
+	s.To = strings.TrimSuffix(s.To, "/")
 	if s.Keep == nil {
 		s.Keep = new(int)
 		*s.Keep = release.DefaultKeep
@@ -322,7 +323,7 @@ func (f *File) checkSettings(s Settings, in ...string) error {
 		return nil
 	case len(s.Hosts) == 0:
 		return wrong("hosts", "there are no hosts to deploy to")
-	case !path.IsAbs(s.To) || path.Clean(s.To) != strings.TrimSuffix(s.To, "/") || s.To == "/":
+	case s.To != "" && (!path.IsAbs(s.To) || path.Clean(s.To) != strings.TrimSuffix(s.To, "/") || s.To == "/"):
 		return wrong("to", "to is a folder on the hosts, as /data/apps/%s, not %q", f.App, s.To)
 	case s.Keep != nil && *s.Keep < 1:
 		return wrong("keep", "keep is at least 1")

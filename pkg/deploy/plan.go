@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -113,7 +114,7 @@ func (s Settings) does() (lines []string) {
 		add("drain", c.Drain.String())
 	}
 	add("pre_release", c.Hooks.PreRelease)
-	add("switch", s.To+"/current")
+	add("switch", path.Join(s.To, "current"))
 	if c.Restart != nil {
 		add("restart", c.Restart.String())
 	}
@@ -171,6 +172,9 @@ func (p *Plan) Holds(app string, s Settings, tree *Tree) error {
 
 // Policy is the file that a host is to have so that a key may deploy this and nothing else.
 func Policy(app string, s Settings) ([]byte, error) {
+	if s.To == "" {
+		return nil, errors.New("policy: the file has no to, which is where the host puts releases")
+	}
 	c := s.forHost()
 	p := release.Policy{App: app, To: strings.TrimSuffix(s.To, "/")}
 	p.Shared = slices.Clone(c.Shared)

@@ -134,7 +134,7 @@ func (m *member) conclude(result release.Result) error {
 	why := errors.New(result.Error)
 	switch result.State {
 	case release.StateActive:
-		m.row.State, m.switched = Deployed, true
+		m.row.State, m.switched = Deployed, m.want != "" // a restart is good as it is
 		m.row.Output = ""
 		return nil
 	case release.StateRestored:
@@ -226,11 +226,11 @@ func (r *Rollout) revert(ctx context.Context) error {
 		if err != nil {
 			return m.fail(Unknown, "revert", m.because(err))
 		}
-		if err := m.conclude(result); err != nil {
-			return err
+		if m.row.Release = result.Release; result.State == release.StateRestored {
+			m.row.State = Reverted
+			return nil
 		}
-		m.row.State, m.switched = Reverted, false
-		return nil
+		return m.conclude(result)
 	})
 }
 
@@ -242,6 +242,9 @@ func (r *Rollout) Rollback(ctx context.Context, id string) (*Report, error) {
 }
 
 func (r *Rollout) rollback(ctx context.Context, id string) error {
+	if err := r.check(false); err != nil {
+		return err
+	}
 	if err := r.lock(ctx, id); err != nil {
 		return err
 	}
@@ -279,18 +282,24 @@ func (r *Rollout) Targets(ctx context.Context, id string) error {
 // Restart restarts what hosts run, one by one.
 func (r *Rollout) Restart(ctx context.Context) (*Report, error) {
 	report := &Report{Action: "restart"}
-	err := r.lock(ctx, "")
-	if err == nil {
-		var steps []Step
-		for i := range r.members {
-			steps = append(steps, Step{N: i + 1})
-		}
-		r.cfg.Settings.OnFail = Restore // there is nothing to go back to
-		err = r.roll(ctx, steps, func(ctx context.Context, m *member) (release.Result, error) {
-			return m.wire.Restart(ctx, r.events(m))
-		})
+	return report, r.report(report, r.restart(ctx))
+}
+
+func (r *Rollout) restart(ctx context.Context) error {
+	if err := r.check(false); err != nil {
+		return err
 	}
-	return report, r.report(report, err)
+	if err := r.lock(ctx, ""); err != nil {
+		return err
+	}
+	var steps []Step
+	for i := range r.members {
+		steps = append(steps, Step{N: i + 1})
+	}
+	r.cfg.Settings.OnFail = Restore // there is nothing to go back to
+	return r.roll(ctx, steps, func(ctx context.Context, m *member) (release.Result, error) {
+		return m.wire.Restart(ctx, r.events(m))
+	})
 }
 
 // Exec runs a command in what hosts run, on all at the same time. Its output comes as events.

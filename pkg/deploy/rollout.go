@@ -248,10 +248,13 @@ func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
 }
 
-// check refuses hosts that would refuse.
-func (r *Rollout) check() error {
+// check refuses hosts that would refuse: for what is no deploy, by their policy alone.
+func (r *Rollout) check(deploy bool) error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
 		for _, p := range m.host.Problems {
+			if !deploy && p.Code != release.Refused {
+				continue
+			}
 			return m.fail(Failed, "", &release.Error{Code: p.Code, Text: p.Text, Hint: p.Hint})
 		}
 		return nil
@@ -302,20 +305,28 @@ func (m *member) runs(id string) bool {
 	return ok && m.host.Current == id && have.State == release.StateGood
 }
 
-// choose is the id of this tree of this commit: that of the last try, else a new one.
+// choose is the id of this tree of this commit: that of the last try, else one that no host has.
 func (r *Rollout) choose(tree *Tree, commit string) string {
-	id := ""
+	id, taken := "", map[string]bool{}
 	for _, m := range r.members {
 		for _, have := range m.host.Releases {
-			if have.Tree == tree.Hash && have.Commit == commit && have.ID > id {
+			if taken[have.ID] = true; have.Tree == tree.Hash && have.Commit == commit && have.ID > id {
 				id = have.ID
 			}
 		}
 	}
-	if id != "" {
-		return id
+	for now := r.cfg.Now(); id == "" || taken[id] && !r.same(id, tree); now = now.Add(time.Second) {
+		id = NewID(now, cmp.Or(commit, tree.Hash.String()))
 	}
-	return NewID(r.cfg.Now(), cmp.Or(commit, tree.Hash.String()))
+	return id
+}
+
+// same tells whether a release, wherever it is, is of this tree.
+func (r *Rollout) same(id string, tree *Tree) bool {
+	return !slices.ContainsFunc(r.members, func(m *member) bool {
+		have, ok := m.find(id)
+		return ok && have.Tree != tree.Hash
+	})
 }
 
 // Deploy ships a tree to all hosts, and then switches them, batch by batch. With a plan it is
@@ -327,20 +338,20 @@ func (r *Rollout) Deploy(ctx context.Context, tree *Tree, plan *Plan) (*Report, 
 }
 
 func (r *Rollout) deploy(ctx context.Context, tree *Tree, plan *Plan, report *Report) error {
-	if err := r.check(); err != nil {
+	if err := r.check(true); err != nil {
 		return err
 	}
 	if err := r.lock(ctx, plan.Release); err != nil {
 		return err
 	}
 	id := plan.Release
-	if plan.Binding {
-		if err := r.held(plan); err != nil {
-			return err
-		}
-	} else {
+	if !plan.Binding {
 		id = r.choose(tree, plan.Commit)
 		report.Release = id
+	} else if err := r.held(plan); err != nil {
+		return err
+	} else if !r.same(id, tree) {
+		return fmt.Errorf("a host has another release %s than was planned: plan again", id)
 	}
 	var todo []*member
 	for _, m := range r.members {

@@ -29,6 +29,7 @@ type yard struct {
 	settings Settings
 	hosts    []Host
 	wait     time.Duration
+	now      func() time.Time
 
 	mu     sync.Mutex
 	down   map[string]bool
@@ -39,16 +40,16 @@ type yard struct {
 	serving sync.WaitGroup // the hosts' sides
 }
 
-// newYard has a gate that a page has to say good, but for hosts whose name is in a file.
+// works is what fails where the page is not good, but for hosts whose name is in a file.
+const works = `grep -q good "$CULVERT_TO/current/page" || grep -q "^$(basename "$CULVERT_TO")$" "$CULVERT_TO/../patient"`
+
+// newYard has hosts where a release that does not work fails at once, when it is started.
 func newYard(t *testing.T, hosts int, edit ...func(*Settings)) *yard {
 	t.Helper()
 	known := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, known) })
 	y := &yard{t: t, dir: t.TempDir(), down: map[string]bool{}, wires: map[string]net.Conn{}}
-	y.settings = Settings{
-		Health: &Health{Cmd: `grep -q good "$CULVERT_TO/current/page" || grep -q "^$(basename "$CULVERT_TO")$" "$CULVERT_TO/../patient"`, Within: Duration(1500 * time.Millisecond), Every: Duration(50 * time.Millisecond)},
-		Hooks:  Hooks{PostRelease: `echo "$CULVERT_RELEASE" >> "$CULVERT_TO/switches"`},
-	}
+	y.settings = Settings{Restart: "cmd " + works, Hooks: Hooks{PostRelease: `echo "$CULVERT_RELEASE" >> "$CULVERT_TO/switches"`}}
 	for _, e := range edit {
 		e(&y.settings)
 	}
@@ -77,7 +78,7 @@ func (y *yard) dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 }
 
 func (y *yard) config() Config {
-	return Config{App: "shop", Env: "prod", Settings: y.settings.complete(), Hosts: y.hosts, Who: "me", Wait: y.wait, Dial: y.dial, Tell: func(e Event) {
+	return Config{Now: y.now, App: "shop", Env: "prod", Settings: y.settings.complete(), Hosts: y.hosts, Who: "me", Wait: y.wait, Dial: y.dial, Tell: func(e Event) {
 		y.mu.Lock()
 		y.events = append(y.events, e)
 		tell := y.tell
@@ -167,6 +168,7 @@ func (y *yard) is(what, got, want string) {
 
 func TestDeploy(t *testing.T) {
 	y := newYard(t, 3)
+	y.now = func() time.Time { return time.Date(2026, 11, 22, 10, 15, 0, 0, time.UTC) }
 	report := y.must("good1", "04c66f5aaaa")
 	y.is("states", states(report), "deployed deployed deployed")
 	y.is("pages", y.pages(), "good1 good1 good1")
@@ -179,8 +181,9 @@ func TestDeploy(t *testing.T) {
 	if n := y.switches("h1"); n != 1 {
 		t.Errorf("%d switches", n)
 	}
-	second := y.must("good2", "04c66f5bbbb")
+	second := y.must("good2", "04c66f5bbbb") // in the same second
 	y.is("before", second.Hosts[2].Before, report.Release)
+	y.is("ids", report.Release+" "+second.Release, "20261122-101500-04c66f5 20261122-101501-04c66f5")
 	y.is("pages", y.pages(), "good2 good2 good2")
 }
 
@@ -222,7 +225,9 @@ func TestLostWhileShipping(t *testing.T) {
 
 // A bad release is on the first host alone, and that is put back.
 func TestBadRelease(t *testing.T) {
-	y := newYard(t, 5)
+	y := newYard(t, 5, func(s *Settings) {
+		s.Restart, s.Health = "", &Health{Cmd: works, Within: Duration(2 * time.Second), Every: Duration(50 * time.Millisecond)}
+	})
 	good := y.must("good1", "1")
 	report, err := y.deploy(t.Context(), "bad", "2")
 	if err == nil || !strings.HasPrefix(err.Error(), "h1: health: ") || errors.Is(err, ErrBroken) {
@@ -247,7 +252,7 @@ func TestOnFail(t *testing.T) {
 			y.must("good1", "1")
 			write(t, y.dir, map[string]string{"patient": "h1\nh2\nh4\nh5\n"})
 			report, err := y.deploy(t.Context(), "bad", "2")
-			if err == nil || !strings.HasPrefix(err.Error(), "h3: health: ") {
+			if err == nil || !strings.HasPrefix(err.Error(), "h3: restart: ") {
 				t.Error(err)
 			}
 			y.is("states", states(report), c.states)
@@ -498,7 +503,7 @@ func TestRollback(t *testing.T) {
 // Hosts are restarted one by one, and the first that fails is the last.
 func TestRestart(t *testing.T) {
 	y := newYard(t, 3, func(s *Settings) {
-		s.Restart = `cmd echo "$(basename "$CULVERT_TO")" >> "$CULVERT_TO/../restarts"`
+		s.Restart = `cmd echo "$(basename "$CULVERT_TO")" >> "$CULVERT_TO/../restarts"; ` + works
 	})
 	y.must("good1", "1")
 	write(t, y.dir, map[string]string{"restarts": ""})

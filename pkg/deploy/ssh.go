@@ -98,7 +98,7 @@ func (s *SSH) args(h Host, command string) []string {
 		if s.Identity != "" {
 			dial += " --key " + quoted(s.Identity)
 		}
-		options = append(options, "ProxyCommand=exec "+strings.ReplaceAll(dial, "%", "%%")+" %h:%p")
+		options = append(options, "ProxyCommand="+strings.ReplaceAll(dial, "%", "%%")+" %h:%p")
 	}
 	for _, o := range options {
 		args = append(args, "-o", o)
