@@ -173,7 +173,7 @@ func rolledContainer(pod *corev1.PodSpec, name string) (path string, found *core
 // waited for.
 //
 // What others change meanwhile stays, except that a template of somebody else's ends
-// the rollout and is not replaced.
+// the rollout and is not replaced. The same line again goes on where one was killed.
 func (c *Cluster) RollOut(ctx context.Context, cfg RollOutConfig) (RolledOut, error) {
 	plan, err := c.PlanRollOut(ctx, cfg)
 	if err != nil {
@@ -291,7 +291,8 @@ var (
 	errStays     = errors.New("the new pods will not get better")
 )
 
-// resume waits for a change that was made before.
+// resume waits for a change that was made before: perhaps by who did not live to see how
+// it went.
 func (r *roller) resume(ctx context.Context, same string) error {
 	r.say(same)
 	if r.before.whole() {
@@ -300,10 +301,32 @@ func (r *roller) resume(ctx context.Context, same string) error {
 	r.say("but not all of it is there: " + r.before.words())
 	r.ours = r.before.template
 	defer r.listen(ctx)()
-	if err := r.watch(ctx, sight.whole); err != nil {
-		return fmt.Errorf("%w; it was rolled out before, and there is nothing of this time's to be put back", err)
+	err := r.watch(ctx, sight.whole)
+	if err == nil {
+		return r.good(ctx)
 	}
-	return r.good(ctx)
+	if ctx.Err() == nil && r.adopt(ctx) {
+		return r.putBack(ctx, err)
+	}
+	return fmt.Errorf("%w; it was rolled out before, and there is nothing of this time's to be put back", err)
+}
+
+// adopt takes the newest good revision for what ran before, if what runs now has never
+// been good.
+func (r *roller) adopt(ctx context.Context) bool {
+	all, err := r.c.revisions(ctx, r.before)
+	if err != nil || r.leaves {
+		return false
+	}
+	now := currentOf(r.before, all)
+	then, err := goBack(all, "")
+	if err != nil || then.Mark == nil || all[now].Mark != nil && all[now].Mark.Good {
+		return false
+	}
+	before := *r.before
+	before.template, before.seen, before.total, before.updated, before.available = then.template, true, before.wanted, before.turn, before.wanted
+	r.before, r.from = &before, then
+	return true
 }
 
 func (r *roller) roll(ctx context.Context, ops []heal.Op) error {

@@ -434,6 +434,20 @@ func TestRollOutFails(t *testing.T) {
 			}
 		})
 	})
+	t.Run("killed", func(t *testing.T) {
+		inRollWorld(t, "statefulset", 2, func(w *rollWorld) {
+			w.bad["shop:bad"] = noImage
+			for _, image := range []string{"shop:2", "shop:bad"} { // the patch is as far as it came
+				_, err := w.client.AppsV1().StatefulSets("dev").Patch(w.t.Context(), "web", types.JSONPatchType,
+					[]byte(`[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"`+image+`"}]`), metav1.PatchOptions{})
+				w.check(err)
+				done, err := w.rollOut(w.t.Context(), image)
+				if w.image() != "shop:2" || (err == nil) != (image == "shop:2") || done.PutBack != (image == "shop:bad") || errors.Is(err, ErrNotBack) {
+					t.Errorf("%s: %+v, %v, runs %s", image, done, err, w.image())
+				}
+			}
+		})
+	})
 	t.Run("somebody else's", func(t *testing.T) {
 		inRollWorld(t, "deployment", 2, func(w *rollWorld) {
 			w.bad["shop:bad"] = unready

@@ -60,7 +60,7 @@ func (w *workload) fill(commit string) (id string, err error) {
 	if commit == "" && strings.Contains(w.wants(), "${COMMIT") {
 		return "", talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
 	}
-	id = deploy.NewID(time.Now(), commit)
+	id = strings.TrimSuffix(deploy.NewID(time.Now(), commit), "-")
 	w.K8s = w.Fill(commit, id)
 	return id, nil
 }
