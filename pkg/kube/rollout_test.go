@@ -42,7 +42,6 @@ type rollWorld struct {
 	mu    sync.Mutex
 	bad   map[string]corev1.ContainerState // of images that do not run
 	made  int
-	quiet bool // the controller does nothing
 	said  []string
 	ended []string // pods, in their order
 }
@@ -118,9 +117,7 @@ func (w *rollWorld) patched(a clienttesting.Action) (bool, runtime.Object, error
 func (w *rollWorld) control(ctx context.Context) {
 	for pause(ctx, 500*time.Millisecond) == nil {
 		w.mu.Lock()
-		if !w.quiet {
-			w.sync()
-		}
+		w.sync()
 		w.mu.Unlock()
 	}
 }
@@ -290,6 +287,20 @@ func (w *rollWorld) count(object runtime.Object, own *Revision) {
 	w.check(err)
 }
 
+// spoil has an image not run.
+func (w *rollWorld) spoil(image string, state corev1.ContainerState) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.bad[image] = state
+}
+
+// react is PrependReactor while the controllers work.
+func (w *rollWorld) react(verb, resource string, reaction clienttesting.ReactionFunc) {
+	w.client.Lock()
+	defer w.client.Unlock()
+	w.client.PrependReactor(verb, resource, reaction)
+}
+
 func (w *rollWorld) say(line string) { w.said = append(w.said, line) }
 
 func (w *rollWorld) talk() string { return strings.Join(w.said, "\n") }
@@ -345,7 +356,7 @@ func TestRollOutKinds(t *testing.T) {
 					t.Errorf("%+v, %v\n%s", done, err, w.talk())
 				}
 
-				w.bad["shop:bad"] = noImage
+				w.spoil("shop:bad", noImage)
 				done, err = w.rollOut(w.t.Context(), "shop:bad")
 				if err == nil || done.Changed || !done.PutBack || w.image() != "shop:2" || errors.Is(err, ErrNotBack) {
 					t.Errorf("%+v, %v, runs %s", done, err, w.image())
@@ -391,7 +402,7 @@ func TestRollOutFails(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inRollWorld(t, "deployment", 2, func(w *rollWorld) {
-				w.bad["shop:bad"] = test.state
+				w.spoil("shop:bad", test.state)
 				if _, err := w.rollOut(w.t.Context(), "shop:bad"); err == nil || !strings.Contains(err.Error(), test.says) || w.image() != "shop:1" {
 					t.Errorf("%v, runs %s", err, w.image())
 				}
@@ -400,7 +411,7 @@ func TestRollOutFails(t *testing.T) {
 	}
 	t.Run("interrupted", func(t *testing.T) {
 		inRollWorld(t, "deployment", 2, func(w *rollWorld) {
-			w.bad["shop:bad"] = unready
+			w.spoil("shop:bad", unready)
 			ctx, cancel := context.WithTimeoutCause(w.t.Context(), 10*time.Second, nil)
 			defer cancel()
 			done, err := w.rollOut(ctx, "shop:bad")
@@ -411,8 +422,8 @@ func TestRollOutFails(t *testing.T) {
 	})
 	t.Run("cannot be put back", func(t *testing.T) {
 		inRollWorld(t, "deployment", 2, func(w *rollWorld) {
-			w.bad["shop:bad"] = noImage
-			w.bad["shop:1"] = noImage // its registry has lost it, too
+			w.spoil("shop:bad", noImage)
+			w.spoil("shop:1", noImage) // its registry has lost it, too
 			done, err := w.rollOut(w.t.Context(), "shop:bad")
 			if !errors.Is(err, ErrNotBack) || !done.PutBack || w.image() != "shop:1" {
 				t.Errorf("%+v, %v", done, err)
@@ -421,7 +432,8 @@ func TestRollOutFails(t *testing.T) {
 	})
 	t.Run("was broken before", func(t *testing.T) {
 		inRollWorld(t, "statefulset", 2, func(w *rollWorld) {
-			w.bad["shop:2"], w.bad["shop:4"] = noImage, noImage
+			w.spoil("shop:2", noImage)
+			w.spoil("shop:4", noImage)
 			_, err := w.client.AppsV1().StatefulSets("dev").Patch(w.t.Context(), "web", types.JSONPatchType,
 				[]byte(`[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"shop:2"}]`), metav1.PatchOptions{})
 			w.check(err)
@@ -436,7 +448,7 @@ func TestRollOutFails(t *testing.T) {
 	})
 	t.Run("killed", func(t *testing.T) {
 		inRollWorld(t, "statefulset", 2, func(w *rollWorld) {
-			w.bad["shop:bad"] = noImage
+			w.spoil("shop:bad", noImage)
 			for _, image := range []string{"shop:2", "shop:bad"} { // the patch is as far as it came
 				_, err := w.client.AppsV1().StatefulSets("dev").Patch(w.t.Context(), "web", types.JSONPatchType,
 					[]byte(`[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"`+image+`"}]`), metav1.PatchOptions{})
@@ -450,7 +462,7 @@ func TestRollOutFails(t *testing.T) {
 	})
 	t.Run("somebody else's", func(t *testing.T) {
 		inRollWorld(t, "deployment", 2, func(w *rollWorld) {
-			w.bad["shop:bad"] = unready
+			w.spoil("shop:bad", unready)
 			go func() {
 				time.Sleep(10 * time.Second) // of the bubble's clock
 				_, err := w.client.AppsV1().Deployments("dev").Patch(context.Background(), "web", types.JSONPatchType,
@@ -469,7 +481,10 @@ func TestRollOutFails(t *testing.T) {
 func TestRollOutRetries(t *testing.T) {
 	inRollWorld(t, "deployment", 2, func(w *rollWorld) {
 		left := 3
-		w.client.PrependReactor("patch", "deployments", func(clienttesting.Action) (bool, runtime.Object, error) {
+		w.react("patch", "deployments", func(a clienttesting.Action) (bool, runtime.Object, error) {
+			if a.GetSubresource() == "status" {
+				return false, nil, nil // not the rollout's
+			}
 			left--
 			return left >= 0, nil, apierrors.NewConflict(schema.GroupResource{Resource: "deployments"}, "web", errors.New("changed"))
 		})
@@ -623,7 +638,7 @@ func TestRestartStops(t *testing.T) {
 			inRollWorld(t, "deployment", 3, func(w *rollWorld) {
 				before := podUIDs(w)
 				if test.bad {
-					w.bad["shop:1"] = noImage
+					w.spoil("shop:1", noImage)
 				}
 				err := w.c.RestartPods(w.t.Context(), RestartConfig{Target: w.target, Within: time.Minute, Gate: test.gate})
 				left := slices.DeleteFunc(podUIDs(w), func(uid string) bool { return !slices.Contains(before, uid) })
@@ -651,9 +666,11 @@ func TestRestartEvicts(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inRollWorld(t, "deployment", 2, func(w *rollWorld) {
+				w.client.Lock()
 				w.denied = test.denied
+				w.client.Unlock()
 				left := test.times
-				w.client.PrependReactor("create", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
+				w.react("create", "pods", func(a clienttesting.Action) (bool, runtime.Object, error) {
 					left--
 					return a.GetSubresource() == "eviction" && left >= 0, nil, test.answer
 				})
