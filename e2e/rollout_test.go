@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -56,10 +57,11 @@ health: %s
 	return writeFile(w.t, w.dir, "culvert.yaml", text, 0o600)
 }
 
-// culvert begins a verb.
+// culvert begins a verb, of somebody who may do what culvert rbac --for deploy prints and
+// no more.
 func (w *rollingWorkload) culvert(verb, set string, args ...string) *running {
 	w.t.Helper()
-	return start(w.t, slices.Concat([]string{verb, "-f", w.file(set)}, args)...)
+	return start(w.t, slices.Concat([]string{verb, "-f", w.file(set), "--kubeconfig", filepath.Join(root, "e2e/.run/kubeconfig-dev")}, args)...)
 }
 
 // has is its image and its variable.
@@ -111,6 +113,7 @@ func anotherTag(t testing.TB) {
 func TestRollOut(t *testing.T) {
 	check := workloadsBefore(t)
 	t.Cleanup(func() { check(60 * time.Second) })
+	allow(t, []string{"--for", "deploy"}, "culvert-rollout")
 	anotherTag(t)
 	var all []*rollingWorkload
 	for _, kind := range []string{"deployment", "statefulset", "daemonset"} {
@@ -186,6 +189,7 @@ func TestRollOut(t *testing.T) {
 // One by one, no request is lost; a disruption budget is kept; and the first pod that is
 // not well is the last.
 func TestRollOutRestartLosesNothing(t *testing.T) {
+	allow(t, []string{"--for", "deploy"}, "culvert-rollout")
 	w := startRolling(t, "deployment")
 	apply(t, here(`
 apiVersion: policy/v1
