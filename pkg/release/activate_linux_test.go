@@ -567,7 +567,7 @@ func (y *yard) server(health func(address string) *Health) (restart string) {
 	y.t.Helper()
 	address := port(y.t)
 	pid := filepath.Join(y.t.TempDir(), "pid")
-	end := fmt.Sprintf("if [ -e %s ]; then kill -9 $(cat %[1]s); while kill -0 $(cat %[1]s) 2>/dev/null; do sleep 0.01; done; fi", pid)
+	end := fmt.Sprintf("if [ -e %s ]; then p=$(cat %[1]s); kill -9 $p; while grep -qs '^State:.[^ZX]' /proc/$p/status; do sleep 0.01; done; fi", pid) // what is dead may stay in the table for long
 	start := fmt.Sprintf("%s=%s setsid %s >/dev/null 2>&1 & echo $! >%s", instanceVariable, address, os.Args[0], pid)
 	y.t.Cleanup(func() { _ = syscall.Kill(pidIn(y.t, pid), syscall.SIGKILL) })
 	y.config.Restart = &Action{Kind: "cmd", Arg: end + "\n" + start}
