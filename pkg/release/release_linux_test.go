@@ -39,6 +39,10 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if os.Getenv(instanceVariable) != "" {
+		fmt.Fprintln(os.Stderr, instance())
+		os.Exit(1)
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -339,6 +343,7 @@ var (
 )
 
 func TestDeploy(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	log := filepath.Join(t.TempDir(), "log")
 	say := func(what string) string {
@@ -412,6 +417,7 @@ post shop b a b
 
 // An application that has written into its own file does not spoil the next release.
 func TestOwnFilesChanged(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.good("a", first)
 	if err := os.WriteFile(filepath.Join(y.to, "releases/a/lib/same"), []byte("another!"), 0o644); err != nil {
@@ -422,12 +428,9 @@ func TestOwnFilesChanged(t *testing.T) {
 }
 
 func TestLargeFile(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
-	var b strings.Builder
-	for i := range 400_000 {
-		fmt.Fprintf(&b, "%08x\n", i*i)
-	}
-	whole := b.String()
+	whole := random(3 << 20)
 	y.good("a", tree{"big": whole, "version": "one"})
 	changed := []byte(whole)
 	copy(changed[1<<20:], "CHANGED")
@@ -441,12 +444,22 @@ func TestLargeFile(t *testing.T) {
 	y.check(filepath.Join(y.to, "releases/a"), tree{"big": whole, "version": "one"})
 }
 
+// random is what zstd makes no shorter.
+func random(n int) string {
+	var b strings.Builder
+	for h := sha256.Sum256([]byte("seed")); b.Len() < n; h = sha256.Sum256(h[:]) {
+		b.Write(h[:])
+	}
+	return b.String()[:n]
+}
+
 // A manifest in many parts.
 func TestManyFiles(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	many := tree{}
-	for i := range 3000 {
-		many[fmt.Sprintf("%s/%d/%d", strings.Repeat("long", 60), i%10, i)] = fmt.Sprint(i % 7)
+	for i := range 1000 {
+		many[fmt.Sprintf("%s%d/%d", strings.Repeat(strings.Repeat("long", 60)+"/", 4), i%10, i)] = fmt.Sprint(i % 7)
 	}
 	c, _ := y.locked()
 	if sent := y.ship(c, "a", many); sent != 7 {
@@ -457,6 +470,7 @@ func TestManyFiles(t *testing.T) {
 
 // Plan answers what deploy would send, and leaves nothing.
 func TestPlan(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	entries, _ := second.entries()
 	plan := func() int {
@@ -483,6 +497,7 @@ func TestPlan(t *testing.T) {
 }
 
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	log := filepath.Join(t.TempDir(), "log")
 	y.config.Restart = &Action{Kind: "cmd", Arg: "echo $CULVERT_RELEASE >>" + log}
@@ -500,6 +515,7 @@ func TestRestart(t *testing.T) {
 }
 
 func TestExec(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.good("a", first)
 	c, _ := y.wire()
@@ -527,6 +543,7 @@ func TestExec(t *testing.T) {
 
 // Who hangs up after activate has a good release; before it, nothing but what came.
 func TestHungUp(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	c, done := y.wire()
 	y.greet(c)
@@ -576,6 +593,7 @@ func TestHungUp(t *testing.T) {
 
 // Who says nothing at all is gone, too.
 func TestSilent(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.opts.silence = time.Second
 	here, there := net.Pipe()
@@ -587,6 +605,7 @@ func TestSilent(t *testing.T) {
 
 // The end of apply's own context puts the host back.
 func TestCancelled(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.good("a", first)
 	y.config.Hooks.PreRelease = "exec sleep 1000"
@@ -616,6 +635,7 @@ func TestCancelled(t *testing.T) {
 
 // Two at once: the second is told who has the lock, or waits.
 func TestTwoAtOnce(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	one, _ := y.wire()
 	y.greet(one)
@@ -646,6 +666,7 @@ func TestTwoAtOnce(t *testing.T) {
 
 // The lock of who was killed is gone.
 func TestLockDiesWithItsHolder(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	p := y.process(0)
 	y.greet(p.Client)
@@ -736,6 +757,7 @@ func (y *yard) killed(p *program, id string, tr tree) (finished bool) {
 // Apply is killed before each of its changes of the disk. The release that is current is whole at any
 // moment, and the same deploy made again ends well.
 func TestKilledAtEachChange(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.service()
 	y.good("0-a", first)
@@ -806,6 +828,7 @@ func (y *yard) serves(when string) {
 
 // The same with a release that is put back, with a rollback, and with the repair of what was killed.
 func TestKilledWhileGoingBack(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.service()
 	y.good("a", first)
@@ -944,6 +967,7 @@ func (y *yard) watch() (stop func()) {
 
 // A wire is cut after each frame that the deployer sends; the next attempt goes on.
 func TestCutAtEachFrame(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	tr := tree{"version": "one", "lib/new": "new", "big": strings.Repeat("0123456789abcdef", 100_000)}
 	for n := 1; ; n++ {
@@ -1006,6 +1030,7 @@ func (c *cutter) Write(p []byte) (int, error) {
 
 // What arrived whole is not sent again.
 func TestResume(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	c, done := y.wire()
 	y.greet(c)
@@ -1048,6 +1073,7 @@ func (f failing) Read([]byte) (int, error) { return 0, f.err }
 
 // What comes is not what was announced.
 func TestCorrupt(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	c, _ := y.locked()
 	entries, _ := first.entries()
@@ -1092,6 +1118,7 @@ func TestCorrupt(t *testing.T) {
 }
 
 func TestOrder(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	c, _ := y.wire()
 	if _, err := c.List(limit(t)); code(err) != Misused {
@@ -1164,13 +1191,6 @@ func TestDiskFull(t *testing.T) {
 	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
 	y.good("a", first)
 	c, _ := y.locked()
-	random := func(n int) string {
-		var b strings.Builder
-		for h := sha256.Sum256([]byte("seed")); b.Len() < n; h = sha256.Sum256(h[:]) {
-			b.WriteString(string(h[:]))
-		}
-		return b.String()[:n]
-	}
 	if _, err := ship(limit(t), c, "b", tree{"big": random(5 << 20)}); code(err) != Space {
 		t.Error("before:", err)
 	}
@@ -1205,6 +1225,7 @@ func TestDiskFull(t *testing.T) {
 
 // A torn last line, and what is not a line at all.
 func TestTornLog(t *testing.T) {
+	t.Parallel()
 	y := newYard(t)
 	y.good("a", first)
 	f, err := os.OpenFile(filepath.Join(y.to, logFile), os.O_APPEND|os.O_WRONLY, 0)
