@@ -226,7 +226,7 @@ func TestLostWhileShipping(t *testing.T) {
 // A bad release is on the first host alone, and that is put back.
 func TestBadRelease(t *testing.T) {
 	y := newYard(t, 5, func(s *Settings) {
-		s.Restart, s.Health = "", &Health{Cmd: works, Within: Duration(2 * time.Second), Every: Duration(50 * time.Millisecond)}
+		s.Restart, s.Health = "", &Health{Cmd: works, Within: Duration(5 * time.Second), Every: Duration(50 * time.Millisecond)}
 	})
 	good := y.must("good1", "1")
 	report, err := y.deploy(t.Context(), "bad", "2")

@@ -24,7 +24,7 @@ type run struct {
 
 	s        *session
 	id       string // the release that its phases are about: Release, or what is put back
-	switched int64 // when, in ticks since the machine was started
+	switched int64  // when, in ticks since the machine was started
 	drained  bool
 	touched  bool // what runs may not be as it was
 	ready    bool // it passed its gate
@@ -228,27 +228,28 @@ func (s *session) finish() (Finished, error) {
 	}
 	r := s.last.run
 	s.last.run = nil
-	if err := r.good(); err != nil {
+	return r.good()
+}
+
+func (r *run) good() (Finished, error) {
+	s, previous := r.s, r.s.idOf(r.Previous)
+	if err := r.record(eventGood, nil); err != nil {
 		return Finished{}, err
 	}
-	gone, err := s.prune(s.idOf(r.Previous))
+	if r.Op == opRollback && previous != "" && previous != r.Release {
+		if err := s.leave(previous, r.Release); err != nil {
+			return Finished{}, err
+		}
+	}
+	if err := r.over(); err != nil {
+		return Finished{}, err
+	}
+	gone, err := s.prune(previous)
 	if err != nil { // the release is good all the same
 		s.opts.Log.Warn("cannot prune", "err", err)
 		s.note("", "old releases are not all gone: "+err.Error())
 	}
 	return Finished{Pruned: gone}, nil
-}
-
-func (r *run) good() error {
-	if err := r.record(eventGood, nil); err != nil {
-		return err
-	}
-	if left := r.s.idOf(r.Previous); r.Op == opRollback && left != "" && left != r.Release {
-		if err := r.s.leave(left, r.Release); err != nil {
-			return err
-		}
-	}
-	return r.over()
 }
 
 // leave marks a release that was gone back from: it is not what another rollback goes to. Who
@@ -332,7 +333,8 @@ func (s *session) repair(ctx context.Context) (done string, err error) {
 		if err := r.afterGate(ctx); err != nil {
 			s.note(PhaseRepair, err.Error())
 		}
-		return "release " + r.Release + " had passed its gate, and is good", r.good()
+		_, err := r.good()
+		return "release " + r.Release + " had passed its gate, and is good", err
 	}
 	result := r.back(ctx, &step{phase: PhaseRepair, err: errors.New("its apply was killed")})
 	done = "release " + r.Release + " was not finished; "

@@ -247,7 +247,7 @@ func (c *Client) shipAll(from io.Reader, over <-chan struct{}) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(z, from)
+	_, err = io.Copy(struct{ io.Writer }{z}, from) // ReadFrom of zstd keeps back what came before an error
 	if closed := z.Close(); err == nil {
 		err = closed
 	}

@@ -63,6 +63,12 @@ func (d *disk) give(name string) error {
 	return d.Root.Lchown(name, d.uid, d.gid)
 }
 
+// chmod is only for what nobody else has been given yet: it follows links.
+func (d *disk) chmod(name string, mode uint32) error {
+	d.changes("chmod", name)
+	return d.Root.Chmod(name, fs.FileMode(mode))
+}
+
 func (d *disk) symlink(target, name string) error {
 	d.changes("symlink", name)
 	return d.Root.Symlink(target, name)

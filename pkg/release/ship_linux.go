@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -151,7 +150,7 @@ func (s *session) completeFile(a *arrival, e *Entry) error {
 	if err := s.disk.give(name); err != nil {
 		return err
 	}
-	if err := s.disk.Chmod(name, fs.FileMode(e.Mode)); err != nil {
+	if err := s.disk.chmod(name, e.Mode); err != nil {
 		return err
 	}
 	return s.disk.sync(name)
@@ -179,12 +178,12 @@ func (s *session) completeFolders(a *arrival) error {
 	slices.SortFunc(dirs, func(x, y string) int { return strings.Compare(y, x) })
 	for _, dir := range dirs {
 		name := path.Join(a.dir, dir)
-		if err := s.disk.Chmod(name, fs.FileMode(modes[dir])); err != nil {
+		if err := s.disk.chmod(name, modes[dir]); err != nil {
 			return err
 		}
 		if err := s.disk.sync(name); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.disk.give(a.dir) // only now can anybody else get in
 }
