@@ -116,6 +116,7 @@ type Instance struct {
 	Start       string // of Config.Start
 	Healthy     bool   // all checks pass, of the service and of its node, but for maintenance
 	Drained     bool   // it is in maintenance mode, or its node is
+	Reason      string // of that, as who did it has said
 	Trouble     string // what a check says that does not pass
 
 	created uint64
@@ -133,7 +134,7 @@ func (i Instance) same(o Instance) bool { return i.ID == o.ID && i.Node == o.Nod
 func (i Instance) words() string {
 	switch {
 	case i.Drained:
-		return "in maintenance"
+		return strings.TrimSuffix("in maintenance: "+i.Reason, ": ")
 	case i.Healthy:
 		return "passing"
 	}
@@ -181,8 +182,11 @@ func (r *Registry) instanceOf(e *api.ServiceEntry) Instance {
 	}
 	i.Healthy, i.Drained, i.Trouble = weigh(e.Checks)
 	for _, c := range e.Checks {
-		if c.CheckID == "serfHealth" && c.Status == api.HealthCritical {
+		switch {
+		case c.CheckID == "serfHealth" && c.Status == api.HealthCritical:
 			i.nodeUp = false
+		case isMaintenance(c):
+			i.Reason = c.Notes
 		}
 	}
 	return i
@@ -193,7 +197,7 @@ func weigh(checks api.HealthChecks) (healthy, drained bool, trouble string) {
 	healthy = true
 	for _, c := range checks {
 		switch {
-		case c.CheckID == api.NodeMaint, strings.HasPrefix(c.CheckID, api.ServiceMaintPrefix):
+		case isMaintenance(c):
 			drained = true
 		case c.Status != api.HealthPassing:
 			healthy = false
@@ -201,6 +205,10 @@ func weigh(checks api.HealthChecks) (healthy, drained bool, trouble string) {
 		}
 	}
 	return healthy, drained, trouble
+}
+
+func isMaintenance(c *api.HealthCheck) bool {
+	return c.CheckID == api.NodeMaint || strings.HasPrefix(c.CheckID, api.ServiceMaintPrefix)
 }
 
 // know learns the name of the node whose agent is asked: its own address may be one

@@ -29,6 +29,9 @@ type RollConfig struct {
 
 const rollLimit = 2 * time.Minute
 
+// ourReason is that of instances which Roll has drained.
+const ourReason = "culvert: restart"
+
 // Roll restarts all instances one by one. The next one's turn comes when a new one is
 // there in place of the last: of another id, or another start of the same one; when its
 // checks pass by its agent's word and by the registry's, the gate is passed, and nothing
@@ -107,7 +110,7 @@ func (t *turn) take(ctx context.Context) (err error) {
 				err = errors.Join(err, t.undrainOld(ctx))
 			}
 		}()
-		if err := t.r.Drain(ctx, t.old, true, "culvert: restart"); err != nil {
+		if err := t.r.Drain(ctx, t.old, true, ourReason); err != nil {
 			return err
 		}
 		if err := pause(ctx, t.cfg.Pause); err != nil {
@@ -135,6 +138,9 @@ func (t *turn) still(ctx context.Context) error {
 		return fmt.Errorf("%w: it left before its turn came", ErrNoInstance)
 	}
 	t.old = all[at]
+	if t.old.Drained && t.old.Reason != ourReason { // ours is of a run that was killed
+		return fmt.Errorf("it is %s, which is somebody else's", t.old.words())
+	}
 	for _, i := range all { // what came meanwhile is not what will come for this one
 		if !slices.ContainsFunc(t.known, i.is) {
 			t.known = append(t.known, i)

@@ -50,6 +50,7 @@ type local struct {
 	service     api.AgentService
 	healthy     bool
 	maintenance bool
+	reason      string
 }
 
 func newStandIn(t *testing.T, nodes ...string) *standIn {
@@ -129,7 +130,7 @@ func (a *agent) checks(l *local) api.HealthChecks {
 	}
 	all := api.HealthChecks{{Node: a.node, CheckID: "service:" + l.service.ID, Name: "http", Status: status, Output: output, ServiceID: l.service.ID}}
 	if l.maintenance {
-		all = append(all, &api.HealthCheck{Node: a.node, CheckID: api.ServiceMaintPrefix + l.service.ID, Status: api.HealthCritical, ServiceID: l.service.ID})
+		all = append(all, &api.HealthCheck{Node: a.node, CheckID: api.ServiceMaintPrefix + l.service.ID, Status: api.HealthCritical, Notes: l.reason, ServiceID: l.service.ID})
 	}
 	return all
 }
@@ -232,7 +233,7 @@ func (a *agent) ServeHTTP(out http.ResponseWriter, in *http.Request) {
 func (a *agent) serveLocal(out http.ResponseWriter, in *http.Request, path string, l *local) {
 	switch path {
 	case "/v1/agent/service/maintenance/":
-		l.maintenance = in.URL.Query().Get("enable") == "true"
+		l.maintenance, l.reason = in.URL.Query().Get("enable") == "true", in.URL.Query().Get("reason")
 	case "/v1/agent/service/deregister/":
 		delete(a.services, l.service.ID)
 	default:
