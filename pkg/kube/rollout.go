@@ -451,9 +451,6 @@ func (r *roller) now(ctx context.Context) (*rolled, *Revision, error) {
 // putBack gives the workload its template again, whatever has become of ctx, and
 // waits until as much of it is there as was.
 func (r *roller) putBack(ctx context.Context, why error) error {
-	if ctx.Err() != nil {
-		why = fmt.Errorf("interrupted: %w", why)
-	}
 	ctx = context.WithoutCancel(ctx)
 	r.say(fmt.Sprintf("%v: going back to %s", why, r.fromWords()))
 	if r.bad, r.of = r.of, nil; r.bad != nil {

@@ -23,13 +23,14 @@ const (
 	// crashLimit is how often a container may end: it may have come before what it needs.
 	crashLimit = 4
 	rollEvery  = 500 * time.Millisecond
+	lookLimit  = 15 * time.Second // for the questions of one look
 )
 
 // watch waits until there is enough of the template that was set, within one time for
 // all of it: neither progressDeadlineSeconds nor a condition that an earlier rollout
 // left is asked.
-func (r *roller) watch(ctx context.Context, enough func(sight) bool) error {
-	ctx, cancel := context.WithTimeout(ctx, r.within)
+func (r *roller) watch(outer context.Context, enough func(sight) bool) error {
+	ctx, cancel := context.WithTimeout(outer, r.within)
 	defer cancel()
 	ticker := time.NewTicker(rollEvery)
 	defer ticker.Stop()
@@ -61,17 +62,19 @@ func (r *roller) watch(ctx context.Context, enough func(sight) bool) error {
 		}
 		select {
 		case <-ctx.Done():
-			return r.late(ctx, now)
+			return r.late(outer, now)
 		case <-ticker.C:
 		}
 	}
 }
 
-func (r *roller) late(ctx context.Context, now sight) error {
-	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return ctx.Err()
+// late is the end of the time, or of the caller's patience.
+func (r *roller) late(outer context.Context, now sight) error {
+	why := fmt.Sprintf("not done within %v", r.within)
+	if outer.Err() != nil {
+		why = "interrupted"
 	}
-	return fmt.Errorf("not done within %v: %s%s", r.within, now.words(), now.troubles(r.tale))
+	return fmt.Errorf("%s: %s%s", why, now.words(), now.troubles(r.tale))
 }
 
 // A sight is how far a rollout is.
@@ -104,7 +107,11 @@ func (s sight) fresh() (all []*corev1.Pod) {
 	return all
 }
 
-func (r *roller) look(ctx context.Context) (sight, error) {
+// look takes the connections with it that it had to wait for too long.
+func (r *roller) look(ctx context.Context) (s sight, err error) {
+	ctx, cancel := context.WithTimeout(ctx, lookLimit)
+	defer cancel()
+	defer func() { r.c.dropSlow(err) }()
 	live, now, err := r.now(ctx)
 	if err != nil {
 		return sight{}, err
@@ -112,7 +119,7 @@ func (r *roller) look(ctx context.Context) (sight, error) {
 	if !sameTemplate(live.template, r.ours) {
 		return sight{}, errMeanwhile
 	}
-	s := sight{live: live}
+	s = sight{live: live}
 	if live.seen && now != nil {
 		s.of, r.of = now, now
 	}
