@@ -261,7 +261,7 @@ func (r *Rollout) check(deploy bool) error {
 	})
 }
 
-// lock takes all hosts, and looks again what is there: somebody may just have left. Who waits
+// lock takes all hosts, and looks again what is there where somebody may just have left. Who waits
 // does so in one order, so that two never wait for each other.
 func (r *Rollout) lock(ctx context.Context, id string) error {
 	take := func(ctx context.Context, m *member) error {
@@ -269,8 +269,10 @@ func (r *Rollout) lock(ctx context.Context, id string) error {
 		if err != nil {
 			return m.fail(Failed, "lock", m.because(err))
 		}
-		if m.host.Releases, err = m.wire.List(ctx); err != nil {
-			return m.fail(Failed, "lock", m.because(err))
+		if r.cfg.Wait > 0 || locked.Current != m.host.Current || locked.Repaired != "" {
+			if m.host.Releases, err = m.wire.List(ctx); err != nil {
+				return m.fail(Failed, "lock", m.because(err))
+			}
 		}
 		m.host.Current = locked.Current
 		m.row.Release, m.row.Before = locked.Current, locked.Current

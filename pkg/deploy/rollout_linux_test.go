@@ -116,11 +116,7 @@ func (y *yard) deploy(ctx context.Context, page, commit string) (*Report, error)
 	}
 	defer r.Close()
 	tree := y.tree(page)
-	plan, err := r.Plan(ctx, tree, commit)
-	if err != nil {
-		y.t.Fatal(err)
-	}
-	return r.Deploy(ctx, tree, plan)
+	return r.Deploy(ctx, tree, r.Draft(tree, commit))
 }
 
 func (y *yard) must(page, commit string) *Report {

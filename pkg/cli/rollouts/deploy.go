@@ -176,13 +176,14 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 		return errors.Join(err, a.rows(o.options, r))
 	}
 	steps.Done(fmt.Sprintf("%d hosts answer", len(p.hosts)))
-	if plan == nil {
+	if o.plan {
 		if plan, err = r.Plan(ctx, tree, o.commit); err != nil {
 			return errors.Join(err, a.rows(o.options, r))
 		}
-	}
-	if o.plan {
 		return a.tellPlan(o, plan)
+	}
+	if plan == nil {
+		plan = r.Draft(tree, o.commit)
 	}
 	steps.Begin(fmt.Sprintf("deploy %s to %d hosts", p.file.App, len(p.hosts)))
 	report, err := r.Deploy(ctx, tree, plan)
