@@ -112,7 +112,7 @@ func (y *yard) deploy(ctx context.Context, page, commit string) (*Report, error)
 	y.t.Helper()
 	r, err := y.open(ctx)
 	if err != nil {
-		return &Report{Hosts: r.Rows()}, err
+		return r.Report("deploy", err), err
 	}
 	defer r.Close()
 	tree := y.tree(page)

@@ -303,6 +303,9 @@ func TestDeployVerbs(t *testing.T) {
 			t.Errorf("the releases lack %q:\n%s", want, list)
 		}
 	}
+	if got := table(y.does(0, "nothing was changed", to("rollback", "--plan")...).out); !strings.Contains(got, "\nweb-3 web ID untouched would go back to ID\n") {
+		t.Errorf("the plan of a rollback\n%s", got)
+	}
 	back := y.does(0, "goes back from", to("rollback")...)
 	if !strings.Contains(back.out, "rolled-back") {
 		t.Errorf("rollback: %s", back.out)
