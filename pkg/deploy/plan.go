@@ -52,13 +52,13 @@ type PlanHost struct {
 
 const planVersion = 1
 
-// Plan asks hosts what they lack. It changes nothing. Problems of hosts are in it, and are no error.
-func (r *Rollout) Plan(ctx context.Context, tree *Tree, commit string) (*Plan, error) {
+// Draft is a plan of what is known already: all of it but what hosts lack.
+func (r *Rollout) Draft(tree *Tree, commit string) *Plan {
 	s := r.cfg.Settings
 	p := &Plan{
 		Version: planVersion, App: r.cfg.App, Env: r.cfg.Env, Commit: commit, Who: r.cfg.Who, When: r.cfg.Now().UTC().Truncate(time.Second),
 		Tree: tree.Hash, Settings: settingsHash(s), Files: tree.Files, Bytes: tree.Bytes, OnFail: s.OnFail, Does: s.does(),
-		Release: r.choose(tree, commit), Hosts: make([]PlanHost, len(r.members)),
+		Release: r.choose(tree, commit),
 	}
 	for _, batch := range batches(r.cfg.Hosts, s.Batch) {
 		var names []string
@@ -67,23 +67,30 @@ func (r *Rollout) Plan(ctx context.Context, tree *Tree, commit string) (*Plan, e
 		}
 		p.Batches = append(p.Batches, names)
 	}
-	at := map[*member]*PlanHost{}
-	for i, m := range r.members {
-		at[m] = &p.Hosts[i]
-		p.Hosts[i] = PlanHost{Host: m.Name, Role: m.Role, Current: m.host.Current, Unchanged: m.runs(p.Release), Problems: m.host.Problems}
+	for _, m := range r.members {
+		h := PlanHost{Host: m.Name, Role: m.Role, Current: m.host.Current, Unchanged: m.runs(p.Release), Problems: m.host.Problems}
 		if m.host.Holder != nil {
-			p.Hosts[i].Holder = m.host.Holder.String()
+			h.Holder = m.host.Holder.String()
 		}
+		p.Hosts = append(p.Hosts, h)
 	}
+	return p
+}
+
+// Plan is a draft for which hosts were asked what they lack. It changes nothing. Problems of
+// hosts are in it, and are no error.
+func (r *Rollout) Plan(ctx context.Context, tree *Tree, commit string) (*Plan, error) {
+	p := r.Draft(tree, commit)
 	return p, r.each(ctx, r.members, func(ctx context.Context, m *member) error {
+		h := &p.Hosts[slices.Index(r.members, m)]
+		if h.Unchanged {
+			return nil
+		}
 		missing, err := m.wire.Offer(ctx, release.Offer{Plan: true, Entries: tree.Manifest})
 		if err != nil {
 			return m.fail(Failed, "plan", m.because(err))
 		}
-		at[m].Send = bytesOf(missing)
-		if at[m].Unchanged {
-			at[m].Send = 0
-		}
+		h.Send = bytesOf(missing)
 		return nil
 	})
 }

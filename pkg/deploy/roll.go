@@ -153,20 +153,12 @@ func (r *Rollout) settle(ctx context.Context, m *member, lost error) error {
 	defer cancel()
 	r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "the connection was lost (" + lost.Error() + "); the host ends this by itself, and is asked how"}})
 	before := m.row.Before
-	for {
-		err := r.open(ctx, m)
-		if err == nil {
-			break
-		}
-		select {
-		case <-time.After(time.Second):
-			continue
-		case <-ctx.Done():
-		}
-		m.row.Before = before
+	err := r.reopen(ctx, m)
+	m.row.Before = before
+	if err != nil {
 		return m.fail(Unknown, "", lost)
 	}
-	m.row.Before, m.row.Error = before, ""
+	m.row.Error = ""
 	if err := r.look(ctx, m, longest); err != nil {
 		return m.fail(Unknown, "", err)
 	}
@@ -182,6 +174,23 @@ func (r *Rollout) settle(ctx context.Context, m *member, lost error) error {
 		why = fmt.Errorf("%w; %s", lost, have.Error)
 	}
 	return m.fail(Restored, "", why)
+}
+
+// reopen tries for a while.
+func (r *Rollout) reopen(ctx context.Context, m *member) error {
+	ctx, cancel := context.WithTimeout(ctx, toHello)
+	defer cancel()
+	for {
+		err := r.open(ctx, m)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // look waits until a host is at nothing, and sees what it has.
@@ -274,7 +283,7 @@ func (r *Rollout) Targets(ctx context.Context, id string) error {
 		if err != nil {
 			return m.fail(Failed, "", m.because(err))
 		}
-		m.row.Release = choice.Release.ID
+		m.row.Next = choice.Release.ID
 		return nil
 	})
 }

@@ -81,6 +81,7 @@ type Row struct {
 	Role    string `json:"role,omitempty"`
 	Release string `json:"release,omitempty"` // that it runs now
 	Before  string `json:"before,omitempty"`  // that it ran before
+	Next    string `json:"next,omitempty"`    // that it would go back to
 	State   string `json:"state"`
 	Phase   string `json:"phase,omitempty"` // that failed
 	Error   string `json:"error,omitempty"`
@@ -261,7 +262,7 @@ func (r *Rollout) check(deploy bool) error {
 	})
 }
 
-// lock takes all hosts, and looks again what is there: somebody may just have left. Who waits
+// lock takes all hosts, and looks again what is there where somebody may just have left. Who waits
 // does so in one order, so that two never wait for each other.
 func (r *Rollout) lock(ctx context.Context, id string) error {
 	take := func(ctx context.Context, m *member) error {
@@ -269,8 +270,10 @@ func (r *Rollout) lock(ctx context.Context, id string) error {
 		if err != nil {
 			return m.fail(Failed, "lock", m.because(err))
 		}
-		if m.host.Releases, err = m.wire.List(ctx); err != nil {
-			return m.fail(Failed, "lock", m.because(err))
+		if r.cfg.Wait > 0 || locked.Current != m.host.Current || locked.Repaired != "" {
+			if m.host.Releases, err = m.wire.List(ctx); err != nil {
+				return m.fail(Failed, "lock", m.because(err))
+			}
 		}
 		m.host.Current = locked.Current
 		m.row.Release, m.row.Before = locked.Current, locked.Current
@@ -428,7 +431,10 @@ func bytesOf(pieces []release.Piece) (n int64) {
 // report completes a report.
 func (r *Rollout) report(report *Report, err error) error {
 	report.App, report.Env, report.Who, report.Began, report.Ended = r.cfg.App, r.cfg.Env, r.cfg.Who, r.began, r.cfg.Now()
-	report.Hosts = r.Rows()
+	report.Hosts = nil
+	for _, m := range r.members {
+		report.Hosts = append(report.Hosts, m.row)
+	}
 	word := map[string]string{"rollback": RolledBack, "restart": Restarted}[report.Action]
 	for i := range report.Hosts {
 		if h := &report.Hosts[i]; h.State == Deployed && word != "" {
@@ -442,11 +448,9 @@ func (r *Rollout) report(report *Report, err error) error {
 	return err
 }
 
-// Rows are the hosts, as they are known just now.
-func (r *Rollout) Rows() []Row {
-	var rows []Row
-	for _, m := range r.members {
-		rows = append(rows, m.row)
-	}
-	return rows
+// Report is that of an action that has ended before anything was done to hosts.
+func (r *Rollout) Report(action string, err error) *Report {
+	report := &Report{Action: action}
+	_ = r.report(report, err)
+	return report
 }

@@ -112,15 +112,11 @@ func (y *yard) deploy(ctx context.Context, page, commit string) (*Report, error)
 	y.t.Helper()
 	r, err := y.open(ctx)
 	if err != nil {
-		return &Report{Hosts: r.Rows()}, err
+		return r.Report("deploy", err), err
 	}
 	defer r.Close()
 	tree := y.tree(page)
-	plan, err := r.Plan(ctx, tree, commit)
-	if err != nil {
-		y.t.Fatal(err)
-	}
-	return r.Deploy(ctx, tree, plan)
+	return r.Deploy(ctx, tree, r.Draft(tree, commit))
 }
 
 func (y *yard) must(page, commit string) *Report {

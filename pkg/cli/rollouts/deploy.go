@@ -171,33 +171,29 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 	if r != nil {
 		defer r.Close()
 	}
+	if r == nil {
+		return err
+	}
 	if err != nil {
-		steps.Fail()
-		return errors.Join(err, a.rows(o.options, r))
+		action := "deploy"
+		if o.plan {
+			action = onlyPlan
+		}
+		return a.conclude(ctx, o.options, p, r.Report(action, err), err)
 	}
 	steps.Done(fmt.Sprintf("%d hosts answer", len(p.hosts)))
-	if plan == nil {
-		if plan, err = r.Plan(ctx, tree, o.commit); err != nil {
-			return errors.Join(err, a.rows(o.options, r))
-		}
-	}
 	if o.plan {
+		if plan, err = r.Plan(ctx, tree, o.commit); err != nil {
+			return a.conclude(ctx, o.options, p, r.Report(onlyPlan, err), err)
+		}
 		return a.tellPlan(o, plan)
+	}
+	if plan == nil {
+		plan = r.Draft(tree, o.commit)
 	}
 	steps.Begin(fmt.Sprintf("deploy %s to %d hosts", p.file.App, len(p.hosts)))
 	report, err := r.Deploy(ctx, tree, plan)
 	return a.conclude(ctx, o.options, p, report, err)
-}
-
-// rows print what is known of hosts where nothing was done to them.
-func (a *app) rows(o options, r *deploy.Rollout) error {
-	if r == nil {
-		return nil
-	}
-	if o.json {
-		return printJSON(a.Out, r.Rows())
-	}
-	return printReport(a.Out, r.Rows())
 }
 
 func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
@@ -217,6 +213,9 @@ func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
 	return errors.Join(print(), plan.Ready())
 }
 
+// onlyPlan is the action of a report of nothing that was done, of which nobody else is told.
+const onlyPlan = "plan"
+
 // conclude tells what became of all, here and to whom the file names.
 func (a *app) conclude(ctx context.Context, o options, p *project, report *deploy.Report, err error) error {
 	steps := a.Steps()
@@ -231,6 +230,9 @@ func (a *app) conclude(ctx context.Context, o options, p *project, report *deplo
 	}
 	if printed := print(); printed != nil {
 		return errors.Join(err, printed)
+	}
+	if report.Action == onlyPlan {
+		return err
 	}
 	if failed := p.file.Notify(ctx, p.settings, report); failed != nil {
 		steps.Warn(failed.Error())
@@ -251,6 +253,8 @@ func done(report *deploy.Report) string {
 		what += " " + report.Release
 	}
 	switch {
+	case report.Action == onlyPlan:
+		return fmt.Sprintf("%s: nothing was changed", what)
 	case changed == 0:
 		return fmt.Sprintf("%s: all %d hosts run it already", what, len(report.Hosts))
 	case report.Action == "restart":

@@ -29,6 +29,9 @@ func printReport(out io.Writer, rows []deploy.Row) error {
 		if r.Phase != "" && why != "" {
 			why = r.Phase + ": " + why
 		}
+		if r.Next != "" {
+			why = "would go back to " + r.Next
+		}
 		if why == "" && r.Before != r.Release {
 			why = "was " + orNone(r.Before)
 		}

@@ -62,16 +62,17 @@ func (a *app) rollback(ctx context.Context, o options, args []string, plan bool)
 			return talk.Usage(err)
 		}
 	}
-	return a.change(ctx, o, env, "go back", func(r *deploy.Rollout, p *project) (*deploy.Report, error) {
+	return a.change(ctx, o, env, "rollback", "go back", func(r *deploy.Rollout, p *project) (*deploy.Report, error) {
 		if plan {
-			return nil, errors.Join(r.Targets(ctx, id), a.rows(o, r))
+			err := r.Targets(ctx, id)
+			return r.Report(onlyPlan, err), err
 		}
 		return r.Rollback(ctx, id)
 	}, func(p *project) error { return a.rollbackK8s(ctx, o, p, id, plan) })
 }
 
 // change does something to hosts, or to a workload, and tells what became of them.
-func (a *app) change(ctx context.Context, o options, env, what string, do func(*deploy.Rollout, *project) (*deploy.Report, error), k8s func(*project) error) error {
+func (a *app) change(ctx context.Context, o options, env, verb, what string, do func(*deploy.Rollout, *project) (*deploy.Report, error), k8s func(*project) error) error {
 	p, err := o.project(env)
 	if err != nil {
 		return err
@@ -85,14 +86,13 @@ func (a *app) change(ctx context.Context, o options, env, what string, do func(*
 	if r != nil {
 		defer r.Close()
 	}
-	if err != nil {
-		steps.Fail()
-		return errors.Join(err, a.rows(o, r))
-	}
-	report, err := do(r, p)
-	if report == nil {
+	if r == nil {
 		return err
 	}
+	if err != nil {
+		return a.conclude(ctx, o, p, r.Report(verb, err), err)
+	}
+	report, err := do(r, p)
 	return a.conclude(ctx, o, p, report, err)
 }
 
@@ -104,7 +104,7 @@ func (a *app) restartCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "restart [ENV]", Short: "Restart what hosts run, one by one", Long: restartLong, Example: "  culvert restart prod --to web", Args: oneEnv,
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.change(c.Context(), o, first(args), "restart", func(r *deploy.Rollout, _ *project) (*deploy.Report, error) {
+			return a.change(c.Context(), o, first(args), "restart", "restart", func(r *deploy.Rollout, _ *project) (*deploy.Report, error) {
 				return r.Restart(c.Context())
 			}, func(p *project) error { return a.restartK8s(c.Context(), o, p) })
 		},

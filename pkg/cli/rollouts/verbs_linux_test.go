@@ -303,6 +303,9 @@ func TestDeployVerbs(t *testing.T) {
 			t.Errorf("the releases lack %q:\n%s", want, list)
 		}
 	}
+	if got := table(y.does(0, "nothing was changed", to("rollback", "--plan")...).out); !strings.Contains(got, "\nweb-3 web ID untouched would go back to ID\n") {
+		t.Errorf("the plan of a rollback\n%s", got)
+	}
 	back := y.does(0, "goes back from", to("rollback")...)
 	if !strings.Contains(back.out, "rolled-back") {
 		t.Errorf("rollback: %s", back.out)
@@ -394,4 +397,49 @@ func TestDeployThroughHub(t *testing.T) {
 	y.shows("good one", "db-01")
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhub: "+at+"\nhosts: [db-01, db-02]\n")
 	y.does(1, "db-02: ", append([]string{"deploy", "--commit", "2222222222"}, args...)...)
+}
+
+// A deployer is killed while it ships, and while hosts are at it: each ends by itself what it has begun,
+// and the same line again brings all to the new release.
+func TestDeployerKilled(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	for _, name := range []string{"web-1", "web-2"} {
+		y.write(name+"/.keep", "")
+		y.write(name+".yaml", fmt.Sprintf("app: shop\nto: %s\nrestart: ['*']\nhealth: ['*']\nhooks: ['*']\n", y.path(name)))
+		y.host(name, fmt.Sprintf(`restrict,command="%s apply --app shop --policy %s"`, y.culvert, y.path(name+".yaml")))
+	}
+	y.serve()
+	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhosts: [web-1, web-2]\nrestart: cmd sleep 0.1\nhealth: cmd sleep 0.1\nhooks: {pre_release: sleep 0.1, post_release: sleep 0.1}\n")
+	args := []string{"deploy", "-v", "--wait", "1m", "-F", y.path("ssh_config"), "--commit", "1111111111"}
+	y.write("project/dist/page", "first")
+	y.does(0, "2 hosts switched", args...)
+	for _, at := range []string{"… deploy shop", "web-1: switch", "web-1: health", "web-2: switch"} {
+		y.write("project/dist/page", at)
+		cmd := exec.CommandContext(t.Context(), y.culvert, args...)
+		cmd.Dir, cmd.Env = y.path("project"), []string{"PATH=" + os.Getenv("PATH"), "HOME=" + y.path("me")}
+		said, err := cmd.StderrPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := false
+		for in := bufio.NewScanner(said); !found && in.Scan(); {
+			found = strings.Contains(in.Text(), at)
+		}
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if !found {
+			t.Fatalf("the deployer ended before %q", at)
+		}
+		for _, host := range []string{"web-1", "web-2"} {
+			if page := y.read(host + "/current/page"); page == "" {
+				t.Errorf("killed at %q: nothing is current on %s", at, host)
+			}
+		}
+		y.does(0, "shop ", args...)
+		y.shows(at, "web-1", "web-2")
+	}
 }
