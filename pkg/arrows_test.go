@@ -17,20 +17,21 @@ const module = "github.com/culvert-dev/culvert/"
 // layers is the map of doc.go, lowest first. A package imports only from
 // layers below its own.
 var layers = [][]string{
-	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk"},
+	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk", "pkg/consul"},
 	{"pkg/ca", "pkg/ca/catest"},
 	{"pkg/channel", "pkg/dns/dnstest"},
-	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan"},
+	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan", "pkg/release"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
 	{"pkg/channel/internal/signalling", "pkg/channel/internal/mux"},
 	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
 	{"pkg/netstack"},
 	{"pkg/channel/wgchan", "pkg/channel/openssh"},
 	{"pkg/channel/wires"},
-	{"pkg/tun", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/proxy", "pkg/kube/heal"},
+	{"pkg/tun", "pkg/dns", "pkg/resolver", "pkg/router", "pkg/redirect", "pkg/proxy", "pkg/kube/heal", "pkg/deploy"},
 	{"pkg/kube", "pkg/hub"},
 	{"pkg/privileged", "pkg/sandbox", "pkg/shadow"},
 	{"pkg/session", "pkg/cli/hubs"},
+	{"pkg/cli/rollouts"},
 	{"pkg/cli"},
 	{"cmd/culvert", "cmd/shadow", "cmd/hub"},
 }
@@ -44,9 +45,12 @@ var fences = map[string][]string{
 	"golang.org/x/crypto/ssh":     {"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/hub", "pkg/ca"}, // in tlschan it reads the keys
 	"github.com/coreos/go-oidc":   {"pkg/ca"},
 	"github.com/go-jose/":         {"pkg/ca/catest"},
-	"go.yaml.in/":                 {"pkg/ca"},
+	"go.yaml.in/":                 {"pkg/ca", "pkg/release"},
 	"github.com/miekg/dns":        {"pkg/dns", "pkg/dns/dnstest", "pkg/resolver/resolvertest"},
-	"github.com/spf13/":           {"pkg/cli", "pkg/cli/hubs", "pkg/cli/talk"},
+	"github.com/spf13/":           {"pkg/cli", "pkg/cli/hubs", "pkg/cli/rollouts", "pkg/cli/talk"},
+	"github.com/goccy/":           {"pkg/deploy"},
+	"github.com/google/jsonschem": {"pkg/deploy"},
+	"github.com/jotfs/":           {"pkg/deploy"},
 	"github.com/godbus/":          {"pkg/resolver", "pkg/resolver/resolvertest"},
 	"github.com/vishvananda/":     {"pkg/tun", "pkg/redirect", "pkg/channel/channeltest"},
 	"github.com/google/nftables":  {"pkg/redirect"},
@@ -54,6 +58,7 @@ var fences = map[string][]string{
 	"github.com/google/go-contai": {"images"},
 	"github.com/prometheus/":      {"pkg/hub"},
 	"github.com/pires/":           {"pkg/hub"},
+	"github.com/hashicorp/":       {"pkg/consul"},
 }
 
 // noRoom are names that say nothing of what is in a room.

@@ -12,6 +12,7 @@
 //
 //	cmd/culvert, shadow, hub     main functions
 //	cli                          a file per verb: flags, words for people, exit codes
+//	cli/rollouts                 the verbs of a deploy, and what they run on a host
 //	cli/hubs                     the verbs of a hub, which know no cluster
 //	session                      what a verb does: parts put together, run, undone
 //	shadow      privileged       the far end in the pod; the root child on the laptop
@@ -21,6 +22,7 @@
 //	router      redirect         which laptop gets a request, or the original; ports taken from a pod
 //	tun                          the device and its routes
 //	dns         resolver         the server and its zone; how the OS is told of it
+//	deploy                       a project's file, its tree, and the rollout to hosts
 //	proxy                        SOCKS5 and HTTP, for programs that know of proxies
 //	channel/wires                which wire: either end of one, by name
 //	channel/wgchan, openssh      both ends over WireGuard, where UDP gets through; a wire of the user's own ssh
@@ -35,6 +37,7 @@
 //	channel                      the one word: Network, Channel, this machine's Host
 //	cli/talk    cgroup           results, talk and exit codes; what a container may use
 //	catalog     manifests        the names of a cluster as values; what is applied to one
+//	consul                       a service's instances in Consul's registry, restarted one by one
 //
 // Imports point down, and rooms of one line do not import each other; see
 // arrows_test.go, which also fences the large libraries in.
@@ -71,6 +74,13 @@
 // --hub, both by a wire that is opened again. A job of CI comes with a certificate, which the hub's ca has
 // given it for a token of its issuer's. A hub is the far end of a wire as a shadow is, with another
 // Network.
+//
+// # The way of a release
+//
+// culvert deploy: deploy (builds, reads and hashes the tree; asks all hosts, ships to all, switches
+// them batch by batch) -> the user's ssh, or that through a hub -> culvert apply on the host:
+// release (verifies, renames, restarts, looks whether it works, or puts it back). What a host is
+// at it ends by itself; the two ends speak frames over one stream.
 //
 // # The way of a name
 //

@@ -207,6 +207,12 @@ func outliveReaders() (stop func()) {
 // cluster is the one that the flags name.
 func (a *app) cluster() (*kube.Cluster, error) { return a.clusterBy(false) }
 
+// clusterAt is the cluster of a context and a namespace that a file names; flags come first.
+func (a *app) clusterAt(context, namespace string) (*kube.Cluster, error) {
+	a.context, a.namespace = cmp.Or(a.context, context), cmp.Or(a.namespace, namespace)
+	return a.cluster()
+}
+
 // clusterBy asks nobody anything on the way, if batch is set.
 func (a *app) clusterBy(batch bool) (*kube.Cluster, error) {
 	cfg := a.kubeConfig()

@@ -8,8 +8,10 @@ import (
 	"strings"
 
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
+	"github.com/culvert-dev/culvert/pkg/deploy"
 	"github.com/culvert-dev/culvert/pkg/kube"
 	"github.com/culvert-dev/culvert/pkg/process"
+	"github.com/culvert-dev/culvert/pkg/release"
 	"github.com/culvert-dev/culvert/pkg/resolver"
 	"github.com/culvert-dev/culvert/pkg/router"
 	"github.com/culvert-dev/culvert/pkg/sandbox"
@@ -59,6 +61,8 @@ func (t typed) need() string {
 		return strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method "+name)
 	}
 	switch {
+	case t.verb == "deploy", t.verb == "rollback", t.verb == "restart":
+		return " --for deploy"
 	case t.verb == "forward", t.verb == "expose":
 		return " --for " + t.verb
 	case t.verb == "exchange" && method("ephemeral"):
@@ -83,13 +87,25 @@ func judge(err error, t typed) (code int, hint string) {
 	var lingers *kube.LingerError
 	var refused *sandbox.RefusedError
 	var unrunnable *sandbox.ExecError
+	var file *deploy.FileError
+	var host *release.Error
 	switch {
 	case errors.As(err, &lingers): // clean would find nothing
 		return talk.ExitLeftovers, "kubectl describe pod " + lingers.Pod + t.flags + "  # its container of culvert ends by itself, or with the pod"
 	case errors.Is(err, session.ErrLeft), errors.Is(err, kube.ErrLeft):
 		return talk.ExitLeftovers, "culvert clean" + t.flags
+	case errors.Is(err, kube.ErrNotBack):
+		return talk.ExitLeftovers, "kubectl get pods" + t.flags
 	case errors.As(err, &wrong):
 		return talk.ExitUsage, "culvert --help"
+	case errors.As(err, &file):
+		return talk.ExitUsage, "culvert deploy --print-schema  # what the file may have"
+	case errors.Is(err, deploy.ErrBroken):
+		return talk.ExitLeftovers, "culvert releases  # what runs where; culvert rollback goes back further"
+	case errors.Is(err, deploy.ErrStopped):
+		return talk.ExitFailed, "culvert " + t.whole() + "  # goes on"
+	case errors.As(err, &host):
+		return judgeHost(host, t)
 	case errors.As(err, &conflict):
 		return talk.ExitFailed, makeWay(conflict.Conflicts, t)
 	case errors.As(err, &refused):
@@ -126,6 +142,19 @@ func judge(err error, t typed) (code int, hint string) {
 		return talk.ExitFailed, "kubectl cluster-info"
 	}
 	return talk.ExitFailed, ""
+}
+
+// judgeHost is what a host has answered.
+func judgeHost(err *release.Error, t typed) (code int, hint string) {
+	switch {
+	case err.Code == release.Refused && err.Hint == "":
+		return talk.ExitNotPermitted, "culvert deploy --print-policy  # what the hosts' policy would have to allow"
+	case err.Code == release.Refused:
+		return talk.ExitNotPermitted, err.Hint
+	case err.Code == release.Held && err.Hint == "":
+		return talk.ExitFailed, "culvert " + t.with("--wait 10m")
+	}
+	return talk.ExitFailed, err.Hint
 }
 
 // makeWay leaves to this machine what it has routes for, and no more.

@@ -40,8 +40,8 @@ func (a *app) rbacCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, forward, proxy, exchange, expose; and scale and ephemeral, for these methods of exchange (repeatable)")
-	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "forward", "proxy", "exchange", "expose", "scale", "ephemeral"}, cobra.ShellCompDirectiveNoFileComp))
+	c.Flags().StringSliceVar(&verbs, "for", []string{"connect"}, "verbs: connect, forward, proxy, exchange, expose, deploy; and scale and ephemeral, for these methods of exchange (repeatable)")
+	_ = c.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"connect", "forward", "proxy", "exchange", "expose", "scale", "ephemeral", "deploy"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().BoolVar(&wide, "cluster", false, "also the ClusterRole for names and ranges of the whole cluster")
 	return c
 }
@@ -60,8 +60,10 @@ func needsOf(verbs []string) ([]kube.Need, error) {
 			needs = append(needs, kube.Scale)
 		case "ephemeral":
 			needs = append(needs, kube.EphemeralExchange)
+		case "deploy", "rollback", "restart":
+			needs = append(needs, kube.Rolling)
 		default:
-			return nil, talk.Usage(fmt.Errorf("--for is connect, forward, proxy, exchange, expose, scale or ephemeral, not %q", v))
+			return nil, talk.Usage(fmt.Errorf("--for is connect, forward, proxy, exchange, expose, scale, ephemeral or deploy, not %q", v))
 		}
 	}
 	return needs, nil

@@ -17,6 +17,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/culvert-dev/culvert/pkg/cli/hubs"
+	"github.com/culvert-dev/culvert/pkg/cli/rollouts"
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
 )
 
@@ -92,6 +93,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.runCommand(), a.forwardCommand(), a.proxyCommand(), a.exchangeCommand(), a.exposeCommand(), a.leaveCommand(), a.statusCommand(), a.doctorCommand(), a.rbacCommand(), a.cleanCommand(),
 		a.versionCommand(), a.privilegedCommand(), a.sandboxCommand())
 	root.AddCommand(hubs.Commands(&a.Person)...)
+	root.AddCommand(rollouts.Commands(&a.Person, a.clusterAt)...)
 	a.completions(root)
 	return root
 }

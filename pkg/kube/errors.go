@@ -31,6 +31,8 @@ var (
 	ErrExchanged  = errors.New("it is exchanged already")
 	ErrNoWorkload = errors.New("its pods are not those of one deployment or statefulset")
 	ErrNoPod      = errors.New("no such pod")
+
+	ErrNotBack = errors.New("it does not run as it did before")
 )
 
 // sorted gives err the sentinel that belongs to it. The words of a credential
@@ -51,7 +53,7 @@ func sorted(err error) error {
 
 func hasSentinel(err error) bool {
 	for _, s := range []error{ErrKubeconfig, ErrContext, ErrUnreachable, ErrUnauthorized, ErrForbidden, ErrNamespace, ErrGone, ErrLeft,
-		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged, ErrNoWorkload, ErrNoPod} {
+		ErrNoTarget, ErrNoSelector, ErrNoPorts, ErrSeveral, ErrExchanged, ErrNoWorkload, ErrNoPod, ErrNotBack} {
 		if errors.Is(err, s) {
 			return true
 		}

@@ -38,6 +38,9 @@ const (
 
 	// EphemeralExchange is to exchange by an ephemeral container.
 	EphemeralExchange Need = "ephemeral"
+
+	// Rolling is to roll out, to roll back and to restart workloads.
+	Rolling Need = "rollout"
 )
 
 // Rights are what the user may do, as far as the need asks for it.
@@ -202,6 +205,67 @@ func ephemeralRights() []right {
 	}
 }
 
+// rollingRights are those to change workloads of some kinds.
+func rollingRights(kinds ...string) []right {
+	const (
+		unmarked = "which revisions were good is not written down, and a rollback leads to the one before"
+		events   = "why new pods do not start is told less clearly"
+	)
+	all := []right{
+		{group: "", resource: "pods", verbs: []string{"list"}, purpose: always},
+		{group: "", resource: "events", verbs: []string{"list", "watch"}, purpose: optional, without: events},
+	}
+	for _, kind := range kinds {
+		all = append(all,
+			right{group: "apps", resource: kind + "s", verbs: []string{"get", "patch"}, purpose: always},
+			right{group: "apps", resource: keeper(kind), verbs: []string{"list"}, purpose: always},
+			right{group: "apps", resource: keeper(kind), verbs: []string{"patch"}, purpose: optional, without: unmarked},
+		)
+		if kind == "statefulset" { // its controller does not replace what is stuck
+			all = append(all, right{group: "", resource: "pods", verbs: []string{"delete"}, purpose: always})
+		}
+	}
+	return all
+}
+
+// keeper is the resource that keeps the revisions of a kind.
+func keeper(kind string) string {
+	if kind == "deployment" {
+		return "replicasets"
+	}
+	return "controllerrevisions"
+}
+
+// restartRights are those to restart the pods of a workload of one kind.
+func restartRights(kind string) []right {
+	return []right{
+		{group: "apps", resource: kind + "s", verbs: []string{"get"}, purpose: always},
+		{group: "", resource: "pods", verbs: []string{"list"}, purpose: always},
+		{group: "", resource: "pods/eviction", verbs: []string{"create"}, purpose: optional, without: "pods are deleted, whatever a disruption budget says"},
+		{group: "", resource: "pods", verbs: []string{"delete"}, purpose: optional, without: "pods are evicted only"},
+	}
+}
+
+// gateRights are those to ask at a port of a pod.
+func gateRights() []right {
+	return []right{{group: "", resource: "pods/portforward", verbs: []string{"create", "get"}, purpose: way}}
+}
+
+// rollOutRights are those that the user has for one kind, an error where one is missing.
+func (c *Cluster) rollOutRights(ctx context.Context, kind string) (*Rights, error) {
+	return c.demand(ctx, rollingRights(kind))
+}
+
+// demand asks for rights that do not make a session.
+func (c *Cluster) demand(ctx context.Context, wanted []right) (*Rights, error) {
+	held, err := c.ask(ctx, wanted)
+	if err != nil {
+		return nil, err
+	}
+	rights := weigh(wanted, held, c.Namespace)
+	return rights, rights.Err()
+}
+
 // rightsFor are those of all the needs; no need is that of connecting.
 func rightsFor(needs []Need) []right {
 	var all []right
@@ -219,6 +283,9 @@ func rightsFor(needs []Need) []right {
 	}
 	if slices.Contains(needs, EphemeralExchange) {
 		all = append(all, ephemeralRights()...)
+	}
+	if slices.Contains(needs, Rolling) {
+		all = append(all, slices.Concat(rollingRights("deployment", "statefulset", "daemonset"), restartRights("deployment"), gateRights())...)
 	}
 	return all
 }
@@ -238,6 +305,19 @@ func (r *Rights) Everywhere() bool {
 // may do, all at once, and changes nothing. Without a need it is Connect.
 func (c *Cluster) Preflight(ctx context.Context, needs ...Need) (*Rights, error) {
 	wanted := rightsFor(needs)
+	held, err := c.ask(ctx, wanted)
+	if err != nil {
+		return nil, fmt.Errorf("ask for the rights in namespace %s: %w", c.Namespace, sorted(err))
+	}
+	rights := weigh(wanted, held, c.Namespace)
+	if c.by != nil {
+		rights.through(c.Namespace)
+	}
+	return rights, nil
+}
+
+// ask asks for all verbs at once, and returns the keys of those that are held.
+func (c *Cluster) ask(ctx context.Context, wanted []right) (map[string]bool, error) {
 	answers := make(chan string, 256)
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(16)
@@ -255,17 +335,13 @@ func (c *Cluster) Preflight(ctx context.Context, needs ...Need) (*Rights, error)
 	err := group.Wait()
 	close(answers)
 	if err != nil {
-		return nil, fmt.Errorf("ask for the rights in namespace %s: %w", c.Namespace, sorted(err))
+		return nil, err
 	}
 	held := map[string]bool{}
 	for key := range answers {
 		held[key] = true
 	}
-	rights := weigh(wanted, held, c.Namespace)
-	if c.by != nil {
-		rights.through(c.Namespace)
-	}
-	return rights, nil
+	return held, nil
 }
 
 // may asks for one verb.
@@ -444,6 +520,9 @@ func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 	}
 	if slices.Contains(needs, EphemeralExchange) {
 		files = append(files, "rbac-ephemeral.yaml")
+	}
+	if slices.Contains(needs, Rolling) {
+		files = append(files, "rbac-rollout.yaml")
 	}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")

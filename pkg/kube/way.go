@@ -146,7 +146,7 @@ func (s *Shadow) DialWay(ctx context.Context, way Way) (net.Conn, error) {
 type door struct {
 	pod     string
 	port    int
-	upgrade string
+	upgrade string // "": nothing is asked for, and the bytes are the port's own
 }
 
 func (d door) String() string { return d.pod + ":" + strconv.Itoa(d.port) }
@@ -413,6 +413,9 @@ func forward(wire httpstream.Connection, way Way, at door) (net.Conn, error) {
 			conn.fail(fmt.Errorf("port-forward: %s", bytes.TrimSpace(text)))
 		}
 	}()
+	if at.upgrade == "" {
+		return conn, nil
+	}
 	if err := conn.upgrade(); err != nil {
 		conn.Close()
 		return nil, err

@@ -1,0 +1,406 @@
+package rollouts
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/cli/talk"
+	"github.com/culvert-dev/culvert/pkg/consul"
+	"github.com/culvert-dev/culvert/pkg/deploy"
+	"github.com/culvert-dev/culvert/pkg/kube"
+)
+
+const (
+	wholeRollout = 10 * time.Minute // of a workload, where the file does not say
+	onePod       = 2 * time.Minute  // of a restart, likewise
+	oneAsk       = 10 * time.Second // at a pod
+)
+
+// A workload is what an environment has in place of hosts.
+type workload struct {
+	deploy.K8s
+	cluster *kube.Cluster
+	target  kube.Target
+}
+
+// workload is to be closed.
+func (a *app) workload(p *project) (*workload, error) {
+	w := &workload{K8s: *p.settings.K8s}
+	var err error
+	if w.target, err = kube.ParseWorkload(w.Workload); err != nil {
+		return nil, talk.Usage(err)
+	}
+	w.cluster, err = a.cluster(w.Context, w.Namespace)
+	return w, err
+}
+
+func (w *workload) name() string { return w.target.String() }
+
+func (w *workload) within() time.Duration { return cmp.Or(time.Duration(w.Within), wholeRollout) }
+
+// wants is what is set, in a line.
+func (w *workload) wants() string { return cmp.Or(w.Image, w.Env) }
+
+// fill names the release in the places that ask for it.
+func (w *workload) fill(commit string) (id string, err error) {
+	if w.Image == "" && w.Env == "" {
+		return "", talk.Usage(errors.New("k8s names neither an image nor an env to set: there is nothing to deploy"))
+	}
+	if commit == "" && strings.Contains(w.wants(), "${COMMIT") {
+		return "", talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
+	}
+	id = strings.TrimSuffix(deploy.NewID(time.Now(), commit), "-")
+	w.K8s = w.Fill(commit, id)
+	return id, nil
+}
+
+func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error {
+	if o.out != "" || o.apply != "" || len(o.to) > 0 {
+		return talk.Usage(errors.New("-o, --apply and --to are of hosts; what would be done to a workload is told by --plan"))
+	}
+	w, err := a.workload(p)
+	if err != nil {
+		return err
+	}
+	defer w.cluster.Close()
+	id, err := w.fill(o.commit)
+	if err != nil {
+		return err
+	}
+	steps := a.Steps()
+	cfg := kube.RollOutConfig{
+		Target: w.target, Container: w.Container, Image: w.Image, Env: w.Env,
+		Within: w.within(), As: id, By: deploy.Who(), Say: steps.Say,
+	}
+	plan, err := w.cluster.PlanRollOut(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	for _, line := range plan.Notices {
+		steps.Warn(line)
+	}
+	if o.plan {
+		return a.tellRollOut(o.options, p, w, plan)
+	}
+	report := a.report(p, "deploy", id, o.commit)
+	steps.Begin(fmt.Sprintf("roll %s out", w.name()))
+	done, err := w.cluster.RollOut(ctx, cfg)
+	row := deploy.Row{Host: w.name(), Before: was(plan), Release: was(plan), State: state(done, deploy.Deployed, err)}
+	if done.Changed {
+		row.Release = w.wants()
+	}
+	return a.concludeK8s(ctx, o.options, p, report, row, done.Runs, err)
+}
+
+// was is what a workload has of what a plan sets.
+func was(plan *kube.RollOutPlan) string {
+	switch {
+	case plan.What == "image":
+		return plan.From
+	case !plan.Set:
+		return "" // no variable
+	}
+	return plan.What + "=" + plan.From
+}
+
+func state(done kube.RolledOut, well string, err error) string {
+	switch {
+	case errors.Is(err, kube.ErrNotBack):
+		return deploy.Broken
+	case err != nil && done.PutBack:
+		return deploy.Restored
+	case err != nil:
+		return deploy.Failed
+	case !done.Changed:
+		return deploy.Unchanged
+	}
+	return well
+}
+
+// A rollOutPlan is what --plan --json prints.
+type rollOutPlan struct {
+	App       string   `json:"app"`
+	Env       string   `json:"env,omitempty"`
+	Workload  string   `json:"workload"`
+	Namespace string   `json:"namespace"`
+	Container string   `json:"container"`
+	Sets      string   `json:"sets"` // image, or the name of a variable
+	From      string   `json:"from"`
+	To        string   `json:"to"`
+	Unchanged bool     `json:"unchanged,omitempty"`
+	Runs      string   `json:"runs,omitempty"` // the revision
+	Pods      int      `json:"pods"`
+	Notices   []string `json:"notices,omitempty"`
+}
+
+// tellRollOut prints what would be done.
+func (a *app) tellRollOut(o options, p *project, w *workload, plan *kube.RollOutPlan) error {
+	if o.json {
+		return printJSON(a.Out, rollOutPlan{
+			App: p.file.App, Env: p.env, Workload: w.name(), Namespace: w.cluster.Namespace, Container: plan.Container, Sets: plan.What,
+			From: plan.From, To: plan.To, Unchanged: plan.Same, Runs: plan.Revision, Pods: plan.Pods, Notices: plan.Notices,
+		})
+	}
+	out := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(out, "WORKLOAD\tNAMESPACE\tRUNS\tSET\tFROM\tTO\tPODS")
+	to := plan.To
+	if plan.Same {
+		to += " (nothing to do)"
+	}
+	fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", w.name(), w.cluster.Namespace, cell(plan.Revision), cell(plan.Container+" "+plan.What), cell(plan.From), cell(to), plan.Pods)
+	return out.Flush()
+}
+
+func (a *app) report(p *project, action, id, commit string) *deploy.Report {
+	return &deploy.Report{App: p.file.App, Env: p.env, Action: action, Release: id, Commit: commit, Who: deploy.Who(), Began: time.Now()}
+}
+
+// concludeK8s tells what became of a workload, here and to whom the file names.
+func (a *app) concludeK8s(ctx context.Context, o options, p *project, report *deploy.Report, row deploy.Row, runs string, err error) error {
+	steps := a.Steps()
+	if err != nil {
+		steps.Fail()
+		row.Error, report.Error = err.Error(), err.Error()
+	} else {
+		steps.Done(strings.TrimSuffix(row.Host+": "+row.State+", "+runs, ", "))
+	}
+	report.Ended, report.Done, report.Hosts = time.Now(), err == nil, []deploy.Row{row}
+	print := func() error { return printReport(a.Out, report.Hosts) }
+	if o.json {
+		print = func() error { return printJSON(a.Out, report) }
+	}
+	if printed := print(); printed != nil {
+		return errors.Join(err, printed)
+	}
+	if failed := p.file.Notify(ctx, p.settings, report); failed != nil {
+		steps.Warn(failed.Error())
+	}
+	return err
+}
+
+func (a *app) rollbackK8s(ctx context.Context, o options, p *project, id string, plan bool) error {
+	w, err := a.workload(p)
+	if err != nil {
+		return err
+	}
+	defer w.cluster.Close()
+	now, then, err := w.cluster.PlanRollBack(ctx, w.target, id)
+	if err != nil {
+		return err
+	}
+	row := deploy.Row{Host: w.name(), Before: revision(now), Release: revision(now), State: deploy.Untouched}
+	if plan {
+		row.Error = "would go back to " + revision(then)
+		if o.json {
+			return printJSON(a.Out, []deploy.Row{row})
+		}
+		return printReport(a.Out, []deploy.Row{row})
+	}
+	report, steps := a.report(p, "rollback", id, ""), a.Steps()
+	steps.Begin(fmt.Sprintf("roll %s back", w.name()))
+	// The one that was chosen is named: another may be the newest by now.
+	done, err := w.cluster.RollBack(ctx, kube.RollBackConfig{Target: w.target, To: then.Name, Within: w.within(), By: deploy.Who(), Say: steps.Say})
+	row.State = state(done, deploy.RolledBack, err)
+	if done.Changed {
+		row.Release = revision(then)
+	}
+	return a.concludeK8s(ctx, o, p, report, row, done.Runs, err)
+}
+
+// revision is one as a table has it.
+func revision(r *kube.Revision) string {
+	text := strconv.FormatInt(r.Number, 10) + " (" + strings.Join(r.Images, ", ") + ")"
+	if r.Mark != nil && r.Mark.As != "" {
+		return r.Mark.As + ", " + text
+	}
+	return text
+}
+
+// releasesK8s lists the revisions that the cluster keeps.
+func (a *app) releasesK8s(ctx context.Context, o options, p *project) error {
+	w, err := a.workload(p)
+	if err != nil {
+		return err
+	}
+	defer w.cluster.Close()
+	all, err := w.cluster.Revisions(ctx, w.target)
+	if err != nil {
+		return err
+	}
+	if o.json {
+		return printJSON(a.Out, all)
+	}
+	out := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(out, "REVISION\tRELEASE\tIMAGES\tWHEN\tWHO\tSTATE")
+	for _, r := range all {
+		mark, when, state := kube.Mark{}, r.Made, "unknown"
+		if r.Mark != nil {
+			mark, when, state = *r.Mark, r.Mark.At, map[bool]string{true: "good", false: "bad"}[r.Mark.Good]
+		}
+		if r.Current {
+			state = "live, " + state
+		}
+		fmt.Fprintf(out, "%d\t%s\t%s\t%s\t%s\t%s\n", r.Number, cell(mark.As), cell(strings.Join(r.Images, " ")), when.UTC().Format(time.DateTime), cell(mark.By), state)
+	}
+	return out.Flush()
+}
+
+func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
+	w, err := a.workload(p)
+	if err != nil {
+		return err
+	}
+	defer w.cluster.Close()
+	ask, err := w.gate(p.settings.Health)
+	if err != nil {
+		return err
+	}
+	plan, err := w.cluster.PlanRestart(ctx, w.target)
+	if err != nil {
+		return err
+	}
+	steps := a.Steps()
+	for _, line := range plan.Notices {
+		steps.Warn(line)
+	}
+	within := onePod
+	if h := p.settings.Health; h != nil && h.Within > 0 {
+		within = time.Duration(h.Within)
+	}
+	report := a.report(p, "restart", "", "")
+	steps.Begin(fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods)))
+	if d := p.settings.Drain; d != nil {
+		err = a.restartByConsul(ctx, w, d, within, ask)
+	} else {
+		err = w.cluster.RestartPods(ctx, kube.RestartConfig{Target: w.target, Within: within, Gate: ask, Say: steps.Say})
+	}
+	row := deploy.Row{Host: w.name(), State: deploy.Restarted}
+	if err != nil {
+		row.State = deploy.Failed
+	}
+	return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+}
+
+// restartByConsul has the instances of Consul's registry restarted, each of which is a
+// pod of the workload.
+func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain, within time.Duration, ask gate) error {
+	if d.Consul == "" {
+		return talk.Usage(errors.New("the pods of a workload are drained by consul, or by Kubernetes itself; cmd and http are of hosts"))
+	}
+	registry, err := consul.New(consul.Config{})
+	if err != nil {
+		return err
+	}
+	cfg := consul.RollConfig{
+		Service: d.Consul, Drain: true, Pause: time.Duration(d.Wait), Within: within, Say: a.Steps().Say,
+		Restart: func(ctx context.Context, i consul.Instance) error { return w.cluster.EndPod(ctx, w.target, i.Address) },
+	}
+	if ask != nil {
+		cfg.Gate = func(ctx context.Context, i consul.Instance) error {
+			pod, err := w.cluster.PodAt(ctx, w.target, i.Address)
+			if err != nil {
+				return err
+			}
+			return ask(ctx, pod)
+		}
+	}
+	return registry.Roll(ctx, cfg)
+}
+
+// A gate says nil of a pod that is well.
+type gate func(ctx context.Context, pod kube.RunningPod) error
+
+// gate asks what the file says at the pod itself, through the API server: a URL is as the
+// pod sees it. It is nil where the file does not say.
+func (w *workload) gate(h *deploy.Health) (gate, error) {
+	switch {
+	case h == nil:
+		return nil, nil
+	case h.Cmd != "":
+		return nil, talk.Usage(errors.New("the health of a pod is asked by get or tcp; cmd is of hosts"))
+	case h.TCP != "":
+		port, err := portOf(h.TCP, "")
+		return func(ctx context.Context, pod kube.RunningPod) error { return w.accepts(ctx, pod, port) }, err
+	}
+	u, err := url.Parse(h.Get)
+	if err == nil {
+		_, err = portOf(u.Host, u.Scheme)
+	}
+	return func(ctx context.Context, pod kube.RunningPod) error { return w.answers(ctx, pod, h.Get, h.Status) }, err
+}
+
+func portOf(host, scheme string) (int, error) {
+	_, text, err := net.SplitHostPort(host)
+	if err != nil {
+		if known := map[string]int{"http": 80, "https": 443}[scheme]; known > 0 {
+			return known, nil
+		}
+		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || port == 0 {
+		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
+	}
+	return int(port), nil
+}
+
+// answers asks by HTTP, whatever proxies there are here.
+func (w *workload) answers(ctx context.Context, pod kube.RunningPod, page string, status int) error {
+	ctx, cancel := context.WithTimeout(ctx, oneAsk)
+	defer cancel()
+	trip := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+		port, err := portOf(address, "")
+		if err != nil {
+			return nil, err
+		}
+		return w.cluster.DialPort(ctx, pod.Name, port)
+	}}
+	defer trip.CloseIdleConnections()
+	client := http.Client{Transport: trip, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, page, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
+	if well := status == 0 && resp.StatusCode/100 == 2 || resp.StatusCode == status; !well {
+		return fmt.Errorf("%s answers %s", page, resp.Status)
+	}
+	return nil
+}
+
+// quiet is how long a port that accepts may say nothing: one that does not is told of
+// on the connection.
+const quiet = 2 * time.Second
+
+func (w *workload) accepts(ctx context.Context, pod kube.RunningPod, port int) error {
+	ctx, cancel := context.WithTimeout(ctx, oneAsk)
+	defer cancel()
+	conn, err := w.cluster.DialPort(ctx, pod.Name, port)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetReadDeadline(time.Now().Add(quiet)); err != nil {
+		return err
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("port %d: %w", port, err)
+	}
+	return nil
+}

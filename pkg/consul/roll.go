@@ -1,0 +1,275 @@
+package consul
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// A RollConfig says how the instances of a service are restarted, one by one.
+type RollConfig struct {
+	Service string
+
+	// Restart ends an instance, so that a new one comes. That it has done so is not
+	// believed, but looked for.
+	Restart func(ctx context.Context, i Instance) error
+
+	// Gate, if set, is asked of each new instance whose checks pass, again and again
+	// until it says nil or the time is over.
+	Gate func(ctx context.Context, i Instance) error
+
+	Drain  bool          // in maintenance mode before its end
+	Pause  time.Duration // between the drain and the end, for what is under way
+	Within time.Duration // for each instance; 0 is 2 minutes
+	Say    func(string)  // may be nil
+}
+
+const rollLimit = 2 * time.Minute
+
+// ourReason is that of instances which Roll has drained.
+const ourReason = "culvert: restart"
+
+// Roll restarts all instances one by one. The next one's turn comes when a new one is
+// there in place of the last: of another id, or another start of the same one; when its
+// checks pass by its agent's word and by the registry's, the gate is passed, and nothing
+// of the old one is left. The last is waited for like all. What does not come back ends
+// it with an error, and those whose turn has not come stay as they are.
+func (r *Registry) Roll(ctx context.Context, cfg RollConfig) error {
+	cfg.Within = cmp.Or(cfg.Within, rollLimit)
+	if cfg.Say == nil {
+		cfg.Say = func(string) {}
+	}
+	all, err := r.Instances(ctx, cfg.Service)
+	if err != nil {
+		return err
+	}
+	if len(all) == 0 {
+		return fmt.Errorf("restart %s: %w", cfg.Service, ErrNoInstance)
+	}
+	turns := inTurn(all)
+	for n, i := range turns {
+		t := &turn{r: r, cfg: cfg, old: i, known: all, words: fmt.Sprintf("%d of %d: ", n+1, len(turns))}
+		err := t.take(ctx)
+		if err != nil {
+			return fmt.Errorf("restart %s: %d of %d, %s: %w", cfg.Service, n+1, len(turns), i, err)
+		}
+		all = append(all, t.now)
+	}
+	return nil
+}
+
+// inTurn puts first what does not work anyway, and of an id that is registered twice
+// keeps one: the other goes when that has a new instance.
+func inTurn(all []Instance) (turns []Instance) {
+	for _, i := range all {
+		at := slices.IndexFunc(turns, func(o Instance) bool { return o.ID == i.ID })
+		switch {
+		case at < 0:
+			turns = append(turns, i)
+		case i.Healthy && !turns[at].Healthy:
+			turns[at] = i
+		}
+	}
+	slices.SortStableFunc(turns, func(a, b Instance) int {
+		switch {
+		case a.Healthy == b.Healthy:
+			return 0
+		case b.Healthy:
+			return -1
+		}
+		return 1
+	})
+	return turns
+}
+
+// A turn is one instance's.
+type turn struct {
+	r     *Registry
+	cfg   RollConfig
+	old   Instance
+	known []Instance // before, and those that came since
+	now   Instance   // in its place
+	words string
+}
+
+func (t *turn) say(format string, args ...any) { t.cfg.Say(t.words + fmt.Sprintf(format, args...)) }
+
+func (t *turn) take(ctx context.Context) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, t.cfg.Within+t.cfg.Pause)
+	defer cancel()
+	if err := t.still(ctx); err != nil {
+		return err
+	}
+	if t.cfg.Drain && !t.old.Drained {
+		t.say("%s is drained", t.old)
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, t.undrainOld(ctx))
+			}
+		}()
+		if err := t.r.Drain(ctx, t.old, true, ourReason); err != nil {
+			return err
+		}
+		if err := pause(ctx, t.cfg.Pause); err != nil {
+			return err
+		}
+	}
+	t.say("%s ends", t.old)
+	if err := t.cfg.Restart(ctx, t.old); err != nil {
+		return err
+	}
+	if err := t.await(ctx); err != nil {
+		return err
+	}
+	return t.settle(ctx)
+}
+
+// still looks at the old one again: it may be long since it was listed.
+func (t *turn) still(ctx context.Context) error {
+	all, err := t.r.Instances(ctx, t.cfg.Service)
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(all, t.old.same)
+	if at < 0 {
+		return fmt.Errorf("%w: it left before its turn came", ErrNoInstance)
+	}
+	t.old = all[at]
+	if t.old.Drained && t.old.Reason != ourReason { // ours is of a run that was killed
+		return fmt.Errorf("it is %s, which is somebody else's", t.old.words())
+	}
+	for _, i := range all { // what came meanwhile is not what will come for this one
+		if !slices.ContainsFunc(t.known, i.is) {
+			t.known = append(t.known, i)
+		}
+	}
+	return nil
+}
+
+// undrainOld leads clients to the old one again, if it still is there, by its checks.
+func (t *turn) undrainOld(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
+	defer cancel()
+	all, err := t.r.Instances(ctx, t.cfg.Service)
+	if err != nil {
+		return fmt.Errorf("it is still drained: %w", err)
+	}
+	if at := slices.IndexFunc(all, t.old.same); at < 0 || !all[at].Drained {
+		return nil
+	}
+	return t.r.maintain(ctx, t.old, false, "")
+}
+
+// is tells of two views of the same start of the same registration. Without a word for
+// the start it is the registration's making that counts, which a change of it leaves.
+func (i Instance) is(o Instance) bool {
+	return i.same(o) && i.Start == o.Start && (i.Start != "" || i.created == o.created)
+}
+
+// await waits for the new instance.
+func (t *turn) await(ctx context.Context) error {
+	var said string
+	return t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+		lacks, found := t.find(ctx, all)
+		if !found && lacks != said {
+			t.say("%s", lacks)
+			said = lacks
+		}
+		return lacks, found
+	})
+}
+
+// find takes the first new one that is well.
+func (t *turn) find(ctx context.Context, all []Instance) (lacks string, found bool) {
+	lacks = "no new instance is registered in its place"
+	for _, i := range all {
+		if slices.ContainsFunc(t.known, i.is) {
+			continue
+		}
+		if !i.Healthy {
+			lacks = fmt.Sprintf("%s is new, but %s", i, cmp.Or(i.Trouble, "does not pass"))
+			continue
+		}
+		says, err := t.r.healthyAtAgent(ctx, i)
+		if err != nil {
+			says = err.Error()
+		}
+		if says == "" && t.cfg.Gate != nil {
+			if err := t.cfg.Gate(ctx, i); err != nil {
+				says = err.Error()
+			}
+		}
+		if says == "" {
+			t.now = i
+			return "", true
+		}
+		lacks = fmt.Sprintf("%s is new, but %s", i, says)
+	}
+	return lacks, false
+}
+
+// settle leads clients to the new one and removes what is left of the old, so that the
+// registry has the one in the place of the other.
+func (t *turn) settle(ctx context.Context) error {
+	if t.now.Drained { // maintenance belongs to the id, and outlives a start
+		if err := t.r.Drain(ctx, t.now, false, ""); err != nil {
+			return err
+		}
+	}
+	dropped, err := t.r.DropDuplicates(ctx, t.now)
+	for _, i := range dropped {
+		t.say("%s is deregistered: %s has its id", i, t.now)
+	}
+	if err != nil {
+		return err
+	}
+	if !t.now.same(t.old) {
+		if err := t.leave(ctx); err != nil {
+			return err
+		}
+	}
+	err = t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+		at := slices.IndexFunc(all, t.now.same)
+		if at < 0 {
+			return t.now.String() + " has left again", false
+		}
+		return fmt.Sprintf("%s is %s", t.now, all[at].words()), all[at].Passing()
+	})
+	if err == nil {
+		t.say("%s passes", t.now)
+	}
+	return err
+}
+
+// leave waits until the old registration is gone, or removes it once it is dead: one
+// that still passes has not ended, and the new one is not in its place.
+func (t *turn) leave(ctx context.Context) error {
+	var dead bool
+	err := t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+		at := slices.IndexFunc(all, t.old.is)
+		if at < 0 {
+			return "", true
+		}
+		dead = !all[at].Healthy
+		return fmt.Sprintf("%s is there, but %s has not ended", t.now, t.old), dead
+	})
+	if err != nil || !dead {
+		return err
+	}
+	t.say("%s is deregistered: it has ended", t.old)
+	return t.r.Deregister(ctx, t.old)
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
+}

@@ -1,0 +1,258 @@
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/process"
+)
+
+// SSH reaches hosts by the user's own ssh: its configuration, agent and known hosts count.
+// Nothing is asked on the terminal.
+type SSH struct {
+	App string
+	// Hub is HOST:PORT of the hub by which hosts that are not ssh:// are reached; "" is none.
+	Hub      string
+	Config   string // file of ssh's configuration; "" is the usual one
+	Identity string // file of the key to show to hosts and the hub; "" is the usual ones
+	Program  string // culvert itself: what is run for the hub, and brought to hosts that have none
+
+	once sync.Once
+	sum  string // of Program
+	err  error
+}
+
+// exitMissing is what a shell says of a command that is not there.
+const exitMissing = 127
+
+// Dial runs "culvert apply" on a host: the one that was brought, or the one that is
+// installed. A key with a forced command always runs that.
+func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
+	s.once.Do(s.hash)
+	if s.err != nil {
+		return nil, s.err
+	}
+	own := fmt.Sprintf(`"$HOME/.cache/culvert/%s/culvert"`, s.sum)
+	return startWire(s.args(h, "exec sh -c "+quoted(strings.Join([]string{
+		fmt.Sprintf("if [ -x %s ]; then exec %s apply --app %s; fi", own, own, s.App),
+		fmt.Sprintf("if culvert apply --help >/dev/null 2>&1; then exec culvert apply --app %s; fi", s.App),
+		fmt.Sprintf("echo %s$(uname -s) $(uname -m) >&2; exit %d", lackMark, exitMissing),
+	}, "; "))))
+}
+
+// Bring puts our own program on a host where a wire has ended for lack of one; it stays in
+// ~/.cache/culvert/SHA256. It tells whether that is so, and is for Config.
+func (s *SSH) Bring(ctx context.Context, h Host, why error) (bool, error) {
+	var lacks *lackError
+	if !errors.As(why, &lacks) {
+		return false, nil
+	}
+	if lacks.system != runtime.GOOS || lacks.machine != runtime.GOARCH {
+		return false, fmt.Errorf("there is no culvert, and this one, for %s/%s, does not run on %s/%s: install one there", runtime.GOOS, runtime.GOARCH, lacks.system, lacks.machine)
+	}
+	if err := s.bring(ctx, h); err != nil {
+		return false, fmt.Errorf("bring culvert there: %w", err)
+	}
+	return true, nil
+}
+
+func (s *SSH) hash() {
+	f, err := os.Open(s.Program)
+	if err != nil {
+		s.err = fmt.Errorf("read culvert itself: %w", err)
+		return
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		s.err = fmt.Errorf("read culvert itself: %w", err)
+		return
+	}
+	s.sum = hex.EncodeToString(h.Sum(nil))
+}
+
+// args are those of ssh, with what is run there.
+func (s *SSH) args(h Host, command string) []string {
+	args := []string{"-T", "-e", "none"}
+	if s.Config != "" {
+		args = append(args, "-F", s.Config)
+	}
+	if s.Identity != "" {
+		args = append(args, "-i", s.Identity)
+	}
+	options := []string{"BatchMode=yes", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=3", "LogLevel=INFO"}
+	if s.Hub != "" && !strings.HasPrefix(h.Name, "ssh://") {
+		dial := quoted(s.Program) + " dial --hub " + quoted(s.Hub)
+		if s.Identity != "" {
+			dial += " --key " + quoted(s.Identity)
+		}
+		options = append(options, "ProxyCommand="+strings.ReplaceAll(dial, "%", "%%")+" %h:%p")
+	}
+	for _, o := range options {
+		args = append(args, "-o", o)
+	}
+	return append(args, "--", h.Name, command)
+}
+
+// quoted is a word for a shell.
+func quoted(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
+
+// lackMark is said on stderr where there is no culvert, with the system and the machine.
+const lackMark = "culvert is missing on "
+
+// bring puts our own program where apply looks for it.
+func (s *SSH) bring(ctx context.Context, h Host) error {
+	f, err := os.Open(s.Program)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	script := strings.Join([]string{
+		"umask 077", fmt.Sprintf(`d="$HOME/.cache/culvert/%s"`, s.sum), `t="$d/.incoming.$$"`, `mkdir -p "$d"`, `trap 'rm -f "$t"' EXIT`, `cat >"$t"`,
+		fmt.Sprintf(`[ "$(sha256sum <"$t" | cut -c1-64)" = %s ] || { echo "not all of it has come" >&2; exit 1; }`, s.sum),
+		`chmod 700 "$t"`, `mv -f "$t" "$d/culvert"`,
+	}, "; ")
+	var said talk
+	err = process.Run(ctx, process.Config{
+		Args: append([]string{"ssh", "-C"}, s.args(h, "exec sh -ec "+quoted(script))...), Stdin: f, Stdout: io.Discard, Stderr: &said,
+	})
+	if words := said.conclude(); err != nil && words != "" {
+		return errors.New(words)
+	}
+	return err
+}
+
+// A lackError is of a host without culvert.
+type lackError struct{ system, machine string }
+
+func (e *lackError) Error() string {
+	return "there is no culvert on it (" + e.system + "/" + e.machine + ")"
+}
+
+// machines are those that uname has other names for.
+var machines = map[string]string{"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+var lack = regexp.MustCompile(`^` + lackMark + `(\S+) (\S+)`)
+
+// An sshWire is the input and output of an ssh.
+type sshWire struct {
+	in    *os.File // to it
+	out   *os.File // from it
+	said  talk
+	end   context.CancelFunc
+	ended chan struct{}
+	err   error // after ended
+}
+
+func startWire(args []string) (*sshWire, error) {
+	theirs, in, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	out, ours, err := os.Pipe()
+	if err != nil {
+		theirs.Close()
+		in.Close()
+		return nil, err
+	}
+	life, end := context.WithCancel(context.Background())
+	w := &sshWire{in: in, out: out, end: end, ended: make(chan struct{})}
+	go func() {
+		defer close(w.ended)
+		defer ours.Close()
+		defer theirs.Close()
+		w.err = process.Run(life, process.Config{
+			Args: append([]string{"ssh"}, args...), Stdin: theirs, Stdout: ours, Stderr: &w.said, Patience: toHangUp,
+		})
+	}()
+	return w, nil
+}
+
+// toHangUp is how long an ssh may take to end.
+const toHangUp = 2 * time.Second
+
+func (w *sshWire) Read(p []byte) (int, error)  { return w.out.Read(p) }
+func (w *sshWire) Write(p []byte) (int, error) { return w.in.Write(p) }
+
+// Close hangs up. Why waits until ssh has ended, which it is left some time for.
+func (w *sshWire) Close() error {
+	time.AfterFunc(toHangUp, w.end)
+	return errors.Join(w.in.Close(), w.out.Close())
+}
+
+// Why is what ssh, or what it ran, has said last, where it did not end well.
+func (w *sshWire) Why() error {
+	<-w.ended
+	words := w.said.conclude()
+	if found := lack.FindStringSubmatch(words); found != nil {
+		e := &lackError{strings.ToLower(found[1]), found[2]}
+		if name := machines[e.machine]; name != "" {
+			e.machine = name
+		}
+		return e
+	}
+	var exit *process.ExitError
+	switch {
+	case w.err == nil || errors.Is(w.err, context.Canceled):
+		return nil
+	case errors.As(w.err, &exit) && words != "":
+		return errors.New(words)
+	}
+	return w.err
+}
+
+// A talk is what a program has said on stderr, its end.
+type talk struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+const mostTalk = 64 << 10
+
+func (t *talk) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.text.Len() > mostTalk {
+		t.text.Next(t.text.Len() - mostTalk/2)
+	}
+	return t.text.Write(p)
+}
+
+// closing are what ssh says of an end whose reason was said before.
+var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:"}
+
+// conclude is the line that tells why: culvert's own, else the last that says more than that
+// it is over.
+func (t *talk) conclude() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	best, any := "", ""
+	for line := range strings.Lines(t.text.String()) {
+		if line = strings.TrimSpace(line); line == "" {
+			continue
+		}
+		if ours, is := strings.CutPrefix(line, "culvert: error: "); is {
+			return ours
+		}
+		any = line
+		if !slices.ContainsFunc(closing, func(prefix string) bool { return strings.HasPrefix(line, prefix) }) {
+			best = line
+		}
+	}
+	if best == "" {
+		return any
+	}
+	return best
+}

@@ -1,0 +1,323 @@
+package release
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// job is a command in the folder of a release.
+func (r *run) job(phase string, timeout time.Duration, argv ...string) *job {
+	s := r.s
+	dir, other := filepath.Join(s.hello.To, currentLink), s.idOf(r.Previous)
+	if r.id != "" {
+		dir = filepath.Join(s.hello.To, releasesDir, r.id)
+	}
+	if r.id == other {
+		other = r.Release
+	}
+	return &job{
+		argv: argv, dir: dir, as: s.as, timeout: timeout,
+		env: append(s.env(r.id), "CULVERT_PREVIOUS="+other),
+		line: func(text string) {
+			s.wire.tell(Event{Kind: "output", Phase: phase, Text: text})
+		},
+	}
+}
+
+func (s *session) env(id string) []string {
+	return []string{"CULVERT_APP=" + s.hello.App, "CULVERT_TO=" + s.hello.To, "CULVERT_RELEASE=" + id}
+}
+
+// hook runs a script. The text is one argument, and so is quoted by nobody.
+func (r *run) hook(ctx context.Context, phase, text string) (string, error) {
+	return r.job(phase, r.Config.Hooks.Timeout, "sh", "-ec", text).run(ctx)
+}
+
+func (r *run) command(ctx context.Context, phase string, timeout time.Duration, argv ...string) (string, error) {
+	out, err := r.job(phase, timeout, argv...).run(ctx)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
+	}
+	return out, err
+}
+
+func (r *run) drain(ctx context.Context) (string, error) {
+	a := r.Config.Drain
+	r.drained = true // as far as anybody knows
+	out, err := r.turn(ctx, PhaseDrain, a, a.Arg, true)
+	if err != nil {
+		return out, err
+	}
+	select {
+	case <-time.After(a.Wait):
+		return "", nil
+	case <-ctx.Done():
+		return "", context.Cause(ctx)
+	}
+}
+
+func (r *run) undrain(ctx context.Context) (string, error) {
+	a := r.Config.Drain
+	out, err := r.turn(ctx, PhaseUndrain, a, a.Undo, false)
+	if err == nil {
+		r.drained = false
+	}
+	return out, err
+}
+
+// turn drains, or undoes it.
+func (r *run) turn(ctx context.Context, phase string, a *Action, arg string, off bool) (string, error) {
+	switch {
+	case a.Kind == "consul":
+		return "", maintenance(ctx, a, off, r.Release)
+	case arg == "":
+		return "", nil
+	case a.Kind == "http":
+		return "", call(ctx, a.Timeout, arg)
+	}
+	return r.job(phase, a.Timeout, "sh", "-ec", arg).run(ctx)
+}
+
+func (r *run) restart(ctx context.Context) (string, error) {
+	a := r.Config.Restart
+	switch a.Kind {
+	case "systemd":
+		return r.command(ctx, PhaseRestart, a.Timeout, "systemctl", "restart", "--", a.Arg)
+	case "supervisor":
+		return r.command(ctx, PhaseRestart, a.Timeout, "supervisorctl", "restart", a.Arg)
+	case "pm2":
+		return r.pm2(ctx, a)
+	case "http":
+		err := call(ctx, a.Timeout, a.Arg)
+		if errors.Is(err, io.EOF) || errors.Is(err, errReset) { // who is told to end may do so before it answers
+			err = nil
+		}
+		return "", err
+	}
+	return r.job(PhaseRestart, a.Timeout, "sh", "-ec", a.Arg).run(ctx)
+}
+
+// pm2 keeps the folder and the script that it has once resolved, and "pm2 reload" goes on with
+// them. So the process is deleted and started, by a path through current.
+func (r *run) pm2(ctx context.Context, a *Action) (string, error) {
+	name, script, _ := strings.Cut(a.Arg, " ")
+	script = strings.TrimSpace(script)
+	current := filepath.Join(r.s.hello.To, currentLink)
+	if script == "" {
+		for _, s := range []string{"ecosystem.config.js", "ecosystem.config.cjs", "ecosystem.config.json"} {
+			if _, err := r.s.disk.Lstat(path.Join(releasesDir, r.id, s)); err == nil {
+				script = s
+			}
+		}
+	}
+	if script == "" {
+		return "", fmt.Errorf("pm2 %s: the release has no ecosystem.config.js, and no script is named", name)
+	}
+	argv := []string{"pm2", "start", filepath.Join(current, script)}
+	if strings.Contains(path.Base(script), ".config.") {
+		argv = append(argv, "--only", name)
+	} else {
+		argv = append(argv, "--name", name, "--cwd", current)
+	}
+	j := r.job(PhaseRestart, a.Timeout, "pm2", "delete", name)
+	j.dir, j.line = current, nil // it complains of what is not there
+	if _, err := j.run(ctx); errors.Is(err, errTimeout) || ctx.Err() != nil {
+		return "", fmt.Errorf("pm2 delete %s: %w", name, err)
+	}
+	j = r.job(PhaseRestart, a.Timeout, argv...)
+	j.dir, j.env = current, append(j.env, "PWD="+current)
+	out, err := j.run(ctx)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
+	}
+	return out, err
+}
+
+// call asks an address, for "[METHOD] URL".
+func call(ctx context.Context, timeout time.Duration, arg string) error {
+	method, address := http.MethodPost, arg
+	if m, rest, ok := strings.Cut(arg, " "); ok {
+		method, address = m, strings.TrimSpace(rest)
+	}
+	if timeout <= 0 {
+		timeout = DefaultTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	_, err := fetch(ctx, method, address, 0, nil)
+	return err
+}
+
+// fetch is one request; a status other than the wanted, or for 0 than 2xx, is an error. see gets the head and the
+// first megabyte.
+func fetch(ctx context.Context, method, address string, status int, see func(http.Header, []byte) error) (text []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, address, nil)
+	if err != nil {
+		return nil, err
+	}
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{}).DialContext} // whatever proxy is set
+	client := http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, plain(err)
+	}
+	defer resp.Body.Close()
+	text, err = io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", method, address, err)
+	}
+	if status != 0 && resp.StatusCode != status || status == 0 && resp.StatusCode/100 != 2 {
+		return nil, fmt.Errorf("%s %s: %s", method, address, resp.Status)
+	}
+	if see != nil {
+		return text, see(resp.Header, text)
+	}
+	return text, nil
+}
+
+func plain(err error) error {
+	var where *url.Error
+	if errors.As(err, &where) && errors.Is(where.Err, context.DeadlineExceeded) {
+		return fmt.Errorf("%s %s: no answer", where.Op, where.URL)
+	}
+	return err
+}
+
+// maintenance takes the instances of a service at the local agent out of the catalog's passing
+// ones, or puts them back.
+func maintenance(ctx context.Context, a *Action, off bool, id string) error {
+	agent := os.Getenv("CONSUL_HTTP_ADDR")
+	if agent == "" {
+		agent = "127.0.0.1:8500"
+	}
+	if !strings.Contains(agent, "://") {
+		agent = "http://" + agent
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	text, err := fetch(ctx, http.MethodGet, agent+"/v1/agent/services", 0, nil)
+	if err != nil {
+		return fmt.Errorf("ask the consul agent: %w", err)
+	}
+	var services map[string]struct{ ID, Service string }
+	if err := json.Unmarshal(text, &services); err != nil {
+		return fmt.Errorf("ask the consul agent: %w", err)
+	}
+	found := false
+	for _, s := range services {
+		if s.ID != a.Arg && s.Service != a.Arg {
+			continue
+		}
+		found = true
+		q := url.Values{"enable": {strconv.FormatBool(off)}, "reason": {"culvert: release " + id}}
+		if _, err := fetch(ctx, http.MethodPut, agent+"/v1/agent/service/maintenance/"+url.PathEscape(s.ID)+"?"+q.Encode(), 0, nil); err != nil {
+			return fmt.Errorf("maintenance of %s: %w", s.ID, err)
+		}
+	}
+	if !found && off {
+		return fmt.Errorf("the consul agent knows no service %s", a.Arg)
+	}
+	return nil
+}
+
+// runningPID is how supervisorctl tells of a process.
+var runningPID = regexp.MustCompile(`(?m)^\S+\s+RUNNING\s+pid (\d+),`)
+
+// A process is one that may be the instance.
+type process struct {
+	pid   int
+	paths []string // what its supervisor says of it
+}
+
+// supervised are the processes of what was restarted. known is false where nobody says.
+func (r *run) supervised(ctx context.Context) (all []process, known bool, err error) {
+	a := r.Config.Restart
+	if a == nil {
+		return nil, false, nil
+	}
+	quiet := func(argv ...string) (string, error) {
+		j := r.job(PhaseHealth, lookTimeout, argv...)
+		j.line = nil
+		out, err := j.run(ctx)
+		if err != nil {
+			err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
+		}
+		return out, err
+	}
+	switch a.Kind {
+	case "systemd":
+		out, err := quiet("systemctl", "show", "-p", "MainPID", "--value", "--", a.Arg)
+		if pid, _ := strconv.Atoi(strings.TrimSpace(out)); pid > 0 {
+			all = append(all, process{pid: pid})
+		}
+		return all, true, err
+	case "supervisor":
+		out, _ := quiet("supervisorctl", "status", a.Arg) // it fails when one is not up yet
+		all, err := supervisorPIDs(out)
+		return all, true, err
+	case "pm2":
+		out, err := quiet("pm2", "jlist")
+		if err != nil {
+			return nil, true, err
+		}
+		name, _, _ := strings.Cut(a.Arg, " ")
+		all, err := pm2PIDs(out, name)
+		return all, true, err
+	}
+	return nil, false, nil
+}
+
+func supervisorPIDs(out string) (all []process, err error) {
+	for _, m := range runningPID.FindAllStringSubmatch(out, -1) {
+		pid, _ := strconv.Atoi(m[1])
+		all = append(all, process{pid: pid})
+	}
+	if lines := len(strings.Split(strings.TrimSpace(out), "\n")); len(all) < lines {
+		return nil, fmt.Errorf("not running: %s", strings.TrimSpace(out))
+	}
+	return all, nil
+}
+
+// pm2PIDs reads "pm2 jlist", which may say something else first.
+func pm2PIDs(out, name string) (all []process, err error) {
+	lines := strings.Split(out, "\n")
+	i := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "[{") || strings.HasPrefix(l, "[]") })
+	if i < 0 {
+		return nil, errors.New("pm2 jlist: no list")
+	}
+	var list []struct {
+		PID  int    `json:"pid"`
+		Name string `json:"name"`
+		Env  struct {
+			Status string `json:"status"`
+			Script string `json:"pm_exec_path"`
+		} `json:"pm2_env"`
+	}
+	if err := json.Unmarshal([]byte(strings.Join(lines[i:], "\n")), &list); err != nil {
+		return nil, fmt.Errorf("pm2 jlist: %w", err)
+	}
+	for _, p := range list {
+		if p.Name != name {
+			continue
+		}
+		if p.Env.Status != "online" || p.PID <= 0 {
+			return nil, fmt.Errorf("pm2 %s is %s", name, p.Env.Status)
+		}
+		all = append(all, process{p.PID, []string{p.Env.Script}})
+	}
+	return all, nil
+}

@@ -1,0 +1,322 @@
+package release
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// A Client is the deployer's end of a wire. Its methods are called one after the other. The
+// error is an *Error where it is the host's answer; any other means that the wire is of no
+// more use, as does a context that has ended: then the wire is closed.
+type Client struct {
+	rw   io.ReadWriteCloser
+	out  *frameWriter
+	in   chan message // what the host says; closed at the end of the wire
+	mu   sync.Mutex
+	err  error // why the wire is gone
+	gone chan struct{}
+	all  sync.WaitGroup
+
+	offer []Piece // what was missing of the last one
+}
+
+// NewClient takes a wire over. Close gives it up.
+func NewClient(rw io.ReadWriteCloser) *Client {
+	c := &Client{rw: rw, out: newFrameWriter(rw), in: make(chan message), gone: make(chan struct{})}
+	c.all.Go(c.read)
+	c.all.Go(c.beat)
+	return c
+}
+
+// Close closes the wire, and returns when nothing of the client is left. The host then
+// ends by itself what has been begun.
+func (c *Client) Close() error {
+	c.fail(net.ErrClosed)
+	c.all.Wait()
+	return nil
+}
+
+// fail closes the wire. The first to do so says why.
+func (c *Client) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = err
+		close(c.gone)
+		c.rw.Close()
+	}
+}
+
+func (c *Client) why() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+func (c *Client) read() {
+	defer close(c.in)
+	quiet := time.AfterFunc(silence, func() { c.fail(errSilent) })
+	defer quiet.Stop()
+	r := bufio.NewReader(c.rw)
+	for {
+		k, payload, err := readFrame(r)
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF // it is we who end
+			}
+			c.fail(fmt.Errorf("the host hung up: %w", err))
+			return
+		}
+		quiet.Reset(silence)
+		if k == kindBeat {
+			continue
+		}
+		m, err := unpack(k, payload)
+		if k == kindData {
+			err = errors.New("data from a host")
+		}
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		select {
+		case c.in <- m:
+		case <-c.gone:
+			return
+		}
+	}
+}
+
+var errSilent = fmt.Errorf("nothing was heard of the other end for %v", silence)
+
+func (c *Client) beat() {
+	every := time.NewTicker(beatEvery)
+	defer every.Stop()
+	for {
+		select {
+		case <-every.C:
+			if err := c.out.frame(kindBeat, nil); err != nil {
+				c.fail(err)
+			}
+		case <-c.gone:
+			return
+		}
+	}
+}
+
+// asked sends a request and waits for its answer.
+func asked[T any](ctx context.Context, c *Client, what string, with any, events func(Event)) (answer T, err error) {
+	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	if err := c.send(what, with); err != nil {
+		return answer, err
+	}
+	err = c.answer(&answer, events)
+	return answer, err
+}
+
+func (c *Client) send(what string, with any) error {
+	text, err := json.Marshal(with)
+	if err != nil {
+		return err
+	}
+	if err := c.out.message(message{Ask: what, With: text}); err != nil {
+		c.fail(err)
+		return c.why()
+	}
+	return nil
+}
+
+// answer waits for one.
+func (c *Client) answer(answer any, events func(Event)) error {
+	for m := range c.in {
+		switch {
+		case m.Event != nil:
+			if events != nil {
+				events(*m.Event)
+			}
+		case m.Error != nil:
+			return m.Error
+		case answer == nil:
+			return nil
+		default:
+			if err := json.Unmarshal(m.Answer, answer); err != nil {
+				c.fail(fmt.Errorf("read the host's answer: %w", err))
+				return c.why()
+			}
+			return nil
+		}
+	}
+	return c.why()
+}
+
+// Hello comes first. Version is set here. It changes nothing on the host.
+func (c *Client) Hello(ctx context.Context, h Hello) (*Host, error) {
+	h.Version = Version
+	host, err := asked[Host](ctx, c, "hello", h, nil)
+	return &host, err
+}
+
+// Lock takes the host for this deploy; an Error of Held names who has it. events, which
+// may be nil as everywhere, tells of waiting and of what has to be repaired first.
+func (c *Client) Lock(ctx context.Context, l Lock, events func(Event)) (Locked, error) {
+	return asked[Locked](ctx, c, "lock", l, events)
+}
+
+// partOf is about how many bytes of a manifest are sent in one message. However much of it JSON
+// has to escape, a message may be as long.
+const partOf = 1 << 20
+
+// Offer offers a release, whose ID, Commit, Plan and Entries are to be set, and returns the
+// pieces that the host does not have, in the order in which Ship is to send them. None may
+// mean that the release is there already; Ship is asked in any case.
+func (c *Client) Offer(ctx context.Context, o Offer) (missing []Piece, err error) {
+	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	for rest := o.Entries; ; {
+		n, weight := 0, 0
+		for n < len(rest) && weight < partOf {
+			weight += 200 + len(rest[n].Path) + len(rest[n].Target) + 100*len(rest[n].Chunks)
+			n++
+		}
+		part := o
+		part.Entries, part.More = rest[:n], n < len(rest)
+		rest = rest[n:]
+		if err := c.send("offer", part); err != nil {
+			return nil, err
+		}
+		if !part.More {
+			break
+		}
+	}
+	var answer offered
+	if err := c.answer(&answer, nil); err != nil {
+		return nil, err
+	}
+	for i, p := range Pieces(o.Entries) {
+		if i/8 < len(answer.Missing) && answer.Missing[i/8]>>(i%8)&1 == 1 {
+			missing = append(missing, p)
+		}
+	}
+	if !o.Plan {
+		c.offer = missing
+	}
+	return missing, nil
+}
+
+// Ship sends what Offer said to be missing: from is all these pieces, one behind the other.
+// When it returns the release is whole, verified and on the disk. An error of from is
+// returned as it is; what has come until then stays for the next Offer.
+func (c *Client) Ship(ctx context.Context, from io.Reader) error {
+	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	var bytes int64
+	for _, p := range c.offer {
+		bytes += p.Size
+	}
+	if err := c.send("ship", struct{}{}); err != nil {
+		return err
+	}
+	refused := make(chan error, 1) // the answer, which may come before all is sent
+	over := make(chan struct{})
+	c.all.Go(func() {
+		defer close(over)
+		refused <- c.answer(nil, nil)
+	})
+	sent := c.shipAll(io.LimitReader(from, bytes), over)
+	if err := c.out.frame(kindData, nil); err != nil {
+		c.fail(err)
+	}
+	answer := <-refused
+	var theirs *Error
+	if answer != nil && !(errors.As(answer, &theirs) && theirs.Code == Corrupt && sent != nil) {
+		return answer
+	}
+	return sent
+}
+
+// shipAll compresses and sends until from ends, or the host has answered.
+func (c *Client) shipAll(from io.Reader, over <-chan struct{}) error {
+	z, err := zstd.NewWriter(&dataWriter{c, over}, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(struct{ io.Writer }{z}, from) // ReadFrom of zstd keeps back what came before an error
+	if closed := z.Close(); err == nil {
+		err = closed
+	}
+	if errors.Is(err, errAnswered) {
+		return nil
+	}
+	return err
+}
+
+var errAnswered = errors.New("the host has answered")
+
+// A dataWriter makes data frames.
+type dataWriter struct {
+	c    *Client
+	over <-chan struct{}
+}
+
+func (d *dataWriter) Write(p []byte) (n int, err error) {
+	for n < len(p) {
+		select {
+		case <-d.over:
+			return n, errAnswered
+		default:
+		}
+		part := p[n:min(n+maxData, len(p))]
+		if err := d.c.out.frame(kindData, part); err != nil {
+			d.c.fail(err)
+			return n, err
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// Activate switches to what was shipped, or what Rollback chose. The error is only about
+// the asking: what became of the host is the Result.
+func (c *Client) Activate(ctx context.Context, events func(Event)) (Result, error) {
+	return asked[Result](ctx, c, "activate", struct{}{}, events)
+}
+
+// Finish marks what was activated as good, and prunes.
+func (c *Client) Finish(ctx context.Context) (Finished, error) {
+	return asked[Finished](ctx, c, "finish", struct{}{}, nil)
+}
+
+// Revert goes back to what was current before Activate.
+func (c *Client) Revert(ctx context.Context, events func(Event)) (Result, error) {
+	return asked[Result](ctx, c, "revert", struct{}{}, events)
+}
+
+// Rollback chooses what Activate will go to: a release, or for "" the newest good one
+// before the current. It changes nothing; without the lock it is only an answer.
+func (c *Client) Rollback(ctx context.Context, release string) (Choice, error) {
+	return asked[Choice](ctx, c, "rollback", rollback{release}, nil)
+}
+
+// Restart restarts what is current, with its drain and gate.
+func (c *Client) Restart(ctx context.Context, events func(Event)) (Result, error) {
+	return asked[Result](ctx, c, "restart", struct{}{}, events)
+}
+
+// List returns the releases, the newest first.
+func (c *Client) List(ctx context.Context) ([]Release, error) {
+	l, err := asked[listed](ctx, c, "list", struct{}{}, nil)
+	return l.Releases, err
+}
+
+// Exec runs a command in the current release; its output comes by events. It needs no lock.
+func (c *Client) Exec(ctx context.Context, argv []string, events func(Event)) (code int, err error) {
+	e, err := asked[exited](ctx, c, "exec", command{argv}, events)
+	return e.Code, err
+}

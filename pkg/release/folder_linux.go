@@ -1,0 +1,383 @@
+package release
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Names below the app's folder.
+const (
+	releasesDir  = "releases"
+	sharedDir    = "shared"
+	currentLink  = "current"
+	ownDir       = ".culvert"
+	manifestsDir = ownDir + "/manifests"
+	logFile      = ownDir + "/log.jsonl"
+	lockFile     = ownDir + "/lock"
+	runFile      = ownDir + "/run.json"
+	nextLink     = ownDir + "/next"
+
+	incoming = ".incoming-" // before an id, in releases
+	goneMark = ".gone-"
+)
+
+const maxLog = 16 << 20 // bytes of it, from the end, that are read
+
+func releaseDir(id string) string   { return path.Join(releasesDir, id) }
+func manifestFile(id string) string { return path.Join(manifestsDir, id+".jsonl") }
+
+// open opens the app's folder, if it is there.
+func (s *session) open() error {
+	root, err := os.OpenRoot(s.hello.To)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open %s: %w", s.hello.To, err)
+	}
+	s.disk = &disk{Root: root, uid: -1, gid: -1, before: s.opts.before}
+	if s.as != nil {
+		s.disk.uid, s.disk.gid = int(s.as.uid), int(s.as.gid)
+	}
+	return nil
+}
+
+// release lets all go.
+func (s *session) release() {
+	if s.lock != nil {
+		s.lock.Close()
+	}
+	if s.disk != nil {
+		s.disk.Close()
+	}
+}
+
+// layOut makes what every app's folder has.
+func (s *session) layOut() error {
+	if s.disk == nil {
+		if s.opts.before != nil {
+			s.opts.before("mkdir " + s.hello.To)
+		}
+		if err := os.Mkdir(s.hello.To, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := s.open(); err != nil {
+			return err
+		}
+	}
+	_, err := s.disk.Lstat(sharedDir)
+	fresh := errors.Is(err, fs.ErrNotExist)
+	for _, dir := range []string{ownDir, manifestsDir, releasesDir} {
+		if err := s.disk.mkdir(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if !fresh {
+		return nil // it may be a link to another disk
+	}
+	if err := s.disk.mkdir(sharedDir, 0o755); err != nil {
+		return err
+	}
+	return s.disk.give(sharedDir)
+}
+
+// acquire takes the lock, and repairs what a killed apply has left.
+func (s *session) acquire(ctx context.Context, l Lock) (Locked, error) {
+	if s.lock != nil {
+		return Locked{}, errorf(Misused, "this deploy has the lock already")
+	}
+	if len(s.refused) > 0 {
+		return Locked{}, &Error{Code: Refused, Text: s.refused[0].Text, Hint: s.refused[0].Hint}
+	}
+	if err := s.layOut(); err != nil {
+		return Locked{}, fmt.Errorf("prepare %s: %w", s.hello.To, err)
+	}
+	f, err := s.disk.OpenFile(lockFile, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o644)
+	if err != nil {
+		return Locked{}, err
+	}
+	if err := s.flock(ctx, f, l.Wait); err != nil {
+		f.Close()
+		return Locked{}, err
+	}
+	s.lock = f
+	locked, err := s.locked(ctx, l)
+	if err != nil {
+		s.lock = nil
+		f.Close()
+	}
+	return locked, err
+}
+
+// locked is what comes first with the lock.
+func (s *session) locked(ctx context.Context, l Lock) (locked Locked, err error) {
+	text, err := json.Marshal(Holder{Who: s.hello.Who, Release: l.Release, Since: time.Now().UTC(), PID: os.Getpid()})
+	if err == nil {
+		err = errors.Join(s.lock.Truncate(0), write(s.lock, text))
+	}
+	if err != nil {
+		return Locked{}, fmt.Errorf("write %s: %w", lockFile, err)
+	}
+	if locked.Repaired, err = s.repair(ctx); err != nil {
+		return Locked{}, fmt.Errorf("repair %s: %w", s.hello.To, err)
+	}
+	locked.Current, _ = s.current()
+	return locked, nil
+}
+
+func write(f *os.File, text []byte) error {
+	_, err := f.WriteAt(text, 0)
+	return err
+}
+
+// A look at the lock, as of hello, has it for less than this.
+const glimpse = 250 * time.Millisecond
+
+// flock waits for the lock as long as the deployer does. It is one of the kernel's, so it is
+// gone with its process, and there is nothing to unlock.
+func (s *session) flock(ctx context.Context, f *os.File, patience time.Duration) error {
+	until := time.Now().Add(max(patience, glimpse))
+	told := false
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("lock %s: %w", s.hello.To, err)
+		}
+		holder := readHolder(f)
+		if time.Now().After(until) {
+			return &Error{Code: Held, Text: fmt.Sprintf("%s is locked by %v", s.hello.To, holder), Holder: holder}
+		}
+		if !told && patience > 0 {
+			told = true
+			s.note("", "waiting for "+holder.String())
+		}
+		select {
+		case <-time.After(glimpse / 5):
+		case <-s.wire.gone.Done():
+			return context.Cause(s.wire.gone)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// holder is who has the lock now.
+func (s *session) holder() *Holder {
+	if s.disk == nil {
+		return nil
+	}
+	f, err := s.disk.Open(lockFile)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil { // the lock goes with f
+		return nil
+	}
+	return readHolder(f)
+}
+
+func readHolder(f *os.File) *Holder {
+	var h Holder
+	text, _ := io.ReadAll(io.NewSectionReader(f, 0, 4096))
+	_ = json.Unmarshal(text, &h) // who has only just got it has not written
+	return &h
+}
+
+// linked is where current leads, "" for nowhere.
+func (s *session) linked() string {
+	if s.disk == nil {
+		return ""
+	}
+	to, err := s.disk.Readlink(currentLink)
+	if err != nil {
+		return ""
+	}
+	return to
+}
+
+// idOf is the release that a link leads to, "" if it is none of ours.
+func (s *session) idOf(link string) string {
+	if rest, ok := strings.CutPrefix(link, s.hello.To+"/"); ok {
+		link = rest
+	}
+	dir, id := path.Split(path.Clean(link))
+	if path.Clean(dir) != releasesDir || CheckID(id) != nil {
+		return ""
+	}
+	return id
+}
+
+// current is the release; link is where current leads, whether or not that is one.
+func (s *session) current() (id, link string) {
+	link = s.linked()
+	return s.idOf(link), link
+}
+
+// records are those of the log.
+func (s *session) records() ([]record, error) {
+	if s.disk == nil {
+		return nil, nil
+	}
+	f, err := s.disk.Open(logFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if size, err := f.Seek(0, io.SeekEnd); err != nil {
+		return nil, err
+	} else if _, err := f.Seek(max(0, size-maxLog), io.SeekStart); err != nil {
+		return nil, err
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxLog))
+	return parseLog(text), err
+}
+
+// record adds a line to the log, and returns when it is on the disk.
+func (s *session) record(r record) error {
+	r.Time, r.Who = time.Now().UTC(), s.hello.Who
+	line, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := s.disk.appendLine(logFile, line); err != nil {
+		return fmt.Errorf("write %s: %w", logFile, err)
+	}
+	return nil
+}
+
+// here are the releases that are in the folder, the oldest first: those of the log in its order,
+// after what was there before.
+func (s *session) here() ([]Release, error) {
+	if s.disk == nil {
+		return nil, nil
+	}
+	log, err := s.records()
+	if err != nil {
+		return nil, err
+	}
+	names, err := s.inReleases()
+	if err != nil {
+		return nil, err
+	}
+	current, _ := s.current()
+	var all []Release
+	known := history(log)
+	for _, name := range names {
+		if CheckID(name) == nil && !slices.ContainsFunc(known, func(r Release) bool { return r.ID == name }) {
+			all = append(all, Release{ID: name, State: StateUnknown})
+		}
+	}
+	for _, r := range known {
+		if slices.Contains(names, r.ID) {
+			all = append(all, r)
+		}
+	}
+	for _, name := range names {
+		if id, ok := strings.CutPrefix(name, incoming); ok && CheckID(id) == nil {
+			r := Release{ID: id, State: StateIncoming}
+			if m, err := s.readManifest(id); err == nil {
+				r.Commit, r.Tree, r.Who, r.When = m.Commit, m.Tree, m.Who, m.When
+			}
+			all = append(all, r)
+		}
+	}
+	for i := range all {
+		all[i].Current = all[i].ID == current && all[i].State != StateIncoming
+	}
+	return all, nil
+}
+
+// inReleases are the names of folders.
+func (s *session) inReleases() ([]string, error) {
+	f, err := s.disk.Open(releasesDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	entries, err := f.ReadDir(-1)
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	slices.Sort(names)
+	return names, err
+}
+
+func (s *session) list() (listed, error) {
+	all, err := s.here()
+	slices.Reverse(all)
+	return listed{all}, err
+}
+
+// prune removes old releases, and what was never finished.
+func (s *session) prune(spare string) ([]string, error) {
+	all, err := s.here()
+	if err != nil {
+		return nil, err
+	}
+	keep := s.hello.Config.Keep
+	if keep == 0 {
+		keep = DefaultKeep
+	}
+	gone := prunable(all, keep, spare)
+	var errs []error
+	for _, id := range gone {
+		if err := s.disk.rename(releaseDir(id), releaseDir(goneMark+id)); err != nil { // half a release is none
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, s.disk.unlink(manifestFile(id)), s.record(record{Event: eventPruned, Release: id}))
+	}
+	return gone, errors.Join(append(errs, s.sweep())...)
+}
+
+// sweep removes what nobody goes on with.
+func (s *session) sweep() error {
+	names, err := s.inReleases()
+	errs := []error{err}
+	for _, name := range names {
+		if id, ok := strings.CutPrefix(name, incoming); ok {
+			errs = append(errs, s.disk.discard(releaseDir(name)), s.disk.unlink(manifestFile(id)))
+		} else if strings.HasPrefix(name, goneMark) {
+			errs = append(errs, s.disk.discard(releaseDir(name)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// realReleases is releases/ as the kernel names it.
+func (s *session) realReleases() string {
+	dir := filepath.Join(s.hello.To, releasesDir)
+	if real, err := filepath.EvalSymlinks(dir); err == nil {
+		return real
+	}
+	return dir
+}
+
+func (s *session) note(phase, text string) {
+	s.wire.tell(Event{Kind: "note", Phase: phase, Text: text})
+}
