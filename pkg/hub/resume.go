@@ -49,7 +49,7 @@ func wordless(network string, are func(words string) bool) (plain string, err er
 
 // lastWords is how long connections that are broken off have to be told so, where they would
 // be held else.
-const lastWords = time.Second
+const lastWords = 2 * time.Second
 
 // A Client is the hosts of a hub for who may reach them: a Network whose wire is opened again
 // when it is lost, and whose connections of "tcp" go on then where a host of ours is behind them.

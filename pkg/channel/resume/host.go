@@ -138,7 +138,7 @@ func (h *Host) holds(s *held, err error) {
 	if first != nil {
 		first.giveUp(fmt.Errorf("too many connections are lost: %w", syscall.ECONNRESET))
 	}
-	if s.linked() { // it was found meanwhile
+	if !s.adrift() { // it was found meanwhile, or has ended
 		h.mu.Lock()
 		h.unlist(s)
 		h.mu.Unlock()

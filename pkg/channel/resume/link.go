@@ -74,7 +74,8 @@ func (s *Stream) broke(l *link, err error) {
 		return
 	}
 	s.link = nil
-	if errors.Is(err, errRules) || s.dials && s.complete() { // there is nothing to go on with
+	heard := l.last && errors.Is(err, io.ErrUnexpectedEOF) // the host has closed it, for it has the last word
+	if errors.Is(err, errRules) || heard || s.dials && s.complete() && !s.reset {
 		s.finished(err)
 	}
 	over := s.over
@@ -101,16 +102,18 @@ func (l *link) write() {
 		buf := frames.Get().(*[mostFrames]byte)
 		words := l.words(buf[:0])
 		l.s.writable.Broadcast() // there may be room
-		last := l.last
+		last, reset := l.last, l.s.reset
 		l.s.mu.Unlock()
 		_, err := l.conn.Write(words)
 		frames.Put(buf)
-		if last && err == nil {
-			l.s.finish(net.ErrClosed)
-			return
-		}
-		if err != nil {
+		switch {
+		case err != nil:
 			l.s.broke(l, err)
+			return
+		case last && reset: // that it is known is waited for
+			return
+		case last:
+			l.s.finish(net.ErrClosed)
 			return
 		}
 	}

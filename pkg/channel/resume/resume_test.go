@@ -143,9 +143,7 @@ func newWorld(t *testing.T) *world {
 		w.client.Close(time.Second)
 		w.host.Close(time.Second)
 		w.ln.Close()
-		if len(w.host.streams)+len(w.host.lost) > 0 {
-			t.Errorf("the host holds %d streams, %d of them lost", len(w.host.streams), len(w.host.lost))
-		}
+		w.await("nothing is held", 0)
 		for who, b := range map[string]*budget{"client": w.client.budget, "host": w.host.budget} {
 			if left := b.left.Load(); left != mostGrown {
 				t.Errorf("the %s's budget is %d short", who, mostGrown-left)
@@ -357,7 +355,7 @@ func (w *world) await(what string, streams int) {
 	await(w.t, what, func() bool {
 		w.host.mu.Lock()
 		defer w.host.mu.Unlock()
-		return len(w.host.streams) == streams
+		return len(w.host.streams) == streams && len(w.host.lost) <= streams
 	})
 }
 
@@ -508,9 +506,118 @@ func TestMostHeld(t *testing.T) {
 	if n != 2 {
 		t.Errorf("%d have ended", n)
 	}
+	go w.serve()
+	w.way.refuse(nil)
 	for _, near := range nears {
-		near.Abort(nil)
+		near.Abort(nil) // which those hear that are held
 		ended(t, "client", near)
+	}
+}
+
+// A lag is a connection of which all is heard later.
+type lag struct {
+	net.Conn
+	late chan said
+	rest []byte
+	over chan struct{}
+	once sync.Once
+}
+
+type said struct {
+	b  []byte
+	at time.Time
+}
+
+func lagging(c net.Conn, by time.Duration) *lag {
+	l := &lag{Conn: c, late: make(chan said, 1<<14), over: make(chan struct{})}
+	go func() {
+		defer close(l.late)
+		for {
+			b := make([]byte, 32<<10)
+			n, err := c.Read(b)
+			if n > 0 {
+				select {
+				case l.late <- said{b[:n], time.Now().Add(by)}:
+				case <-l.over:
+					return
+				}
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return l
+}
+
+func (l *lag) Read(p []byte) (int, error) {
+	if len(l.rest) == 0 {
+		next, ok := <-l.late
+		if !ok {
+			return 0, io.EOF
+		}
+		time.Sleep(time.Until(next.at))
+		l.rest = next.b
+	}
+	n := copy(p, l.rest)
+	l.rest = l.rest[n:]
+	return n, nil
+}
+
+func (l *lag) Close() error {
+	l.once.Do(func() { close(l.over) })
+	return l.Conn.Close()
+}
+
+// farAway is both ends of a stream with a round trip between them.
+func farAway(rtt time.Duration) (a, b *Stream) {
+	x, y := net.Pipe()
+	lost := func(s *Stream, _ bool, err error) { s.finish(err) }
+	a = newStream(true, x.LocalAddr(), x.RemoteAddr(), newBudget(), lost)
+	b = newStream(false, y.LocalAddr(), y.RemoteAddr(), newBudget(), lost)
+	a.attach(lagging(x, rtt/2))
+	b.attach(lagging(y, rtt/2))
+	return a, b
+}
+
+const aRoundTrip = 100 * time.Millisecond
+
+// The window of who reads as fast as it comes grows to what a long path holds, either way.
+func TestWindowGrows(t *testing.T) {
+	now := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, now) })
+	a, b := farAway(aRoundTrip)
+	for _, way := range [][2]*Stream{{a, b}, {b, a}} {
+		go func() { _, _ = io.Copy(way[0], io.LimitReader(endless{}, 64<<20)); _ = way[0].CloseWrite() }()
+		n, err := io.Copy(io.Discard, way[1])
+		if n != 64<<20 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		way[1].mu.Lock()
+		if way[1].in.window < 4<<20 {
+			t.Errorf("the window is %d", way[1].in.window)
+		}
+		way[1].mu.Unlock()
+	}
+	a.Close()
+	b.Close()
+	ended(t, "client", a)
+	ended(t, "host", b)
+}
+
+// BenchmarkFarAway is what one stream carries over a path with a long round trip.
+func BenchmarkFarAway(t *testing.B) {
+	for _, rtt := range []time.Duration{0, aRoundTrip} {
+		t.Run(rtt.String(), func(t *testing.B) {
+			a, b := farAway(rtt)
+			defer a.Close()
+			defer b.Close()
+			t.SetBytes(1 << 20)
+			go func() { _, _ = io.Copy(a, endless{}) }()
+			_, _ = io.CopyN(io.Discard, b, 64<<20) // until the window has grown
+			t.ResetTimer()
+			_, _ = io.CopyN(io.Discard, b, int64(t.N)<<20)
+		})
 	}
 }
 

@@ -168,16 +168,12 @@ func (s *Stream) Close() error {
 // Abort breaks it off: the other end reads the reason in place of an end of file.
 func (s *Stream) Abort(reason error) error {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if !s.closed && s.gone == nil && !s.complete() {
 		s.reset, s.why = true, wiring.Code(reason)
 		s.out.drop()
 	}
 	s.close()
-	alone := s.reset && s.dials && s.link == nil // there is nobody to tell
-	s.mu.Unlock()
-	if alone {
-		s.finish(net.ErrClosed)
-	}
 	return nil
 }
 
@@ -250,7 +246,7 @@ func end(all []*Stream, limit time.Duration) {
 		s.Abort(net.ErrClosed)
 	}
 	for _, s := range all {
-		if s.linked() {
+		if s.dials || s.linked() { // who has dialled may come back
 			select {
 			case <-s.ended:
 			case <-ctx.Done():
@@ -265,6 +261,13 @@ func (s *Stream) linked() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.link != nil
+}
+
+// adrift tells whether there is none, and another is waited for.
+func (s *Stream) adrift() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.link == nil && !s.over
 }
 
 // giveUp ends it, unless there is a connection.
