@@ -17,15 +17,18 @@ import (
 // NewClient is a Client that its Run has a wire for. A Name and Offers are not for it.
 func NewClient(cfg AgentConfig) *Client {
 	cfg = cfg.withDefaults()
+	hosts := &Client{}
 	open := func(ctx context.Context) (channel.Channel, error) {
 		c, _, err := cfg.open(ctx, cfg.Dial)
+		hosts.opened(err)
 		return c, err
 	}
-	hosts := channel.NewKeep(channel.KeepConfig{
+	hosts.Keep = channel.NewKeep(channel.KeepConfig{
 		Open: open, OpenTimeout: wireLimit, Beside: open, BesideTimeout: wireLimit, Silence: cfg.silence(),
 		MinBackoff: leastBackoff, MaxBackoff: clientBackoff, Log: cfg.Log,
 	})
-	return &Client{hosts, resume.NewClient(hosts)}
+	hosts.streams = resume.NewClient(again{hosts})
+	return hosts
 }
 
 const (

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -158,6 +159,19 @@ func TestTalkGoesOn(t *testing.T) {
 				h.Recheck()
 			}
 			if err := c.ended(); err == nil || !strings.Contains(err.Error(), "to reach db-01:7 is not permitted") {
+				t.Errorf("%v", err)
+			}
+			var late net.Error
+			if _, err := io.ReadAll(heard); err == nil || errors.As(err, &late) && late.Timeout() {
+				t.Errorf("the server: %v", err)
+			}
+		},
+		"until its key is taken away": func(c *talked, server net.Conn, heard *bufio.Reader) {
+			c.permit(map[string]string{"one": `permitlisten="db-01:7"`})
+			for _, h := range c.hubs {
+				h.Recheck()
+			}
+			if err := c.ended(); !errors.Is(err, syscall.EACCES) {
 				t.Errorf("%v", err)
 			}
 			var late net.Error

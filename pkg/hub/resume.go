@@ -3,8 +3,11 @@ package hub
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
@@ -56,6 +59,32 @@ const lastWords = 2 * time.Second
 type Client struct {
 	*channel.Keep
 	streams *resume.Client
+	refused atomic.Int32 // times in a row that the key was not let in
+}
+
+// surelyRefused is more often than a hub says it that is about to go.
+const surelyRefused = 3
+
+// opened notes what has become of an attempt at a wire.
+func (c *Client) opened(err error) {
+	var alert *net.OpError
+	switch {
+	case err == nil:
+		c.refused.Store(0)
+	case errors.As(err, &alert) && alert.Op == "remote error": // which is all that TLS tells
+		c.refused.Add(1)
+	}
+}
+
+// again is what streams are dialled by: where no key is let in, no wire is waited for.
+type again struct{ *Client }
+
+func (a again) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := a.Keep.DialContext(ctx, network, address)
+	if err != nil && a.refused.Load() >= surelyRefused {
+		err = fmt.Errorf("%w: %w", syscall.EACCES, err)
+	}
+	return conn, err
 }
 
 // Run keeps a wire until ctx ends, and returns net.ErrClosed when all is gone.
