@@ -76,7 +76,7 @@ func (c *talked) accepts() (net.Conn, *bufio.Reader) {
 	c.t.Helper()
 	_ = c.server.(*net.TCPListener).SetDeadline(time.Now().Add(soon))
 	conn := must(c.server.Accept())(c.t)
-	_ = conn.SetDeadline(time.Now().Add(soon))
+	_ = conn.SetDeadline(time.Now().Add(4 * soon))
 	c.t.Cleanup(func() { conn.Close() })
 	return conn, bufio.NewReader(conn)
 }
@@ -101,7 +101,7 @@ func (c *talked) ended() error {
 	select {
 	case err := <-c.over:
 		return err
-	case <-time.After(soon):
+	case <-time.After(2 * soon):
 		c.t.Fatal("it has not ended")
 	}
 	return nil
@@ -195,7 +195,7 @@ func TestTalkGoesOn(t *testing.T) {
 			c.says("question\n")
 			server, heard := c.accepts()
 			c.hears(heard, "question\n")
-			for range 3 {
+			for range 2 {
 				c.lose()
 				_, _ = io.WriteString(server, "answer\n")
 				c.hears(c.out, "answer\n")

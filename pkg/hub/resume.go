@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"syscall"
 	"time"
 
@@ -59,21 +59,36 @@ const lastWords = 2 * time.Second
 type Client struct {
 	*channel.Keep
 	streams *resume.Client
-	refused atomic.Int32 // times in a row that the key was not let in
+
+	mu      sync.Mutex
+	refused int       // times in a row that the key was not let in
+	since   time.Time // the first of them
 }
 
-// surelyRefused is more often than a hub says it that is about to go.
-const surelyRefused = 3
+// A hub that is killed, or has too many strangers, hangs up as one does that lets nobody in. It
+// does not do so again and again.
+const (
+	surelyRefused    = 4
+	surelyRefusedFor = 4 * time.Second
+)
 
 // opened notes what has become of an attempt at a wire.
 func (c *Client) opened(err error) {
-	var alert *net.OpError
-	switch {
-	case err == nil:
-		c.refused.Store(0)
-	case errors.As(err, &alert) && alert.Op == "remote error": // which is all that TLS tells
-		c.refused.Add(1)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !errors.Is(err, tlschan.ErrNotLetIn) {
+		c.refused = 0
+		return
 	}
+	if c.refused++; c.refused == 1 {
+		c.since = time.Now()
+	}
+}
+
+func (c *Client) isRefused() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.refused >= surelyRefused && time.Since(c.since) >= surelyRefusedFor
 }
 
 // again is what streams are dialled by: where no key is let in, no wire is waited for.
@@ -81,7 +96,7 @@ type again struct{ *Client }
 
 func (a again) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := a.Keep.DialContext(ctx, network, address)
-	if err != nil && a.refused.Load() >= surelyRefused {
+	if err != nil && a.isRefused() {
 		err = fmt.Errorf("%w: %w", syscall.EACCES, err)
 	}
 	return conn, err
