@@ -22,7 +22,7 @@ var layers = [][]string{
 	{"pkg/channel", "pkg/dns/dnstest"},
 	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan", "pkg/release"},
 	{"pkg/channel/internal/wiring", "pkg/channel/channeltest"},
-	{"pkg/channel/internal/signalling", "pkg/channel/internal/mux"},
+	{"pkg/channel/internal/signalling", "pkg/channel/internal/mux", "pkg/channel/resume"},
 	{"pkg/channel/sshchan", "pkg/channel/tlschan", "pkg/channel/wiretest"},
 	{"pkg/netstack"},
 	{"pkg/channel/wgchan", "pkg/channel/openssh"},

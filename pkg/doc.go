@@ -27,6 +27,7 @@
 //	channel/wires                which wire: either end of one, by name
 //	channel/wgchan, openssh      both ends over WireGuard, where UDP gets through; a wire of the user's own ssh
 //	netstack                     packets to flows to dials
+//	channel/resume               a stream that outlives the hub it goes by
 //	channel/tlschan, sshchan     both ends over TLS, between ends of ours; over SSH, towards any end
 //	relay                        two connections joined
 //	release                      a host's side of a deploy, and the wire that leads to it

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/resume"
 	"github.com/culvert-dev/culvert/pkg/channel/tlschan"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
@@ -86,8 +87,9 @@ type AgentConfig struct {
 // what it offers and nowhere else. Where there are several hubs it is attached to two, so
 // that it is reached while one of them is lost.
 type Agent struct {
-	cfg  AgentConfig
-	legs [2]*leg
+	cfg     AgentConfig
+	legs    [2]*leg
+	streams *resume.Host
 
 	mu      sync.Mutex
 	hubs    int                  // that there are, as the last one has said
@@ -149,7 +151,7 @@ func (cfg AgentConfig) silence() time.Duration { return max(3*time.Second, 2*cfg
 // NewAgent starts nothing.
 func NewAgent(cfg AgentConfig) *Agent {
 	cfg = cfg.withDefaults()
-	a := &Agent{cfg: cfg, said: map[Offer]string{}, vain: map[string]time.Time{}, changes: make(chan struct{})}
+	a := &Agent{cfg: cfg, streams: resume.NewHost(), said: map[Offer]string{}, vain: map[string]time.Time{}, changes: make(chan struct{})}
 	for i := range a.legs {
 		l := &leg{Agent: a}
 		l.keep = channel.NewKeep(channel.KeepConfig{
@@ -165,14 +167,17 @@ func NewAgent(cfg AgentConfig) *Agent {
 // Run serves until ctx ends, and returns when all of it is gone. That a hub is away, or
 // refuses, never ends it.
 func (a *Agent) Run(ctx context.Context) error {
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
 	var all sync.WaitGroup
 	defer all.Wait()
+	defer end()
+	defer a.streams.Close(lastWords)
 	for _, l := range a.legs {
 		for _, o := range a.cfg.Offers {
 			all.Go(func() { l.offer(ctx, o) })
 		}
 		all.Go(func() {
-			if err := l.keep.Run(ctx); !errors.Is(err, net.ErrClosed) {
+			if err := l.keep.Run(life); !errors.Is(err, net.ErrClosed) {
 				a.cfg.Log.Warn("wire", "err", err)
 			}
 		})
@@ -402,6 +407,9 @@ func (cfg AgentConfig) open(ctx context.Context, dial func(context.Context) (net
 		wire.Close()
 		return nil, info, err
 	}
+	if !info.Resumes {
+		return older{wire}, info, nil
+	}
 	return wire, info, nil
 }
 
@@ -451,11 +459,15 @@ func (r *reach) DialContext(ctx context.Context, network, address string) (net.C
 // offer has one port lead where it is to.
 func (l *leg) offer(ctx context.Context, o Offer) {
 	var host reach
+	network := o.Network
+	if network == "tcp" {
+		network = resume.Network
+	}
 	for ctx.Err() == nil {
-		listener, err := l.keep.Listen(ctx, o.Network, net.JoinHostPort(l.cfg.Name, o.Port))
+		listener, err := l.keep.Listen(ctx, network, net.JoinHostPort(l.cfg.Name, o.Port))
 		if err == nil {
 			l.say(o, fmt.Sprintf("offered as %s: %s", l.cfg.Name, o))
-			err = relay.Forward(ctx, listener, &host, o.Network, o.To)
+			err = relay.Forward(ctx, l.streams.Listener(listener, o.Port), &host, o.Network, o.To)
 		}
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 			return

@@ -137,7 +137,7 @@ func TestHalfOpen(t *testing.T) {
 }
 
 // hostsFor are they for who has a key, over a wire of our own.
-func (y *yard) hostsFor(key, hub string) *channel.Keep {
+func (y *yard) hostsFor(key, hub string) *Client {
 	y.t.Helper()
 	cfg := must(endIn(y.dir, hub, key))(y.t)
 	cfg.Beat = y.beat

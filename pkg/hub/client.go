@@ -10,21 +10,25 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/resume"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
 
-// NewClient is the hosts of a hub for who may reach them: a Network whose wire is opened
-// again when it is lost. A Name and Offers are not for it.
-func NewClient(cfg AgentConfig) *channel.Keep {
+// NewClient is a Client that its Run has a wire for. A Name and Offers are not for it.
+func NewClient(cfg AgentConfig) *Client {
 	cfg = cfg.withDefaults()
+	hosts := &Client{}
 	open := func(ctx context.Context) (channel.Channel, error) {
 		c, _, err := cfg.open(ctx, cfg.Dial)
+		hosts.opened(err)
 		return c, err
 	}
-	return channel.NewKeep(channel.KeepConfig{
+	hosts.Keep = channel.NewKeep(channel.KeepConfig{
 		Open: open, OpenTimeout: wireLimit, Beside: open, BesideTimeout: wireLimit, Silence: cfg.silence(),
 		MinBackoff: leastBackoff, MaxBackoff: clientBackoff, Log: cfg.Log,
 	})
+	hosts.streams = resume.NewClient(again{hosts})
+	return hosts
 }
 
 const (
@@ -33,7 +37,9 @@ const (
 )
 
 // Talk joins in and out to a stream of a host's, until the host has ended it or both sides
-// have said all. Should a hub be lost before the host has said anything, it dials again.
+// have said all. Should a hub be lost, it goes on by another one, if there is an agent of ours
+// behind it; else, and if the host has forgotten it, it dials again unless the host has said
+// anything before.
 func Talk(ctx context.Context, cfg AgentConfig, address string, in io.Reader, out io.WriteCloser) error {
 	ctx, cancel := context.WithCancel(ctx)
 	hosts := NewClient(cfg)
@@ -45,11 +51,16 @@ func Talk(ctx context.Context, cfg AgentConfig, address string, in io.Reader, ou
 	if err != nil {
 		return fmt.Errorf("dial %s by way of the hub %s: %w", address, cfg.Hub, err)
 	}
-	defer c.Close()
-	return converse(c, in, out)
+	if err := converse(c, in, out); err != nil {
+		c.Abort(err)
+		return err
+	}
+	c.Close()
+	c.arrived(ctx)
+	return nil
 }
 
-func dialBehind(ctx context.Context, hosts *channel.Keep, address string) (net.Conn, error) {
+func dialBehind(ctx context.Context, hosts *Client, address string) (net.Conn, error) {
 	ready, cancel := context.WithTimeout(ctx, hubLimit)
 	defer cancel()
 	if err := hosts.Ready(ready); err != nil {
@@ -179,6 +190,22 @@ func (p *persistent) CloseWrite() error {
 	defer p.mu.Unlock()
 	p.ended = true
 	return p.Conn.(channel.CloseWriter).CloseWrite()
+}
+
+// arrived waits until the host has all that was written.
+func (p *persistent) arrived(ctx context.Context) {
+	if s, ok := p.Conn.(*resume.Stream); ok {
+		select {
+		case <-s.Ended():
+		case <-ctx.Done():
+		}
+	}
+}
+
+// Abort has the host see that it was not all.
+func (p *persistent) Abort(reason error) {
+	p.settle()
+	relay.Abort(p.Conn, reason)
 }
 
 func (p *persistent) Close() error {

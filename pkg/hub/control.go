@@ -32,6 +32,8 @@ type Info struct {
 	ID   string `json:"id"`   // of this process
 	Hubs int    `json:"hubs"` // that it knows of, itself among them; one where there are to be no others
 
+	Resumes bool `json:"resumes,omitempty"` // it has streams go on at another hub, see package resume
+
 	Address string   `json:"address,omitempty"` // HOST:PORT, as agents may dial it
 	Others  []string `json:"others,omitempty"`  // those of other hubs that are up
 }
@@ -142,5 +144,5 @@ func (h *Hub) info() Info {
 	if h.peers.find != nil {
 		hubs = max(hubs, 2) // that none has been found yet does not say that there is none
 	}
-	return Info{ID: h.id, Hubs: hubs, Address: h.cfg.Advertise, Others: h.peers.addresses()}
+	return Info{ID: h.id, Hubs: hubs, Resumes: true, Address: h.cfg.Advertise, Others: h.peers.addresses()}
 }

@@ -162,12 +162,12 @@ func (h *Hub) leaves(v *visit) {
 
 // Recheck ends what is not permitted any more; it is called when rights have changed.
 func (h *Hub) Recheck() {
+	h.waiting.recheck() // first: hosts are to hear why, and not to hold what is lost
 	for _, v := range h.visitors() {
 		if err := v.recheck(); err != nil {
 			h.cfg.Log.Warn("not let in any more", "from", v.from, "err", err)
 		}
 	}
-	h.waiting.recheck()
 }
 
 // visitors are asked without the lock: what ends of theirs is told to who reads the audit log,
@@ -241,8 +241,8 @@ func (h *Hub) serve(ctx context.Context, ln net.Listener) error {
 }
 
 // dial reaches a host, here or at another hub.
-func (h *Hub) dial(ctx context.Context, network, name, port string) (net.Conn, error) {
-	own := func(ctx context.Context) (net.Conn, error) { return h.registry.dial(ctx, network, name, port) }
+func (h *Hub) dial(ctx context.Context, from net.Addr, network, name, port string) (net.Conn, error) {
+	own := func(ctx context.Context) (net.Conn, error) { return h.registry.dial(ctx, from, network, name, port) }
 	c, errs := race(ctx, peerTurn, append([]candidate{own}, h.peers.candidates(network, name, port)...))
 	if c == nil {
 		return nil, worst(errs)

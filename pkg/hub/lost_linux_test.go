@@ -2,7 +2,10 @@ package hub
 
 import (
 	"context"
+	"crypto/sha256"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -17,11 +20,17 @@ import (
 
 const logins = 200
 
-// A balancer leads clients and hosts to three hubs. While logins go on, some at a time, a hub
-// that holds the host is killed, and comes back: no login fails but one that is under way
-// through that hub, and of those that go by "culvert dial" only one that the host has begun
-// to answer. One that goes through a hub that lives does not fail.
-func TestHubKilled(t *testing.T) {
+// three are hubs that a balancer leads clients and hosts to, and that can be killed.
+type three struct {
+	*yard
+	front string
+	hubs  []string
+	cmds  []*exec.Cmd
+}
+
+// newThree are there with a host at two of them.
+func newThree(t *testing.T) *three {
+	t.Helper()
 	y := newYard(t, map[string]string{"one": `permitlisten="db-01:22"`, "ci": `permitopen="db-*:*"`, "anonymous": `from="127.0.0.1",permitopen="db-*:*"`})
 	y.tool("haproxy")
 	var addresses []string
@@ -32,12 +41,10 @@ func TestHubKilled(t *testing.T) {
 		l.Close()
 	}
 	front, hubs := addresses[3], addresses[:3]
-	start := func(i int) *exec.Cmd {
-		return y.background(y.program("hub", append([]string{hubs[i]}, hubs...)...), "listening")
-	}
-	var running []*exec.Cmd
+	h := &three{yard: y, front: front, hubs: hubs}
 	for i := range hubs {
-		running = append(running, start(i))
+		h.cmds = append(h.cmds, nil)
+		h.start(i)
 	}
 	y.write("haproxy.cfg", fmt.Sprintf(`defaults
   mode tcp
@@ -57,13 +64,40 @@ listen hubs
 	_, y.port, _ = net.SplitHostPort(front)
 	y.agent("one", "db-01", Reach(front), "22="+y.sshd)
 	y.await("the host is there", func() bool { return y.proxied("nc -X connect -x HUB %h %p", "db-01").Run() == nil })
-	y.await("at two hubs", func() bool { return len(y.holders(hubs)) == 2 })
+	h.settled()
+	return h
+}
 
-	held := y.holders(hubs)
-	dial := strings.Join(append(y.program("dial").Args, front, "ci", "%h:%p"), " ")
+func (h *three) start(i int) {
+	h.t.Helper()
+	h.cmds[i] = h.background(h.program("hub", append([]string{h.hubs[i]}, h.hubs...)...), "listening")
+}
+
+func (h *three) kill(i int) {
+	_ = syscall.Kill(h.cmds[i].Process.Pid, syscall.SIGKILL)
+	_, _ = h.cmds[i].Process.Wait() // which a busy machine takes its time for
+}
+
+// settled waits until the host is at two hubs.
+func (h *three) settled() {
+	h.t.Helper()
+	h.await("the host is at two hubs", func() bool { return len(h.holders(h.hubs)) == 2 })
+}
+
+// dial is "culvert dial" as a ProxyCommand.
+func (h *three) dial() string {
+	return strings.Join(append(h.program("dial").Args, h.front, "ci", "%h:%p"), " ")
+}
+
+// While logins go on, some at a time, a hub that holds the host is killed, and comes back: no
+// login fails but one of a stock client's that is under way through that hub. One that goes by
+// "culvert dial" does not fail, nor does one that goes through a hub that lives.
+func TestHubKilled(t *testing.T) {
+	y := newThree(t)
+	held := y.holders(y.hubs)
 	ways := map[string]*way{
-		"nc by the balancer":           {command: "nc -X connect -x " + front + " %h %p"},
-		"culvert dial by the balancer": {command: dial},
+		"nc by the balancer":           {command: "nc -X connect -x " + y.front + " %h %p"},
+		"culvert dial by the balancer": {command: y.dial(), spared: true},
 		"nc by the hub that lives":     {command: "nc -X connect -x " + held[1] + " %h %p", spared: true},
 	}
 	var begun atomic.Int64
@@ -73,7 +107,7 @@ listen hubs
 		for range 2 {
 			all.Go(func() {
 				for begun.Add(1) <= logins {
-					w.login(y, name)
+					w.login(y.yard, name)
 				}
 			})
 		}
@@ -81,12 +115,11 @@ listen hubs
 	for begun.Load() < logins/4 {
 		time.Sleep(10 * time.Millisecond)
 	}
-	i := slices.Index(hubs, held[0])
-	_ = syscall.Kill(running[i].Process.Pid, syscall.SIGKILL)
-	_, _ = running[i].Process.Wait() // which a busy machine takes its time for
+	i := slices.Index(y.hubs, held[0])
+	y.kill(i)
 	killed = time.Now()
 	time.Sleep(2 * time.Second)
-	running[i] = start(i)
+	y.start(i)
 	all.Wait()
 	for name, w := range ways {
 		for began, what := range w.failed {
@@ -99,7 +132,84 @@ listen hubs
 		}
 		t.Logf("%s: %d logins, %d failed", name, w.begun, len(w.failed))
 	}
-	y.await("the host is at two hubs again", func() bool { return len(y.holders(hubs)) == 2 })
+	y.settled()
+}
+
+const (
+	rounds    = 2       // in which each hub is killed
+	perKill   = 4 << 20 // bytes that are sent, and come back, while one hub is killed
+	perWrite  = 64 << 10
+	longLimit = 2 * time.Minute
+)
+
+// What is copied there and back by one connection of ssh is the same, byte for byte, while the
+// hubs are killed one after the other, and come back.
+func TestGoesOnWhileHubsAreKilled(t *testing.T) {
+	y := newThree(t)
+	ctx, cancel := context.WithTimeout(t.Context(), longLimit)
+	defer cancel()
+	ssh := y.ssh("-o", "ProxyCommand="+y.dial(), "-o", "ServerAliveInterval=0", "db-01", "cat")
+	cmd := exec.CommandContext(ctx, ssh.Path, ssh.Args[1:]...)
+	cmd.Env = append(os.Environ(), "CULVERT_HUB_TEST="+y.dir)
+	var said lines
+	cmd.Stderr = &said
+	in, out := must(cmd.StdinPipe())(t), must(cmd.StdoutPipe())(t)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	total := rounds * len(y.hubs) * perKill
+	turn, back := make(chan int), make(chan bool) // a hub is to be killed; it is there again
+	var sent, came [sha256.Size]byte
+	var n int64
+	var copying sync.WaitGroup
+	copying.Go(func() {
+		defer in.Close()
+		h, r := sha256.New(), rand.New(rand.NewPCG(6, 6))
+		b := make([]byte, perWrite)
+		for at := 0; at < total; at += len(b) {
+			if at > 0 && at%perKill == 0 {
+				<-back
+			}
+			for i := range b {
+				b[i] = byte(r.Uint32())
+			}
+			h.Write(b)
+			if _, err := in.Write(b); err != nil {
+				t.Errorf("after %d bytes: %v", at, err)
+				return
+			}
+			if at%perKill == perKill/2 {
+				turn <- at / perKill % len(y.hubs)
+			}
+		}
+		<-back
+		h.Sum(sent[:0])
+	})
+	copying.Go(func() {
+		h := sha256.New()
+		n, _ = io.Copy(h, out) // how it ended ssh tells
+		h.Sum(came[:0])
+	})
+	over := make(chan struct{})
+	go func() { defer close(over); copying.Wait() }()
+	kills := 0
+	for going := true; going; {
+		select {
+		case i := <-turn:
+			y.kill(i)
+			kills++
+			time.Sleep(time.Second) // the others have what it held
+			y.start(i)
+			y.settled()
+			back <- true
+		case <-over:
+			going = false
+		}
+	}
+	if err := cmd.Wait(); err != nil || n != int64(total) || sent != came {
+		t.Errorf("%d of %d bytes came back, the same: %t; %v: %s", n, total, sent == came, err, said.String())
+	}
+	t.Logf("%d bytes there and back, %d kills", n, kills)
 }
 
 // A way is how logins go.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
+	"github.com/culvert-dev/culvert/pkg/channel/resume"
 	"github.com/culvert-dev/culvert/pkg/channel/tlschan"
 )
 
@@ -126,11 +127,15 @@ func (h *Hub) dialPeer(ctx context.Context, address string) (c channel.Channel, 
 	if err != nil {
 		return nil, info, err
 	}
-	c, err = tlschan.Dial(ctx, conn, tlschan.Config{Identity: tlschan.Identity{Key: h.cfg.HostKey, Peer: h.cfg.HostKey.Public()}, Beat: min(peerBeat, h.cfg.Beat)})
+	wire, err := tlschan.Dial(ctx, conn, tlschan.Config{Identity: tlschan.Identity{Key: h.cfg.HostKey, Peer: h.cfg.HostKey.Public()}, Beat: min(peerBeat, h.cfg.Beat)})
 	if err != nil {
 		return nil, info, err
 	}
+	c = wire
 	info, err = Ask(ctx, c)
+	if !info.Resumes {
+		c = older{wire}
+	}
 	if err == nil && info.ID == h.id {
 		err = errSelf
 	}
@@ -301,11 +306,15 @@ func (h *hop) DialContext(ctx context.Context, network, address string) (net.Con
 	if address == controlAddress {
 		return h.hub.control.DialContext(memchan.From(ctx, caller{Addr: h.from, hub: true}), network, address)
 	}
-	name, port, err := split(network, address)
+	plain, err := wordless(network, resume.IsDial)
 	if err != nil {
 		return nil, err
 	}
-	c, err := h.hub.registry.dial(memchan.From(ctx, h.from), network, name, port)
+	name, port, err := split(plain, address)
+	if err != nil {
+		return nil, err
+	}
+	c, err := h.hub.registry.dial(ctx, h.from, network, name, port)
 	if isElsewhere(err) {
 		err = errNotMine
 	}

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
@@ -145,8 +146,11 @@ func (r *Registry) missing(network, name, port string) error {
 
 const wiresTried = 3 // of one host: a dead one is found out by a dial
 
-// dial reaches a port of a host, which has taken the connection then.
-func (r *Registry) dial(ctx context.Context, network, name, port string) (c net.Conn, err error) {
+// dial reaches a port of a host, which has taken the connection then. It hears where that is
+// from, and the words of the network.
+func (r *Registry) dial(ctx context.Context, from net.Addr, network, name, port string) (c net.Conn, err error) {
+	network, words := channel.CutWords(network)
+	ctx = memchan.From(ctx, channel.WithWords(from, words))
 	for range wiresTried {
 		if err := r.missing(network, name, port); err != nil {
 			return nil, err

@@ -183,6 +183,7 @@ type counting struct {
 	net.Listener
 	v             *visit
 	name, account string
+	resumes       bool // streams go on there
 }
 
 func (l *counting) Accept() (net.Conn, error) {
@@ -190,6 +191,10 @@ func (l *counting) Accept() (net.Conn, error) {
 		c, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
+		}
+		if channel.Words(c.RemoteAddr()) != "" && !l.resumes {
+			relay.Abort(c, errPlain) // which answers who dials, as below
+			continue
 		}
 		done, err := l.v.hub.ledger.host(l.name)
 		if err == nil {

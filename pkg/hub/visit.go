@@ -13,6 +13,7 @@ import (
 
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
+	"github.com/culvert-dev/culvert/pkg/channel/resume"
 )
 
 // A visit is the hub as one guest may use it: a channel.Network of the hosts, where to
@@ -45,12 +46,19 @@ func (v *visit) DialContext(ctx context.Context, network, address string) (net.C
 	if address == controlAddress && v.end != nil {
 		return v.ask(ctx, network)
 	}
-	g, err := v.still("open", network, address)
+	plain, err := wordless(network, resume.IsDial)
 	if err != nil {
 		return nil, err
 	}
-	a := v.hub.audit(g, "open", network, address)
+	g, err := v.still("open", plain, address)
+	if err != nil {
+		return nil, err
+	}
+	a := v.hub.audit(g, "open", plain, address)
 	c, done, err := v.within(ctx, g, network, address)
+	if err != nil && isPlain(err) { // who asks for that asks again
+		return nil, err
+	}
 	if err != nil {
 		a.refused(err)
 		return nil, err
@@ -157,7 +165,8 @@ func (v *visit) release(wanted func(*held) bool) {
 
 // within dials if that is not too much.
 func (v *visit) within(ctx context.Context, g *Guest, network, address string) (c net.Conn, done func(), err error) {
-	name, _, _ := split(network, address)
+	plain, _ := channel.CutWords(network)
+	name, _, _ := split(plain, address)
 	used, err := v.hub.ledger.stream(g.account(), name)
 	if err != nil {
 		return nil, nil, err
@@ -171,19 +180,26 @@ func (v *visit) within(ctx context.Context, g *Guest, network, address string) (
 }
 
 func (v *visit) dial(ctx context.Context, g *Guest, network, address string) (net.Conn, error) {
-	name, port, err := split(network, address)
+	plain, _ := channel.CutWords(network)
+	name, port, err := split(plain, address)
 	if err != nil {
 		return nil, err
 	}
 	if !g.mayOpen(name, port) {
 		return nil, &forbiddenError{"to reach " + net.JoinHostPort(name, port)}
 	}
-	return v.hub.dial(memchan.From(ctx, v.from), network, name, port)
+	return v.hub.dial(ctx, v.from, network, name, port)
 }
 
 // Listen becomes a host. Where none is named, as in "ssh -R 22:localhost:22 db-01@hub", it is
 // who the guest says he is.
 func (v *visit) Listen(ctx context.Context, network, address string) (net.Listener, error) {
+	plain, err := wordless(network, resume.IsListen)
+	if err != nil {
+		return nil, err
+	}
+	resumes := plain != network
+	network = plain
 	g, err := v.still("attach", network, address)
 	if err != nil {
 		return nil, err
@@ -195,7 +211,7 @@ func (v *visit) Listen(ctx context.Context, network, address string) (net.Listen
 		a.refused(err)
 		return nil, err
 	}
-	h.Listener = a.attached(&counting{h.Listener, v, h.name, g.account()})
+	h.Listener = a.attached(&counting{h.Listener, v, h.name, g.account(), resumes})
 	return v.holds(h), nil
 }
 

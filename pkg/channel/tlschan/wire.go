@@ -3,6 +3,7 @@ package tlschan
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 
@@ -65,8 +66,20 @@ func shake(ctx context.Context, t *wiring.Tap, cfg Config, e end, known func(ssh
 	}
 	life := &wiring.Life{Line: t, Beat: cfg.Beat, OnAlive: cfg.OnAlive, HangUp: func() { conn.Close() }}
 	w := &wire{life, t, conn, mux.New(life, t, conn, e.near, func(s *mux.Stream) { open(asked{s}) })}
-	return w, e.greet(w.mux)
+	if err := e.greet(w.mux); err != nil {
+		return nil, notLetIn{err}
+	}
+	return w, nil
 }
+
+// ErrNotLetIn is by errors.Is what Dial meets when the other end has shown who it is, and then
+// hangs up on this one: its key is not taken, or there was no time to.
+var ErrNotLetIn = errors.New("not let in")
+
+type notLetIn struct{ error }
+
+func (n notLetIn) Unwrap() error        { return n.error }
+func (n notLetIn) Is(target error) bool { return target == ErrNotLetIn }
 
 // over waits for the end of the mux, and for the tap to let go.
 func (w *wire) over() error {

@@ -13,8 +13,9 @@ import (
 )
 
 const dialLong = `Join stdin and stdout to a port of a host that is attached to a hub, as nc does. As the
-ProxyCommand of ssh it shows a key at the hub, goes by HTTPS_PROXY where that is set, says
-why it fails, and dials again when a hub is lost before the host has answered.`
+ProxyCommand of ssh it shows a key at the hub, goes by HTTPS_PROXY where that is set, and
+says why it fails. When a hub is lost it goes on by another, if the host runs culvert agent;
+else it dials again, unless the host has answered before.`
 
 func (a *app) dialCommand() *cobra.Command {
 	var w Wire

@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
@@ -26,6 +27,7 @@ func NewNear(mux Mux) *Near {
 // DialContext has the far end dial. The name is resolved there.
 func (n *Near) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	s, err := n.dial(ctx, network, address)
+	network, _ = channel.CutWords(network)
 	if err != nil {
 		return nil, opError("dial", network, address, err)
 	}
@@ -38,7 +40,7 @@ func opError(op, network, address string, err error) error {
 }
 
 func (n *Near) dial(ctx context.Context, network, address string) (Stream, error) {
-	switch network {
+	switch plain, _ := channel.CutWords(network); plain {
 	case "tcp", "udp", "ping":
 	default:
 		return nil, net.UnknownNetworkError(network)

@@ -6,6 +6,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 )
 
@@ -31,7 +32,8 @@ type listener struct {
 func (n *Near) Listen(ctx context.Context, network, address string) (net.Listener, error) {
 	l, err := n.listen(ctx, network, address)
 	if err != nil {
-		return nil, opError("listen", network, address, err)
+		plain, _ := channel.CutWords(network)
+		return nil, opError("listen", plain, address, err)
 	}
 	return l, nil
 }
@@ -39,18 +41,19 @@ func (n *Near) Listen(ctx context.Context, network, address string) (net.Listene
 // listen waits for those to leave that may still have the address. What is accepted
 // before the answer is here waits in the backlog.
 func (n *Near) listen(ctx context.Context, network, address string) (*listener, error) {
-	if network != "tcp" && network != "udp" {
+	plain, _ := channel.CutWords(network)
+	if plain != "tcp" && plain != "udp" {
 		return nil, net.UnknownNetworkError(network)
 	}
 	if err := n.left(ctx); err != nil {
 		return nil, err
 	}
-	l := n.add(network)
+	l := n.add(plain)
 	s, err := begin(ctx, n.mux, message{kind: msgListen, number: l.number, a: network, b: address})
 	if err == nil {
 		var m message
 		m, err = answered(ctx, s, address)
-		l.addr = wiring.ParseAddr(network, m.a)
+		l.addr = wiring.ParseAddr(plain, m.a)
 	}
 	if err != nil {
 		n.remove(l)
@@ -175,7 +178,7 @@ func (n *Near) offer(m message, s Stream) bool {
 		return false
 	}
 	select {
-	case l.incoming <- &incoming{l, s, wiring.ParseAddr(l.network, m.a)}:
+	case l.incoming <- &incoming{l, s, channel.WithWords(wiring.ParseAddr(l.network, m.a), m.b)}:
 		return true
 	default:
 		return false

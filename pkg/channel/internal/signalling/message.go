@@ -21,7 +21,7 @@ type message struct {
 const (
 	msgDial     = 'd' // a network, an address
 	msgListen   = 'l' // the listener's number, a network, an address
-	msgAccepted = 'a' // the listener's number, the origin
+	msgAccepted = 'a' // the listener's number, the origin, the words of who dials
 	msgYes      = 'y' // an address, of a listener
 	msgNo       = 'n' // why; numbered prohibited if a policy is against it
 

@@ -43,6 +43,7 @@ func (f *Far) Open(st Stream) {
 // dial dials for the other end, and only then says yes.
 func (f *Far) dial(st Stream, network, address string) {
 	far, err := f.reach(network, address)
+	network, _ = channel.CutWords(network)
 	if err != nil {
 		refuse(st, err)
 		return
@@ -136,7 +137,7 @@ func short(err error) bool {
 // that still waits for its answer gets that of the other end.
 func (f *Far) forward(m message, far net.Conn) {
 	ctx := f.Mux.Context()
-	st, err := begin(ctx, f.Mux, message{kind: msgAccepted, number: m.number, a: far.RemoteAddr().String()})
+	st, err := begin(ctx, f.Mux, message{kind: msgAccepted, number: m.number, a: far.RemoteAddr().String(), b: channel.Words(far.RemoteAddr())})
 	if err == nil {
 		_, err = answered(ctx, st, "")
 	}
@@ -147,6 +148,7 @@ func (f *Far) forward(m message, far net.Conn) {
 		wiring.Refuse(far, err)
 		return
 	}
-	near := f.Mux.Conn(st, m.a, far.LocalAddr(), far.RemoteAddr())
-	wiring.Hand(ctx, m.a, near, far, f.Idle)
+	network, _ := channel.CutWords(m.a)
+	near := f.Mux.Conn(st, network, far.LocalAddr(), far.RemoteAddr())
+	wiring.Hand(ctx, network, near, far, f.Idle)
 }

@@ -1,0 +1,252 @@
+package resume
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/channel"
+)
+
+// A Host is the end that listens, by as many listeners as there are ways to it: a stream that
+// came by one may go on by another. One that is lost it holds for a minute, and of many those
+// that were lost last.
+type Host struct {
+	budget *budget
+	hold   time.Duration
+	most   int // held
+
+	mu      sync.Mutex
+	streams map[token]*held
+	lost    []*held // the longest first
+	closed  bool
+	working sync.WaitGroup
+}
+
+// held is a stream that a client may come back to.
+type held struct {
+	*Stream
+	token token
+	at    string // what was asked for
+	taken bool   // it was answered
+	timer *time.Timer
+}
+
+// NewHost starts nothing.
+func NewHost() *Host {
+	return &Host{budget: newBudget(), hold: holdFor, most: mostHeld, streams: map[token]*held{}}
+}
+
+// Listener has what ln accepts: what a Client has dialled are Streams, each once, whatever
+// connections it goes by, and whatever else came is as it is. A stream is gone on with only by
+// who asks for the same as at first: at is what ln is for. Closing it leaves the streams.
+func (h *Host) Listener(ln net.Listener, at string) net.Listener { return &listener{ln, h, at} }
+
+type listener struct {
+	net.Listener
+	h  *Host
+	at string
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		p, ok := c.(channel.Pending)
+		words := channel.Words(c.RemoteAddr())
+		if !ok || words == "" {
+			return c, nil
+		}
+		asked, ok := parse(words)
+		if !ok {
+			l.h.answer(p, fmt.Errorf("what was asked for is not understood: %w", errors.ErrUnsupported), nil)
+		} else if one := l.h.take(p, asked, l.at); one != nil {
+			return one, nil
+		}
+	}
+}
+
+// take is nil for another connection of a stream that is known.
+func (h *Host) take(p channel.Pending, asked call, at string) *pending {
+	h.mu.Lock()
+	s := h.streams[asked.token]
+	known := s != nil && s.taken && s.at == at
+	if h.closed || s != nil && s.at != at || asked.again && !known {
+		h.mu.Unlock()
+		h.answer(p, ErrForgotten, nil)
+		return nil
+	}
+	if known {
+		h.mu.Unlock()
+		h.answer(p, nil, s)
+		return nil
+	}
+	defer h.mu.Unlock()
+	s = &held{token: asked.token, at: at} // where there is one that waits to be answered, it has waited in vain
+	s.Stream = newStream(false, p.LocalAddr(), p.RemoteAddr(), h.budget, func(_ *Stream, _ bool, err error) { h.holds(s, err) })
+	h.streams[asked.token] = s
+	h.working.Go(func() {
+		<-s.ended
+		h.forget(s)
+	})
+	return &pending{Stream: s.Stream, h: h, held: s, far: p}
+}
+
+// answer answers a connection that nobody else waits for.
+func (h *Host) answer(p channel.Pending, refusal error, of *held) {
+	go func() {
+		if err := p.Answer(refusal); err == nil && of != nil {
+			h.found(of, p)
+		}
+	}()
+}
+
+// found has a stream go by another connection.
+func (h *Host) found(s *held, by net.Conn) {
+	h.mu.Lock()
+	h.unlist(s)
+	h.mu.Unlock()
+	s.attach(by)
+}
+
+// holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:
+// a hub has broken it off, and said so.
+func (h *Host) holds(s *held, err error) {
+	if errors.Is(err, syscall.EACCES) {
+		s.finish(err)
+		return
+	}
+	h.mu.Lock()
+	h.unlist(s)
+	s.timer = time.AfterFunc(h.hold, func() {
+		s.giveUp(fmt.Errorf("who had dialled has not come back within %v: %w", h.hold, syscall.ECONNRESET))
+	})
+	h.lost = append(h.lost, s)
+	var first *held
+	if len(h.lost) > h.most {
+		first = h.lost[0]
+		h.unlist(first)
+	}
+	h.mu.Unlock()
+	if first != nil {
+		first.giveUp(fmt.Errorf("too many connections are lost: %w", syscall.ECONNRESET))
+	}
+	if !s.adrift() { // it was found meanwhile, or has ended
+		h.mu.Lock()
+		h.unlist(s)
+		h.mu.Unlock()
+	}
+}
+
+// unlist is for one that is not lost. mu is held.
+func (h *Host) unlist(s *held) {
+	if s.timer != nil {
+		s.timer.Stop()
+		s.timer = nil
+	}
+	h.lost = slices.DeleteFunc(h.lost, func(o *held) bool { return o == s })
+}
+
+func (h *Host) forget(s *held) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.unlist(s)
+	if h.streams[s.token] == s {
+		delete(h.streams, s.token)
+	}
+}
+
+// confirm tells whether a stream may be answered: another dial may have come for the same.
+func (h *Host) confirm(s *held) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.taken = h.streams[s.token] == s && !h.closed
+	return s.taken
+}
+
+// Close breaks off all streams, and returns when they are forgotten. Who has dialled them has
+// so long to hear of it.
+func (h *Host) Close(limit time.Duration) {
+	h.mu.Lock()
+	h.closed = true
+	var all []*Stream
+	for _, s := range h.streams {
+		all = append(all, s.Stream)
+	}
+	h.mu.Unlock()
+	end(all, limit)
+	h.working.Wait()
+}
+
+// pending is a new stream, whose first connection waits to be answered.
+type pending struct {
+	*Stream
+	h    *Host
+	held *held
+	far  channel.Pending
+
+	once sync.Once
+	err  error
+}
+
+var _ channel.Pending = (*pending)(nil)
+
+func (p *pending) decide(refusal error) {
+	p.once.Do(func() {
+		p.err = refusal
+		if refusal == nil && !p.h.confirm(p.held) {
+			refusal, p.err = syscall.ECONNRESET, net.ErrClosed
+		}
+		if err := p.far.Answer(refusal); err != nil && p.err == nil {
+			p.err = err
+		}
+		if p.err != nil {
+			p.finish(net.ErrClosed)
+			return
+		}
+		p.attach(p.far)
+	})
+}
+
+func (p *pending) Answer(err error) error {
+	p.decide(err)
+	switch {
+	case err == nil:
+		return p.err
+	case p.err == nil:
+		return p.Stream.Abort(err)
+	}
+	return nil
+}
+
+func (p *pending) Read(b []byte) (int, error) {
+	p.decide(nil)
+	return p.Stream.Read(b)
+}
+
+func (p *pending) Write(b []byte) (int, error) {
+	p.decide(nil)
+	return p.Stream.Write(b)
+}
+
+func (p *pending) CloseWrite() error {
+	p.decide(nil)
+	return p.Stream.CloseWrite()
+}
+
+func (p *pending) Abort(reason error) error {
+	p.decide(cmp.Or[error](reason, syscall.ECONNRESET))
+	return p.Stream.Abort(reason)
+}
+
+func (p *pending) Close() error {
+	p.decide(syscall.ECONNREFUSED)
+	return p.Stream.Close()
+}
