@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/cli"
 	"github.com/culvert-dev/culvert/pkg/deploy"
 	"github.com/culvert-dev/culvert/pkg/release"
 )
@@ -41,7 +42,11 @@ var build = sync.OnceValues(func() (program string, err error) {
 // built is the folder of that.
 var built string
 
+// The test program is culvert, too, where it is called so: for what starts it seldom.
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == "culvert" {
+		os.Exit(cli.Main("test", os.Args[1:]))
+	}
 	code := m.Run()
 	if built != "" {
 		os.RemoveAll(built)
