@@ -96,8 +96,8 @@ func TestHookHangs(t *testing.T) {
 	t.Parallel()
 	y := newYard(t)
 	pid := filepath.Join(t.TempDir(), "pid")
-	r, _ := y.deployHook("(trap '' TERM; while :; do sleep 1000; done) & echo $! >"+pid+"; wait", time.Second)
-	if r.State != StateRestored || !strings.Contains(r.Error, "too long: 1s") {
+	r, _ := y.deployHook("(trap '' TERM; while :; do sleep 1000; done) & echo $! >"+pid+"; wait", 4*time.Second)
+	if r.State != StateRestored || !strings.Contains(r.Error, "too long: 4s") {
 		t.Errorf("%+v", r)
 	}
 	for until := time.Now().Add(20 * time.Second); alive(pidIn(t, pid)); time.Sleep(10 * time.Millisecond) {
@@ -149,7 +149,7 @@ func TestHookOfKilled(t *testing.T) {
 	y.config.Hooks.PreRelease = "echo $$ >" + pid + "; echo started; exec sleep 1000"
 	p := y.process(0)
 	y.greet(p.Client)
-	if _, err := p.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := p.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	y.ship(p.Client, "b", second)
@@ -461,7 +461,7 @@ func TestPolicyOverTheWire(t *testing.T) {
 	if err != nil || len(host.Problems) != 1 || host.Problems[0].Code != Refused || host.To != y.to {
 		t.Errorf("%+v, %v", host, err)
 	}
-	if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Refused {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); code(err) != Refused {
 		t.Error(err)
 	}
 	if _, err := c.Exec(limit(t), []string{"id"}, nil); code(err) != Refused {
@@ -546,9 +546,19 @@ func TestPolicyUser(t *testing.T) {
 const instanceVariable = "CULVERT_RELEASE_INSTANCE"
 
 func instance() error {
-	return http.ListenAndServe(os.Getenv(instanceVariable), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("X-Release", os.Getenv("CULVERT_RELEASE"))
-	}))
+	for { // the one before may not be gone altogether
+		l, err := net.Listen("tcp", os.Getenv(instanceVariable))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		return http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Release", os.Getenv("CULVERT_RELEASE"))
+		}))
+	}
 }
 
 // port is one that nobody listens on.
@@ -562,69 +572,96 @@ func port(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// server makes b over a's instance, by what follows "restart" in a shell.
-func (y *yard) server(health func(address string) *Health) (restart string) {
+// server starts an instance of a, and leaves a restart that first does what is in a file, if
+// there is one.
+func (y *yard) server(health func(address string) *Health) (instead string) {
 	y.t.Helper()
-	address := port(y.t)
-	pid := filepath.Join(y.t.TempDir(), "pid")
-	end := fmt.Sprintf("if [ -e %s ]; then p=$(cat %[1]s); kill -9 $p; while grep -qs '^State:.[^ZX]' /proc/$p/status; do sleep 0.01; done; fi", pid) // what is dead may stay in the table for long
-	start := fmt.Sprintf("%s=%s setsid %s >/dev/null 2>&1 & echo $! >%s", instanceVariable, address, os.Args[0], pid)
+	address, dir := port(y.t), y.t.TempDir()
+	pid, instead := filepath.Join(dir, "pid"), filepath.Join(dir, "instead")
 	y.t.Cleanup(func() { _ = syscall.Kill(pidIn(y.t, pid), syscall.SIGKILL) })
-	y.config.Restart = &Action{Kind: "cmd", Arg: end + "\n" + start}
+	y.config.Restart = &Action{Kind: "cmd", Arg: fmt.Sprintf(`
+		if [ -e %[2]s ]; then . %[2]s; fi
+		if [ -e %[1]s ]; then kill -9 $(cat %[1]s) || :; fi
+		%[3]s=%[4]s setsid %[5]s >/dev/null 2>&1 & echo $! >%[1]s`, pid, instead, instanceVariable, address, os.Args[0])}
 	y.config.Health = health(address)
 	y.good("a", first)
-	return end + "\n%s\n" + strings.ReplaceAll(start, "%", "%%")
+	return instead
 }
 
-func byPort(address string) *Health {
-	return &Health{Kind: "tcp", Arg: address, Every: 100 * time.Millisecond}
+// refused runs what the gate does not let pass. When it says why, the restart is made well, and
+// apply is told to end, so that all is put back.
+func (y *yard) refused(instead, script, why string, do func(*Client, func(Event)) (Result, error)) {
+	y.t.Helper()
+	if err := os.WriteFile(instead, []byte(script), 0o644); err != nil {
+		y.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	here, there := net.Pipe()
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, there, y.opts) }()
+	c := NewClient(here)
+	defer func() {
+		c.Close()
+		<-done
+	}()
+	before := y.current()
+	y.greet(c)
+	if _, err := c.Lock(limit(y.t), Lock{Wait: time.Minute}, nil); err != nil {
+		y.t.Fatal(err)
+	}
+	said := false
+	r, err := do(c, func(e Event) {
+		if e.Kind == "note" && e.Phase == PhaseHealth && strings.Contains(e.Text, why) && !said {
+			said = true
+			_ = os.Remove(instead)
+			cancel()
+		}
+	})
+	if err != nil || !said || r.State != StateRestored || y.current() != before {
+		y.t.Errorf("%s: %+v, %v", why, r, err)
+	}
+}
+
+func (y *yard) deploying(id string, tr tree) func(*Client, func(Event)) (Result, error) {
+	return func(c *Client, events func(Event)) (Result, error) {
+		y.ship(c, id, tr)
+		return c.Activate(limit(y.t), events)
+	}
 }
 
 // The gate sees which release answers: by the folder of who listens.
 func TestInstanceByListener(t *testing.T) {
 	t.Parallel()
 	y := newYard(t)
-	restart := y.server(byPort)
+	instead := y.server(func(address string) *Health { return &Health{Kind: "tcp", Arg: address, Every: 100 * time.Millisecond} })
 	y.good("b", second)
-
-	y.config.Health.Within = 2 * time.Second
-	y.config.Restart.Arg = ":" // which does not restart: the old one is healthy
-	r := y.deploy("c", first)
-	if r.State != StateRestored && r.State != StateBroken || r.Phase != PhaseHealth || !strings.Contains(r.Error, "is of release b") || y.current() != "b" {
-		t.Errorf("%+v", r)
-	}
-	if r.State == StateBroken {
-		t.Errorf("what was there before is as it was: %+v", r)
-	}
+	// it is not restarted: the old one is healthy
+	y.refused(instead, "exit 0", "is of release b", y.deploying("c", first))
 	// it is restarted, but where it was, as pm2 does
-	y.config.Restart.Arg = fmt.Sprintf(restart, "cd "+filepath.Join(y.to, "releases/b"))
-	if r := y.deploy("d", second); r.State != StateRestored || !strings.Contains(r.Error, "is of release b") || y.current() != "b" {
-		t.Errorf("%+v", r)
-	}
-	// from somewhere else it is new when it began after the switch
-	y.config.Health.Within = 0
-	y.config.Restart.Arg = fmt.Sprintf(restart, "cd /")
-	y.good("e", second)
-	y.config.Health.Within = 2 * time.Second
-	y.config.Restart.Arg = ":"
+	y.refused(instead, "cd "+filepath.Join(y.to, "releases/b"), "is of release b", y.deploying("d", second))
 	// a restart is one only if there is another process
-	c, _ := y.locked()
-	if r, err := c.Restart(limit(t), nil); err != nil || r.State != StateBroken || !strings.Contains(r.Error, "was there before") {
-		t.Errorf("%+v, %v", r, err)
+	y.refused(instead, "exit 0", "was there before", func(c *Client, events func(Event)) (Result, error) { return c.Restart(limit(t), events) })
+	// from somewhere else it is new when it began after the switch
+	if err := os.WriteFile(instead, []byte("cd /"), 0o644); err != nil {
+		t.Fatal(err)
 	}
+	y.good("e", second)
+	y.refused(instead, "exit 0", "was there before", y.deploying("f", first))
 }
 
 // The gate sees which release answers: it says so itself.
 func TestInstanceByHeader(t *testing.T) {
 	t.Parallel()
 	y := newYard(t)
-	restart := y.server(func(address string) *Health {
+	instead := y.server(func(address string) *Health {
 		return &Health{Kind: "http", Arg: "http://" + address + "/", Release: "header X-Release", Every: 100 * time.Millisecond}
 	})
 	y.good("b", second)
-	y.config.Health.Within = 2 * time.Second
-	y.config.Restart.Arg = fmt.Sprintf(restart, "CULVERT_RELEASE=b")
-	if r := y.deploy("c", first); r.State != StateRestored || !strings.Contains(r.Error, `X-Release is "b", not of release c`) {
+	y.refused(instead, "CULVERT_RELEASE=b", `X-Release is "b", not of release c`, y.deploying("c", first))
+	y.config.Health.Status = 204
+	y.config.Health.Within = time.Second
+	if r := y.deploy("d", first); r.State != StateBroken || r.Phase != PhaseHealth {
 		t.Errorf("%+v", r)
 	}
 }

@@ -29,6 +29,11 @@ const (
 
 var errReset = unix.ECONNRESET
 
+// errUnseen: somebody answers, and it is not to be known who: a container, another user's process. But
+// so it looks, too, when the old instance has answered with its last breath, so it has to be
+// said twice.
+var errUnseen = errors.New("nobody is seen to listen where it was asked")
+
 // ticks is now, as /proc/PID/stat has the start of a process.
 func ticks() int64 {
 	var t unix.Timespec
@@ -56,13 +61,14 @@ func (r *run) gate(ctx context.Context) (string, error) {
 	output, told := "", ""
 	for {
 		out, err := r.look(ctx, h)
-		if err == nil {
+		if err == nil || errors.Is(err, errUnseen) && errors.Is(last, errUnseen) {
 			return "", nil
 		}
-		if ctx.Err() == nil || last == nil { // the last one was cut off
-			last, output = err, out
+		if cut(ctx) && last != nil { // which says less
+			return output, fmt.Errorf("%w: %w", context.Cause(ctx), last)
 		}
-		if text := err.Error(); text != told && ctx.Err() == nil {
+		last, output = err, out
+		if text := err.Error(); text != told {
 			told = text
 			r.s.note(PhaseHealth, text)
 		}
@@ -72,6 +78,15 @@ func (r *run) gate(ctx context.Context) (string, error) {
 			return output, fmt.Errorf("%w: %w", context.Cause(ctx), last)
 		}
 	}
+}
+
+// cut tells whether a look may have failed for want of time. What it used sees the deadline
+// before the context says so.
+func cut(ctx context.Context) bool {
+	if until, _ := ctx.Deadline(); !time.Now().Before(until) {
+		<-ctx.Done()
+	}
+	return ctx.Err() != nil
 }
 
 // look asks once.
@@ -146,8 +161,12 @@ func (r *run) instance(ctx context.Context, h *Health) error {
 	if r.Config.Restart == nil || h.Release != "" { // nothing has to be new; or it has said itself what it is
 		return nil
 	}
-	err = nil
-	for _, pid := range listeners(h) {
+	pids, here := listeners(h)
+	if !here {
+		return nil
+	}
+	err = errUnseen
+	for _, pid := range pids {
 		if err = r.judge(process{pid: pid}); err == nil {
 			return nil
 		}
@@ -203,6 +222,9 @@ func lookAt(pid int) (paths []string, began int64, err error) {
 	if len(fields) < 20 {
 		return nil, 0, errors.New("its stat is short")
 	}
+	if fields[0] == "Z" {
+		return nil, 0, errors.New("it has ended")
+	}
 	if began, err = strconv.ParseInt(fields[19], 10, 64); err != nil {
 		return nil, 0, err
 	}
@@ -220,14 +242,14 @@ func lookAt(pid int) (paths []string, began int64, err error) {
 	return paths, began, nil
 }
 
-// listeners are the processes that listen where health asks, if that is on this host and
-// they may be known.
-func listeners(h *Health) []int {
+// listeners are the processes that listen where health asks, as far as they may be known, if that
+// is on this host.
+func listeners(h *Health) (pids []int, here bool) {
 	address := h.Arg
 	if h.Kind == "http" {
 		u, err := url.Parse(h.Arg)
 		if err != nil {
-			return nil
+			return nil, false
 		}
 		port := u.Port()
 		if port == "" {
@@ -238,9 +260,9 @@ func listeners(h *Health) []int {
 	host, port, err := net.SplitHostPort(address)
 	n, err2 := strconv.ParseUint(port, 10, 16)
 	if err != nil || err2 != nil || !local(host) {
-		return nil
+		return nil, false
 	}
-	return holders(sockets(uint16(n)))
+	return holders(sockets(uint16(n))), true
 }
 
 // local tells whether a host is this one.

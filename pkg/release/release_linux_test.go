@@ -113,7 +113,7 @@ func newYard(t *testing.T) *yard {
 
 // limit is for what should take no time.
 func limit(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -153,7 +153,7 @@ func (y *yard) locked() (*Client, Locked) {
 	y.t.Helper()
 	c, _ := y.wire()
 	y.greet(c)
-	l, err := c.Lock(limit(y.t), Lock{}, y.event)
+	l, err := c.Lock(limit(y.t), Lock{Wait: time.Minute}, y.event)
 	if err != nil {
 		y.t.Fatal(err)
 	}
@@ -548,7 +548,7 @@ func TestHungUp(t *testing.T) {
 	y := newYard(t)
 	c, done := y.wire()
 	y.greet(c)
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	y.ship(c, "a", first)
@@ -568,7 +568,7 @@ func TestHungUp(t *testing.T) {
 	y.config.Hooks.PreRelease = "cat " + fifo
 	c, done = y.wire()
 	y.greet(c)
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	y.ship(c, "b", second)
@@ -617,7 +617,7 @@ func TestCancelled(t *testing.T) {
 	c := NewClient(here)
 	defer c.Close()
 	y.greet(c)
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	y.ship(c, "b", second)
@@ -671,7 +671,7 @@ func TestLockDiesWithItsHolder(t *testing.T) {
 	y := newYard(t)
 	p := y.process(0)
 	y.greet(p.Client)
-	if _, err := p.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := p.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	c, _ := y.wire()
@@ -679,7 +679,7 @@ func TestLockDiesWithItsHolder(t *testing.T) {
 		t.Errorf("%+v", h.Holder)
 	}
 	p.kill()
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -741,7 +741,7 @@ func (p pipes) Close() error                { return errors.Join(p.in.Close(), p
 func (y *yard) killed(p *program, id string, tr tree) (finished bool) {
 	y.t.Helper()
 	return y.killedAt(p, func(ctx context.Context) error {
-		_, err := p.Lock(ctx, Lock{}, nil)
+		_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
 		if err == nil {
 			_, err = ship(ctx, p.Client, id, tr)
 		}
@@ -843,7 +843,7 @@ func TestKilledWhileGoingBack(t *testing.T) {
 		id := fmt.Sprintf("c%03d", n)
 		p := y.process(n)
 		finished = y.killedAt(p, func(ctx context.Context) error {
-			_, err := p.Lock(ctx, Lock{}, nil)
+			_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
 			if err == nil {
 				_, err = ship(ctx, p.Client, id, bad)
 			}
@@ -870,7 +870,7 @@ func TestKilledWhileGoingBack(t *testing.T) {
 		m++
 		p := y.process(n - 5) // what follows is the log, the link, its rename, the log again and the end
 		y.killedAt(p, func(ctx context.Context) error {
-			_, err := p.Lock(ctx, Lock{}, nil)
+			_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
 			if err == nil {
 				_, err = ship(ctx, p.Client, fmt.Sprintf("d%03d", m), bad)
 			}
@@ -881,7 +881,7 @@ func TestKilledWhileGoingBack(t *testing.T) {
 		})
 		p = y.process(m)
 		finished = y.killedAt(p, func(ctx context.Context) error {
-			_, err := p.Lock(ctx, Lock{}, nil)
+			_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
 			return err
 		})
 		c, locked := y.locked()
@@ -898,7 +898,7 @@ func TestKilledWhileGoingBack(t *testing.T) {
 		k++
 		p := y.process(k)
 		finished = y.killedAt(p, func(ctx context.Context) error {
-			_, err := p.Lock(ctx, Lock{}, nil)
+			_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
 			if err == nil {
 				_, err = p.Rollback(ctx, "a")
 			}
@@ -986,7 +986,7 @@ func (y *yard) cutAtEachFrame(cut cutter) {
 		id := "a"
 		_, err := c.Hello(ctx, y.hello())
 		if err == nil {
-			_, err = c.Lock(ctx, Lock{}, nil)
+			_, err = c.Lock(ctx, Lock{Wait: time.Minute}, nil)
 		}
 		if err == nil {
 			_, err = ship(ctx, c, id, tr)
@@ -1055,7 +1055,7 @@ func TestResume(t *testing.T) {
 	y := newYard(t)
 	c, done := y.wire()
 	y.greet(c)
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	tr := tree{"a": strings.Repeat("a", 1000), "b": strings.Repeat("b", 1000), "c": strings.Repeat("c", 1000)}
@@ -1155,11 +1155,11 @@ func TestOrder(t *testing.T) {
 	if _, err := c.Activate(limit(t), nil); code(err) != Misused {
 		t.Error(err)
 	}
-	if _, err := c.Lock(limit(t), Lock{}, nil); err != nil {
+	if _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Error(err)
 	}
 	for name, ask := range map[string]func() error{
-		"lock":     func() error { _, err := c.Lock(limit(t), Lock{}, nil); return err },
+		"lock":     func() error { _, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil); return err },
 		"activate": func() error { _, err := c.Activate(limit(t), nil); return err },
 		"finish":   func() error { _, err := c.Finish(limit(t)); return err },
 		"revert":   func() error { _, err := c.Revert(limit(t), nil); return err },
