@@ -73,7 +73,7 @@ func (w *rollingWorkload) has(image, name string) {
 	}
 	eventually(w.t, 30*time.Second, w.name+" has pods of "+image+" only", func() error {
 		out := kubectl(w.t, "get", "pods", "-n", namespace, "-l", "app="+w.name, "-o", `jsonpath={range .items[*]}{.spec.containers[0].image} {.status.conditions[?(@.type=="Ready")].status}{"\n"}{end}`)
-		if strings.Count(out, image+" True") != len(lines(out)) {
+		if strings.Count(out, image+" True") != strings.Count(out, "\n")+1 {
 			return errors.New(out)
 		}
 		return nil

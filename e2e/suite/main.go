@@ -76,8 +76,8 @@ func (s *suite) endToEnd(run string, keep bool) {
 	}
 }
 
-// ofExchange are the tests of the second half: about as long as all others.
-const ofExchange = "^Test(Exchange|Expose|Scale|StandIn|Ephemeral)"
+// ofExchange are the tests of the second half, with those of rollouts.
+const ofExchange = "^Test(Exchange|Expose|Scale|StandIn|Ephemeral|RollOut)"
 
 // halves runs the end-to-end tests as two processes, which mostly wait. Each has
 // a laptop and a namespace of its own.
