@@ -46,7 +46,11 @@ func Talk(ctx context.Context, cfg AgentConfig, address string, in io.Reader, ou
 		return fmt.Errorf("dial %s by way of the hub %s: %w", address, cfg.Hub, err)
 	}
 	defer c.Close()
-	return converse(c, in, out)
+	err = converse(c, in, out)
+	if ctx.Err() != nil { // told to end, as ssh does at its own end
+		return nil
+	}
+	return err
 }
 
 func dialBehind(ctx context.Context, hosts *channel.Keep, address string) (net.Conn, error) {

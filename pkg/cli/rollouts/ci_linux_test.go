@@ -101,10 +101,10 @@ func newShop(t *testing.T, y *yard, nginx string) *shop {
 	y.commits("one", "app: shop\nbuild: mkdir -p dist && cp page.html dist/index.html\nfrom: dist\nto: "+y.path("srv/shop")+"\nhub: "+hubAt+
 		"\nhosts: [deploy@web-01]\nhealth: {get: http://127.0.0.1/}\nhooks: {post_release: 'test \"$(id -un)\" = deploy'}\nenvs: {prod: {}}\n")
 	y.shell(`cd repo; "$1" deploy prod --print-policy >../policy; chmod 644 ../policy`, y.culvert)
-	y.write("authorized", fmt.Sprintf("restrict,command=\"%s apply --app shop --policy %s --who ci\",cert-authority,principals=\"ci-shop\" %s", y.culvert, y.path("policy"), y.public("ca")))
-	y.shell("chmod 644 authorized")
+	y.write("authorized-deploy", fmt.Sprintf("restrict,command=\"%s apply --app shop --policy %s --who ci\",cert-authority,principals=\"ci-shop\" %s", y.culvert, y.path("policy"), y.public("ca")))
+	y.shell("chmod 644 authorized-deploy")
 	y.write("sshd_config", strings.Join([]string{
-		"ListenAddress 0.0.0.0:22", "HostKey " + y.key("host"), "HostCertificate " + y.path("host-cert.pub"), "AuthorizedKeysFile " + y.path("authorized"),
+		"ListenAddress 0.0.0.0:22", "HostKey " + y.key("host"), "HostCertificate " + y.path("host-cert.pub"), "AuthorizedKeysFile " + y.path("authorized-%u"),
 		"SetEnv GORACE=atexit_sleep_ms=0", "PidFile none", "UsePAM no", "StrictModes no", "PasswordAuthentication no", "",
 	}, "\n"))
 	y.background(in("web-01", "/usr/sbin/sshd", "-D", "-e", "-f", y.path("sshd_config")), "Server listening")
@@ -260,7 +260,7 @@ func openGitLab(s *shop) *gitlab {
 	var file map[string]any
 	g.variables = document(s.t, "gitlab-ci.yml", &file, settings)
 	for name, job := range file {
-		if _, ok := job.(map[string]any)["script"]; !ok {
+		if j, ok := job.(map[string]any); !ok || j["script"] == nil {
 			continue
 		}
 		text, err := yaml.Marshal(extended(s.t, file, name))
@@ -440,7 +440,7 @@ func (m *machine) noShell() {
 	m.t.Helper()
 	const by = "-o BatchMode=yes -o ConnectTimeout=20 -o ProxyCommand='culvert dial --hub " + hubAt + " %h:%p' "
 	login := "ssh " + by + "deploy@web-01 id </dev/null"
-	if out, err := m.run(login); err == nil || strings.Contains(out, "uid=") || !strings.Contains(out, "culvert: error: ") {
+	if out, err := m.run(login); err == nil || strings.Contains(out, "uid=") || !strings.Contains(out, `this key is for culvert deploy, not for "id"`) || strings.Count(out, "error") != 1 {
 		m.t.Fatalf("%s: %v: %s", login, err, out)
 	}
 	m.fails("ssh "+by+"root@web-01 id </dev/null", "Permission denied")

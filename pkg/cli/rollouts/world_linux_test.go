@@ -41,6 +41,7 @@ attach runner inet 203.0.113.20/32
 ip -n cv-runner route add 203.0.113.10 dev eth0
 attach nat inet 203.0.113.31/24
 ip link add site type bridge
+ip addr add 192.168.1.2/24 dev site
 ip link set site up
 ip link add lan netns cv-nat type veth peer name natlan
 ip link set natlan master site up
