@@ -29,6 +29,7 @@
 //	netstack                     packets to flows to dials
 //	channel/tlschan, sshchan     both ends over TLS, between ends of ours; over SSH, towards any end
 //	relay                        two connections joined
+//	release                      a host's side of a deploy, and the wire that leads to it
 //	process                      a command run as a part of this one
 //	ca                           certificates of SSH, and the tokens that they are given for
 //	strangers                    those who have come and not yet shown who they are

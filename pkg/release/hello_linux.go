@@ -33,10 +33,8 @@ func (s *session) greet(h Hello) (Host, error) {
 	}
 	s.refused = s.opts.Policy.check(&h.Config)
 	s.hello = &h
-	as, err := lookUp(s.user())
-	s.as = as
-	if err != nil {
-		s.refused = append(s.refused, Problem{Code: Failed, Text: err.Error()})
+	if s.as, s.nobody = lookUp(s.user()); s.nobody != nil {
+		s.refused = append(s.refused, Problem{Code: Failed, Text: s.nobody.Error()})
 	}
 	if err := s.open(); err != nil {
 		s.refused = append(s.refused, Problem{Code: Failed, Text: err.Error()})
@@ -158,8 +156,8 @@ func (s *session) exec(ctx context.Context, c command) (exited, error) {
 	if p := s.opts.Policy; p != nil && !p.allowsExec(c.Argv) {
 		return exited{}, errorf(Refused, "the policy of this host does not allow to run %q", strings.Join(c.Argv, " "))
 	}
-	if s.user() != "" && s.as == nil && os.Geteuid() == 0 {
-		return exited{}, errorf(Refused, "the policy of this host names a user that there is not")
+	if s.nobody != nil {
+		return exited{}, s.nobody
 	}
 	dir := s.hello.To
 	id, link := s.current()

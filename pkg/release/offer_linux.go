@@ -53,16 +53,21 @@ type manifestHead struct {
 func (s *session) offerPart(m message) (any, error) {
 	var o Offer
 	if err := json.Unmarshal(m.With, &o); err != nil {
-		s.parts = nil
+		s.parts, s.weight = nil, 0
 		return nil, errorf(Misused, "offer: %v", err)
 	}
-	if len(s.parts) <= maxEntries {
-		s.parts = append(s.parts, o.Entries...)
+	if s.weight += len(m.With); s.weight > maxManifest {
+		s.parts, o.Entries = nil, nil
 	}
+	s.parts = append(s.parts, o.Entries...)
 	if o.More {
 		return nil, nil
 	}
-	o.Entries, s.parts = s.parts, nil
+	weight := s.weight
+	o.Entries, s.parts, s.weight = s.parts, nil, 0
+	if weight > maxManifest {
+		return nil, errorf(Manifest, "the tree: its manifest has more than %d bytes", maxManifest)
+	}
 	return s.offer(o)
 }
 
@@ -236,6 +241,9 @@ type source struct {
 	offset int64
 	size   int64
 }
+
+// maxManifest is how much of a manifest is taken, in bytes of JSON.
+const maxManifest = 256 << 20
 
 // maxSources is how many files of one content are looked at: of one that is everywhere, two
 // modes and a damaged one are enough.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -965,16 +966,22 @@ func (y *yard) watch() (stop func()) {
 	}
 }
 
-// A wire is cut after each frame that the deployer sends; the next attempt goes on.
+// A wire is cut after each frame that the deployer sends, or gets; the next attempt goes on.
 func TestCutAtEachFrame(t *testing.T) {
 	t.Parallel()
-	y := newYard(t)
+	for _, c := range []cutter{{writes: true}, {writes: false}} {
+		newYard(t).cutAtEachFrame(c)
+	}
+}
+
+func (y *yard) cutAtEachFrame(cut cutter) {
+	t := y.t
 	tr := tree{"version": "one", "lib/new": "new", "big": strings.Repeat("0123456789abcdef", 100_000)}
 	for n := 1; ; n++ {
 		here, there := net.Pipe()
 		done := make(chan error, 1)
 		go func() { done <- Serve(context.Background(), there, y.opts) }()
-		c := NewClient(&cutter{ReadWriteCloser: here, left: n})
+		c := NewClient(&cutter{ReadWriteCloser: here, writes: cut.writes, left: n})
 		ctx := limit(t)
 		id := "a"
 		_, err := c.Hello(ctx, y.hello())
@@ -1016,10 +1023,24 @@ func TestCutAtEachFrame(t *testing.T) {
 // A cutter hangs up in place of its last frame but one byte.
 type cutter struct {
 	io.ReadWriteCloser
-	left int
+	writes bool
+	left   int
+}
+
+func (c *cutter) Read(p []byte) (int, error) {
+	if !c.writes {
+		if c.left--; c.left < 0 {
+			c.Close()
+			return 0, io.ErrClosedPipe
+		}
+	}
+	return c.ReadWriteCloser.Read(p)
 }
 
 func (c *cutter) Write(p []byte) (int, error) {
+	if !c.writes {
+		return c.ReadWriteCloser.Write(p)
+	}
 	if c.left--; c.left == 0 {
 		n, _ := c.ReadWriteCloser.Write(p[:len(p)-1])
 		c.Close()
@@ -1240,5 +1261,59 @@ func TestTornLog(t *testing.T) {
 	}
 	if _, err := json.Marshal(y.log()); err != nil {
 		t.Error(err)
+	}
+}
+
+// A first deploy of 300 files of 4.5 KB, and one of which three have changed.
+func BenchmarkDeploy(b *testing.B) {
+	many := tree{}
+	text := random(300 * 4500)
+	for i := range 300 {
+		many[fmt.Sprintf("d%d/%d", i%10, i)] = text[i*4500 : (i+1)*4500]
+	}
+	changed := maps.Clone(many)
+	for i := range 3 {
+		changed[fmt.Sprintf("d%d/%d", i, i)] = text[i*4500:i*4500+4499] + "x"
+	}
+	for _, c := range []struct {
+		name   string
+		before tree
+	}{{"first", nil}, {"changed", changed}} {
+		b.Run(c.name, func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				y := &yard{to: filepath.Join(b.TempDir(), "shop")}
+				run := func(id string, tr tree) error {
+					here, there := net.Pipe()
+					done := make(chan error, 1)
+					go func() { done <- Serve(b.Context(), there, Options{}) }()
+					c := NewClient(here)
+					_, err := c.Hello(b.Context(), y.hello())
+					if err == nil {
+						_, err = c.Lock(b.Context(), Lock{}, nil)
+					}
+					if err == nil {
+						_, err = ship(b.Context(), c, id, tr)
+					}
+					if err == nil {
+						_, err = c.Activate(b.Context(), nil)
+					}
+					if err == nil {
+						_, err = c.Finish(b.Context())
+					}
+					c.Close()
+					return errors.Join(err, <-done)
+				}
+				if c.before != nil {
+					if err := run("a", c.before); err != nil {
+						b.Fatal(err)
+					}
+				}
+				b.StartTimer()
+				if err := run("b", many); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

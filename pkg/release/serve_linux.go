@@ -50,11 +50,13 @@ type session struct {
 
 	hello   *Hello // what was asked for, as it will be done
 	as      *person
+	nobody  error     // why it cannot be done as the policy's user
 	refused []Problem // of it, by the policy
 	disk    *disk     // nil until hello, and as long as there is no such folder
 	lock    *os.File  // held; nil: not
 
 	parts   []Entry  // of an offer whose end has not come
+	weight  int      // of these, in bytes
 	shipped *arrival // what is offered
 	swallow bool     // data that nobody wants any more
 	next    *plan    // what activate will do
@@ -137,7 +139,7 @@ func (s *session) answer(ctx context.Context, m message) (any, error) {
 	}
 	switch m.Ask {
 	case "ship":
-		return with(m, func(struct{}) (struct{}, error) { return struct{}{}, s.ship() })
+		return with(m, func(struct{}) (struct{}, error) { return struct{}{}, s.ship(ctx) })
 	case "activate":
 		return with(m, func(struct{}) (Result, error) { return s.activate(ctx) })
 	case "finish":

@@ -1,6 +1,7 @@
 package release
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -14,13 +15,13 @@ import (
 )
 
 // ship receives what is missing, verifies the release and moves it to its place.
-func (s *session) ship() error {
+func (s *session) ship(ctx context.Context) error {
 	a := s.shipped
 	s.swallow = true // unless it is read to its end
 	if a == nil {
 		return errorf(Misused, "ship before offer")
 	}
-	if err := s.receive(a); err != nil {
+	if err := s.receive(ctx, a); err != nil {
 		return fmt.Errorf("take release %s: %w", a.id, s.noRoom(a, err))
 	}
 	if !a.whole {
@@ -35,6 +36,7 @@ func (s *session) ship() error {
 
 // dataReader is what is shipped, to its end.
 type dataReader struct {
+	ctx  context.Context
 	s    *session
 	rest []byte
 	end  bool
@@ -56,6 +58,8 @@ func (d *dataReader) Read(p []byte) (int, error) {
 			d.rest, d.end = f.payload, len(f.payload) == 0
 		case <-d.s.wire.gone.Done():
 			return 0, io.ErrUnexpectedEOF
+		case <-d.ctx.Done():
+			return 0, context.Cause(d.ctx)
 		}
 	}
 	n := copy(p, d.rest)
@@ -65,8 +69,8 @@ func (d *dataReader) Read(p []byte) (int, error) {
 
 // receive reads the pieces that are missing, in their order. Their lengths are those of the
 // manifest; a piece that is not what it is said to be is not written.
-func (s *session) receive(a *arrival) error {
-	data := &dataReader{s: s}
+func (s *session) receive(ctx context.Context, a *arrival) error {
+	data := &dataReader{ctx: ctx, s: s}
 	defer func() { s.swallow = !data.end }()
 	z, err := zstd.NewReader(data, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(MaxPiece))
 	if err != nil {

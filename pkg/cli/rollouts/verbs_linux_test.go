@@ -25,12 +25,33 @@ import (
 
 const soon = 30 * time.Second
 
-// The test program is culvert, where it is called so.
+// build builds culvert as it is shipped: it is started very often, and is brought to a host.
+var build = sync.OnceValues(func() (program string, err error) {
+	if built, err = os.MkdirTemp("", "culvert-rollouts-"); err != nil {
+		return "", err
+	}
+	program = filepath.Join(built, "culvert")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", program, "../../../cmd/culvert")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return program, fmt.Errorf("build culvert: %w: %s", err, out)
+	}
+	return program, nil
+})
+
+// built is the folder of that.
+var built string
+
+// The test program is culvert, too, where it is called so: for what starts it seldom.
 func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "culvert" {
 		os.Exit(cli.Main("test", os.Args[1:]))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if built != "" {
+		os.RemoveAll(built)
+	}
+	os.Exit(code)
 }
 
 // A yard is a stock sshd, a culvert in a folder of its own, and a project.
@@ -45,7 +66,7 @@ type yard struct {
 
 func newYard(t *testing.T) *yard {
 	t.Helper()
-	for _, tool := range []string{"ssh", "ssh-keygen", "/usr/sbin/sshd"} {
+	for _, tool := range []string{"go", "ssh", "ssh-keygen", "/usr/sbin/sshd"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skip("not here:", err)
 		}
@@ -55,13 +76,7 @@ func newYard(t *testing.T) *yard {
 		t.Fatal(err)
 	}
 	y := &yard{t: t, dir: t.TempDir(), user: self.Username}
-	y.culvert = y.path("bin/culvert")
-	program, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	y.write("bin/culvert", string(program))
-	if err := os.Chmod(y.culvert, 0o755); err != nil {
+	if y.culvert, err = build(); err != nil {
 		t.Fatal(err)
 	}
 	y.write("authorized", "")
