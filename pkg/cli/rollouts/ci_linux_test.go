@@ -97,7 +97,7 @@ func newShop(t *testing.T, y *yard, nginx string) *shop {
 	hub.Env = append(os.Environ(), "SSL_CERT_FILE="+y.path("roots"))
 	y.background(hub, "listening at ")
 
-	y.shell(`"$1" hub ca host --ca-key keys/ca web-01 <keys/host.pub >host-cert.pub; mkdir -p srv/shop bin; chown deploy srv/shop`, y.culvert)
+	y.shell(`"$1" hub ca host --ca-key keys/ca web-01 <keys/host.pub >host-cert.pub; mkdir -p srv/shop; chown deploy srv/shop`, y.culvert)
 	y.commits("one", "app: shop\nbuild: mkdir -p dist && cp page.html dist/index.html\nfrom: dist\nto: "+y.path("srv/shop")+"\nhub: "+hubAt+
 		"\nhosts: [deploy@web-01]\nhealth: {get: http://127.0.0.1/}\nhooks: {post_release: 'test \"$(id -un)\" = deploy'}\nenvs: {prod: {}}\n")
 	y.shell(`cd repo; "$1" deploy prod --print-policy >../policy; chmod 644 ../policy`, y.culvert)
@@ -176,7 +176,7 @@ func (m *machine) run(script string) (string, error) {
 	id := fmt.Sprint(runner)
 	cmd := in("runner", "setpriv", "--reuid", id, "--regid", id, "--clear-groups", "sh", "-e", "-c", script)
 	cmd.Dir, cmd.WaitDelay, cmd.SysProcAttr = m.project, time.Second, &syscall.SysProcAttr{Setpgid: true}
-	cmd.Env = []string{"HOME=" + m.home, "PATH=" + m.path("bin") + ":" + os.Getenv("PATH"), "SSL_CERT_FILE=" + m.path("roots"), "GORACE=atexit_sleep_ms=0", "CI=true"}
+	cmd.Env = []string{"HOME=" + m.home, "PATH=" + filepath.Dir(m.culvert) + ":" + os.Getenv("PATH"), "SSL_CERT_FILE=" + m.path("roots"), "GORACE=atexit_sleep_ms=0", "CI=true"}
 	for name, value := range m.env {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}

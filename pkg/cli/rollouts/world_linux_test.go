@@ -110,7 +110,7 @@ func debians(t *testing.T, pkg, path string) string {
 // open lets other users into the yard, whose secrets have modes of their own.
 func (y *yard) open() {
 	y.t.Helper()
-	for _, dir := range []string{filepath.Dir(y.dir), y.dir} {
+	for _, dir := range []string{filepath.Dir(y.dir), y.dir, filepath.Dir(y.culvert)} {
 		if err := os.Chmod(dir, 0o755); err != nil {
 			y.t.Fatal(err)
 		}
@@ -131,13 +131,12 @@ func (y *yard) shell(script string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// enter is what is put before a command that is run somewhere in the world.
-func enter(where string) []string { return []string{"nsenter", "--net=/run/netns/cv-" + where} }
-
-// in is a command that is run there.
+// in is a command that is run somewhere in the world; "" is in its middle.
 func in(where, name string, args ...string) *exec.Cmd {
-	all := append(append(enter(where), name), args...)
-	return exec.Command(all[0], all[1:]...)
+	if where == "" {
+		return exec.Command(name, args...)
+	}
+	return exec.Command("nsenter", append([]string{"--net=/run/netns/cv-" + where, name}, args...)...)
 }
 
 // inside does something on a thread that is there. A socket stays where it was made.
