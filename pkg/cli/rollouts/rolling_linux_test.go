@@ -25,9 +25,11 @@ func shopMain() int {
 	if err != nil {
 		return 1
 	}
+	_, err = os.Stat("../../sick")
+	sick := err == nil || string(page) == "sick"
 	err = http.ListenAndServe(":8000", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Release", filepath.Base(dir))
-		if _, err := os.Stat("../../sick"); err == nil || string(page) == "sick" {
+		if sick {
 			http.Error(w, "sick", http.StatusServiceUnavailable)
 			return
 		}
@@ -194,7 +196,7 @@ func (r *rolling) does(code int, words, drain, within string, args ...string) (r
 	l := startLoad(r.t, "http://127.0.0.1:8080/")
 	res = r.yard.does(code, words, append([]string{args[0], "-F", r.path("ssh_config")}, args[1:]...)...)
 	good, bad = l.stop()
-	r.t.Logf("%q: %d requests answered, %d failed %.3q", args, good, len(bad), bad)
+	r.t.Logf("%q: %d requests answered, %d failed", args, good, len(bad))
 	return res, good, bad
 }
 
@@ -223,7 +225,7 @@ func TestRolling(t *testing.T) {
 		spotless := func(good int, bad []string) {
 			t.Helper()
 			if total += good; len(bad) > 0 {
-				t.Errorf("%d of %d requests failed: %.5q", len(bad), good+len(bad), bad)
+				t.Errorf("%d of %d requests failed: %q", len(bad), good+len(bad), bad[:min(len(bad), 5)])
 			}
 		}
 		r.does(0, "4 hosts switched", drain, "", in("one", "1111111111")...)
@@ -245,15 +247,12 @@ func TestRolling(t *testing.T) {
 			t.Errorf("they are %s", got)
 		}
 		y.shows("two", r.names...)
-		_, good, bad = r.does(0, "4 hosts switched", drain, "", "rollback")
-		spotless(good, bad)
-		y.shows("one", r.names...)
-		for i := 0; total < 3000 && i < 10; i++ {
+		for i := 0; total < 2000 && i < 10; i++ {
 			_, good, bad = r.does(0, "4 hosts restarted", drain, "", "restart")
 			spotless(good, bad)
 		}
 		t.Logf("%d requests in all", total)
-		if total < 3000 {
+		if total < 2000 {
 			t.Errorf("only %d requests were made", total)
 		}
 
@@ -265,8 +264,12 @@ func TestRolling(t *testing.T) {
 		// One that does not come back is the last one that is touched, and stays out of traffic.
 		y.write("web-02/sick", "")
 		res, good, bad = r.does(4, "web-02: ", drain, "2s", "restart")
+		spotless(good, bad)
 		if got := states(res.out); got != "restarted broken untouched untouched" {
 			t.Errorf("they are %s", got)
+		}
+		if !r.down("web-02") {
+			t.Error("what is broken gets requests")
 		}
 		if got := strings.Fields(y.read("restarts")); len(got) < 2 || strings.Contains(strings.Join(got, " "), "web-03") {
 			t.Errorf("restarted were %q", got)
