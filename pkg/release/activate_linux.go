@@ -194,8 +194,10 @@ func (r *run) restore(ctx context.Context) error {
 	if r.touched && r.Previous != "" {
 		errs = append(errs, r.comeUp(ctx))
 	}
-	errs = append(errs, r.do(ctx, PhaseUndrain, r.drained, r.undrain))
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return err // what is broken gets no requests
+	}
+	return r.do(ctx, PhaseUndrain, r.drained, r.undrain)
 }
 
 // lead makes current lead somewhere, at once; "" removes it. At no moment there is none.

@@ -42,5 +42,9 @@ func (a *app) dial(ctx context.Context, args []string, w Wire) error {
 		return err
 	}
 	cfg.Log = a.Logger()
-	return hub.Talk(ctx, cfg, args[0], os.Stdin, os.Stdout)
+	err = hub.Talk(ctx, cfg, args[0], os.Stdin, os.Stdout)
+	if ctx.Err() != nil { // told to end, as ssh does at its own
+		return nil
+	}
+	return err
 }

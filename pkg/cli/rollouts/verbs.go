@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -219,6 +220,9 @@ func (a *app) applyCommand() *cobra.Command {
 			}
 			if o.App == "" && o.Policy == nil {
 				return talk.Usage(errors.New("--app is needed, or a --policy that has it"))
+			}
+			if asked := os.Getenv("SSH_ORIGINAL_COMMAND"); asked != "" && !strings.Contains(asked, "culvert apply") {
+				return &release.Error{Code: release.Refused, Text: fmt.Sprintf("this key is for culvert deploy, not for %q", asked)}
 			}
 			// A deployer who is gone must not end us by the next word to him.
 			gone := make(chan os.Signal, 1)

@@ -47,6 +47,9 @@ func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "culvert" {
 		os.Exit(cli.Main("test", os.Args[1:]))
 	}
+	if filepath.Base(os.Args[0]) == "shop" {
+		os.Exit(shopMain())
+	}
 	code := m.Run()
 	if built != "" {
 		os.RemoveAll(built)
