@@ -79,6 +79,7 @@ func (s *Stream) broke(l *link, err error) {
 		s.finished(err)
 	}
 	over := s.over
+	s.talk.Broadcast() // to who writes there
 	s.mu.Unlock()
 	if !over {
 		s.lost(s, l.heard, err)
@@ -102,18 +103,15 @@ func (l *link) write() {
 		buf := frames.Get().(*[mostFrames]byte)
 		words := l.words(buf[:0])
 		l.s.writable.Broadcast() // there may be room
-		last, reset := l.last, l.s.reset
+		last := l.last
 		l.s.mu.Unlock()
 		_, err := l.conn.Write(words)
 		frames.Put(buf)
-		switch {
-		case err != nil:
+		if err != nil {
 			l.s.broke(l, err)
 			return
-		case last && reset: // that it is known is waited for
-			return
-		case last:
-			l.s.finish(net.ErrClosed)
+		}
+		if last { // the host hangs up when it has heard that; who did so before might take it back
 			return
 		}
 	}
