@@ -142,8 +142,10 @@ func TestCyclesLeaveNothing(t *testing.T) {
 	began := time.Now()
 	var after used
 	y.await("all have ended", settled)
+	defer func() {
+		t.Logf("%+v before, %+v %v after the last", before, after, time.Since(began).Round(time.Millisecond))
+	}()
 	y.await("and nothing is left", func() bool { after = use(t); return after.within(before) })
-	t.Logf("%+v before, %+v %v after the last", before, after, time.Since(began).Round(time.Millisecond))
 }
 
 // pending is how many connections are open over wires.

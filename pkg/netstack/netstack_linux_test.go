@@ -250,7 +250,11 @@ func portComesAgain(t *testing.T, e *farEnd, host string) {
 	for range rounds {
 		c, err := d.Dial("tcp", address)
 		for errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.EADDRINUSE) {
-			late++ // or early: before the stack, or this kernel, knew of the end
+			if errors.Is(err, syscall.EADDRINUSE) { // this kernel does not know of the end yet
+				time.Sleep(time.Millisecond)
+			} else {
+				late++ // or before the stack knew of it
+			}
 			c, err = d.Dial("tcp", address)
 		}
 		must(t, err)

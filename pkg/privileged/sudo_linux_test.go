@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -178,7 +179,10 @@ func killAtOnce(t *testing.T, self string, subset int) (killed []string) {
 			all = append(all, n)
 		}
 	}
-	for _, pid := range all { // to stop them before would have sudo suspend itself
+	// To stop them before would have sudo suspend itself. Its monitor, which is younger, would
+	// kill the child if it saw sudo go.
+	slices.Sort(all)
+	for _, pid := range slices.Backward(all) {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
 			t.Fatal(err)
 		}

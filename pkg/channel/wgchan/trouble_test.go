@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"os"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -137,7 +140,7 @@ func (n *shortNetwork) Listen(ctx context.Context, network, address string) (net
 // at this end when it fails.
 func TestListenerEnds(t *testing.T) {
 	ch := troubled(t, 0, &shortNetwork{}).connect()
-	l, err := ch.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	l, err := ch.Listen(t.Context(), "tcp", "127.0.0.1:"+quietPort(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,6 +165,19 @@ func TestListenerEnds(t *testing.T) {
 	} else {
 		l.Close()
 	}
+}
+
+// quietPort is one that nobody gets who asks for any.
+func quietPort(t *testing.T) string {
+	t.Helper()
+	for port := 20_000 + os.Getpid()%10_000; port < 32_000; port++ {
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			l.Close()
+			return strconv.Itoa(port)
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
 }
 
 // TestAwayAWhile: who is away has not become narrower.
