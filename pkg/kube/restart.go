@@ -312,12 +312,16 @@ func (r *restarter) judge(ctx context.Context, live *rolled, p *corev1.Pod) (lac
 	return "", true
 }
 
-// available tells whether a pod has been ready for as long as the workload wants.
+// heardOf is within what every node sends a pod that is ready its share: who has ended the
+// next one before left a Service without any for a moment.
+const heardOf = 3 * time.Second
+
+// available tells whether a pod has been ready for as long as the workload wants, and is known.
 func (r *restarter) available(live *rolled, p *corev1.Pod) bool {
 	held := r.ready[p.UID]
 	long := held.holds(isReady(p))
 	r.ready[p.UID] = held
-	return isReady(p) && long >= live.minReady
+	return isReady(p) && long >= max(live.minReady, heardOf)
 }
 
 // pass asks the gate, of each pod until it has said yes.
