@@ -161,6 +161,11 @@ func TestAskedAgain(t *testing.T) {
 	r, err := Open(t.Context(), cfg)
 	defer y.serving.Wait()
 	defer r.Close()
+	defer func() {
+		for _, w := range wires {
+			_ = w.Conn.Close()
+		}
+	}()
 	y.is("refused", err.Error(), "h1: not now")
 	if err := r.open(t.Context(), r.members[0]); err == nil || len(wires) != 2 {
 		t.Errorf("%d wires, %v", len(wires), err)
