@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
 	"strings"
 	"unicode"
 
@@ -13,12 +14,31 @@ import (
 // tame is a text of a host's as a part of one line: there is nothing in it that a terminal
 // obeys, or that a log takes for a line of its own.
 func tame(text string) string {
-	return strings.Map(func(r rune) rune {
+	text = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) && r != '\t' || r == '\u2028' || r == '\u2029' {
 			return ' '
 		}
 		return r
 	}, strings.ToValidUTF8(text, "?"))
+	if os.Getenv("GITHUB_ACTIONS") != "" {
+		return uncommanding(text)
+	}
+	return text
+}
+
+// uncommanding is a line in which GitHub's runner finds no command: ::NAME:: where it begins,
+// blanks aside, or ##[NAME] anywhere. What it may read past is left out.
+func uncommanding(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if unicode.Is(unicode.Cf, r) {
+			return -1
+		}
+		return r
+	}, text)
+	if rest, is := strings.CutPrefix(strings.TrimSpace(text), "::"); is && strings.Contains(rest, "::") {
+		text = "> " + text
+	}
+	return strings.ReplaceAll(text, "##[", "## [")
 }
 
 // tameLines is likewise, of a text that has several.

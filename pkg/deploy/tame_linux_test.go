@@ -94,6 +94,26 @@ func TestImposter(t *testing.T) {
 	y.is("result", result.State+"|"+result.Error+"|"+result.Output, "active |e |1 \n2")
 }
 
+// GitHub's runner takes lines of a log for commands, also behind blanks.
+func TestNoCommands(t *testing.T) {
+	t.Setenv("GITHUB_ACTIONS", "true")
+	for text, want := range map[string]string{
+		"::add-mask::x":                   "> ::add-mask::x",
+		"\t \u00a0::\u200berror a=b::x\n": "> \t \u00a0::error a=b::x ",
+		"a ###[add-mask]x ##\u00ad[y]":    "a ### [add-mask]x ## [y]",
+		"::1 localhost":                   "::1 localhost",
+		"App::run() fails":                "App::run() fails",
+	} {
+		if got := tame(text); got != want {
+			t.Errorf("%q is %q", text, got)
+		}
+	}
+	t.Setenv("GITHUB_ACTIONS", "")
+	if got := tame("::a::##[b]"); got != "::a::##[b]" {
+		t.Errorf("elsewhere: %q", got)
+	}
+}
+
 // What ssh says last may be a host's words.
 func TestConclude(t *testing.T) {
 	var said talk
