@@ -53,8 +53,19 @@ func Commit(ctx context.Context, dir string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// Who is whoever runs this: the person that a CI job names, with the job, or the user.
+// Who is whoever runs this: the person that a CI job names, with the job, or the user. It is
+// no longer than the line of a log may be: hosts keep it.
 func Who() string {
+	who := whoever()
+	if len(who) > mostWho {
+		who = strings.ToValidUTF8(who[:mostWho], "") // the cut may be within a letter
+	}
+	return who
+}
+
+const mostWho = 256
+
+func whoever() string {
 	env := os.Getenv
 	switch {
 	case env("GITLAB_CI") != "":

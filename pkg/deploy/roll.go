@@ -211,7 +211,7 @@ func (r *Rollout) finish(ctx context.Context, members []*member) error {
 			return nil
 		}
 		m.switched = false
-		_, err := m.wire.Finish(ctx)
+		err := m.wire.Finish(ctx)
 		var theirs *release.Error
 		if err == nil {
 			return nil

@@ -120,7 +120,7 @@ type Rollout struct {
 // A member is one host.
 type member struct {
 	Host
-	wire     *release.Client
+	wire     *client
 	under    io.ReadWriteCloser
 	host     *release.Host
 	row      Row
@@ -149,14 +149,18 @@ func Open(ctx context.Context, cfg Config) (*Rollout, error) {
 // Close hangs up.
 func (r *Rollout) Close() error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
-		if m.wire != nil {
-			_ = m.wire.Close()
-		}
-		if w, ok := m.under.(Wire); ok {
-			_ = w.Why()
-		}
+		m.hangUp()
 		return nil
 	})
+}
+
+func (m *member) hangUp() {
+	if m.wire != nil {
+		_ = m.wire.Close()
+	}
+	if w, ok := m.under.(Wire); ok {
+		_ = w.Why()
+	}
 }
 
 func (r *Rollout) open(ctx context.Context, m *member) error {
@@ -179,12 +183,13 @@ func (r *Rollout) open(ctx context.Context, m *member) error {
 }
 
 func (r *Rollout) hello(ctx context.Context, m *member) (err error) {
+	m.hangUp() // of a try before
 	ctx, cancel := context.WithTimeoutCause(ctx, toHello, fmt.Errorf("no answer within %v", toHello))
 	defer cancel()
 	if m.under, err = r.cfg.Dial(ctx, m.Host); err != nil {
 		return err
 	}
-	m.wire = release.NewClient(m.under)
+	m.wire = newClient(m.under)
 	m.host, err = m.wire.Hello(ctx, release.Hello{App: r.cfg.App, To: r.cfg.Settings.To, Who: r.cfg.Who, Config: r.cfg.Settings.forHost()})
 	if err != nil {
 		err = m.because(err)
@@ -235,10 +240,12 @@ func (r *Rollout) each(ctx context.Context, members []*member, do func(context.C
 	return errors.Join(errs...)
 }
 
+// tell has all that is told tame: hosts have a word in most of it.
 func (r *Rollout) tell(e Event) {
 	if r.cfg.Tell == nil {
 		return
 	}
+	tameAll(&e.Phase, &e.Text)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.cfg.Tell(e)
@@ -309,10 +316,14 @@ func (m *member) runs(id string) bool {
 }
 
 // choose is the id of this tree of this commit: that of the last try, else one that no host has.
+// What is no id is not let near the other hosts.
 func (r *Rollout) choose(tree *Tree, commit string) string {
 	id, taken := "", map[string]bool{}
 	for _, m := range r.members {
 		for _, have := range m.host.Releases {
+			if release.CheckID(have.ID) != nil {
+				continue
+			}
 			if taken[have.ID] = true; have.Tree == tree.Hash && have.Commit == commit && have.ID > id {
 				id = have.ID
 			}

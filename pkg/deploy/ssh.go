@@ -45,11 +45,15 @@ func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 		return nil, s.err
 	}
 	own := fmt.Sprintf(`"$HOME/.cache/culvert/%s/culvert"`, s.sum)
-	return startWire(s.args(h, "exec sh -c "+quoted(strings.Join([]string{
+	w, err := startWire(s.args(h, "exec sh -c "+quoted(strings.Join([]string{
 		fmt.Sprintf("if [ -x %s ]; then exec %s apply --app %s; fi", own, own, s.App),
 		fmt.Sprintf("if culvert apply --help >/dev/null 2>&1; then exec culvert apply --app %s; fi", s.App),
 		fmt.Sprintf("echo %s$(uname -s) $(uname -m) >&2; exit %d", lackMark, exitMissing),
 	}, "; "))))
+	if err != nil {
+		return nil, err // and no wire, not even a nil one
+	}
+	return w, nil
 }
 
 // Bring puts our own program on a host where a wire has ended for lack of one; it stays in
@@ -234,13 +238,13 @@ func (t *talk) Write(p []byte) (int, error) {
 var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:"}
 
 // conclude is the line that tells why: culvert's own, else the last that says more than that
-// it is over.
+// it is over. It is tame.
 func (t *talk) conclude() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	best, any := "", ""
 	for line := range strings.Lines(t.text.String()) {
-		if line = strings.TrimSpace(line); line == "" {
+		if line = strings.TrimSpace(tame(line)); line == "" {
 			continue
 		}
 		if ours, is := strings.CutPrefix(line, "culvert: error: "); is {

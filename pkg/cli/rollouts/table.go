@@ -117,7 +117,7 @@ func hostsOf(l deploy.Listed) string {
 				state = "live, " + h.State
 			}
 		}
-		if names[state] == nil {
+		if state = cell(state); names[state] == nil {
 			order = append(order, state)
 		}
 		names[state] = append(names[state], h.Host)

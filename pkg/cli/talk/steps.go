@@ -32,14 +32,14 @@ func (s *Steps) Begin(what string) {
 	s.Fail()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.what, s.detail, s.since = what, "", time.Now()
+	s.what, s.detail, s.since = oneLine(what), "", time.Now()
 	switch {
 	case s.quiet:
 	case s.terminal:
 		s.stop, s.stopped = make(chan struct{}), make(chan struct{})
 		go s.spin(s.stop, s.stopped)
 	case s.verbose:
-		fmt.Fprintf(s.out, "… %s\n", what)
+		fmt.Fprintf(s.out, "… %s\n", s.what)
 	}
 }
 
@@ -59,7 +59,7 @@ func (s *Steps) Asks() {
 func (s *Steps) Progress(detail string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if detail == s.detail {
+	if detail = oneLine(detail); detail == s.detail {
 		return
 	}
 	s.detail = detail
@@ -88,7 +88,7 @@ func (s *Steps) end(mark, text string) {
 	s.what = ""
 	s.mu.Unlock()
 	if !s.quiet && text != "" {
-		fmt.Fprintf(s.out, "%s %s  %.1fs\n", mark, text, time.Since(since).Seconds())
+		fmt.Fprintf(s.out, "%s %s  %.1fs\n", mark, oneLine(text), time.Since(since).Seconds())
 	}
 }
 

@@ -74,13 +74,17 @@ func (p *Person) Logger() *slog.Logger {
 func Explain(w io.Writer, err error, hint string) {
 	fmt.Fprintf(w, "culvert: error: %s\n", OneLine(err))
 	if hint != "" {
-		fmt.Fprintf(w, "culvert: hint: %s\n", hint)
+		fmt.Fprintf(w, "culvert: hint: %s\n", oneLine(hint))
 	}
 }
 
 // OneLine is an error of several as one.
 func OneLine(err error) string {
-	lines := strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' || r == '\r' })
+	return oneLine(err.Error())
+}
+
+func oneLine(text string) string {
+	lines := strings.FieldsFunc(text, func(r rune) bool { return r == '\n' || r == '\r' })
 	return harmless(strings.Join(lines, "; "))
 }
 

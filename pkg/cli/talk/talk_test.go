@@ -28,10 +28,24 @@ func TestStepFails(t *testing.T) {
 // What a host, or a hub, says does nothing to a terminal.
 func TestHarmless(t *testing.T) {
 	var out bytes.Buffer
-	Explain(&out, errors.New("it says \x1b]0;x\a\u009b2J\xff\r\nno"), "")
-	(&Steps{out: &out}).Say("\x1b[2Jé")
-	if got, want := out.String(), "culvert: error: it says  ]0;x  2J?; no\n   [2Jé\n"; got != want {
+	Explain(&out, errors.New("it says \x1b]0;x\a\u009b2J\xff\r\nno"), "do\x1b[A\nthis")
+	s := &Steps{out: &out, verbose: true}
+	s.Say("\x1b[2Jé")
+	s.Begin("go\x1bc\non")
+	s.Progress("at\u009bit\n::add-mask::x")
+	if got, want := out.String(), "culvert: error: it says  ]0;x  2J?; no\nculvert: hint: do [A; this\n   [2Jé\n… go c; on\n… go c; on: at it; ::add-mask::x\n"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+	out.Reset()
+	if s.Done("done\x1b[A\n::x"); !strings.HasPrefix(out.String(), "✓ done [A; ::x  ") || strings.Count(out.String(), "\n") != 1 {
+		t.Errorf("%q", out.String())
+	}
+	out.Reset()
+	s = &Steps{out: &out, terminal: true}
+	s.Begin("one\x1b[A")
+	s.Progress("two\x1b[B")
+	if s.Fail(); strings.Contains(out.String(), "\x1b[A") || strings.Contains(out.String(), "\x1b[B") {
+		t.Errorf("%q", out.String())
 	}
 }
 
