@@ -66,22 +66,28 @@ func startAll(t testing.TB, manifest string, names ...string) {
 	})
 	for _, name := range names {
 		kubectl(t, "rollout", "status", "-n", namespace, "deploy/"+name, "--timeout=60s")
-		// Not from the client pod: a connection that met no rule of kube-proxy stays in
-		// the node's conntrack for two minutes (nf_conntrack_tcp_timeout_syn_sent), and
-		// leads whatever comes from the same port past all rules.
-		url := "http://" + serviceIP(t, name) + "/report"
-		eventually(t, 10*time.Second, "the node knows "+name, func() error {
-			out, err := fromNode(t, "load", "-c", "1", "-n", "1", "-close", url).Output()
-			var o loadOutcome
-			if err == nil {
-				err = json.Unmarshal(out, &o)
-			}
-			if err == nil && o.Failures > 0 {
-				err = fmt.Errorf("%+v", o)
-			}
-			return err
-		})
+		known(t, name)
 	}
+}
+
+// known waits until the node leads to a Service that is new.
+func known(t testing.TB, name string) {
+	t.Helper()
+	// Not from the client pod: a connection that met no rule of kube-proxy stays in
+	// the node's conntrack for two minutes (nf_conntrack_tcp_timeout_syn_sent), and
+	// leads whatever comes from the same port past all rules.
+	url := "http://" + serviceIP(t, name) + "/report"
+	eventually(t, 10*time.Second, "the node knows "+name, func() error {
+		out, err := fromNode(t, "load", "-c", "1", "-n", "1", "-close", url).Output()
+		var o loadOutcome
+		if err == nil {
+			err = json.Unmarshal(out, &o)
+		}
+		if err == nil && o.Failures > 0 {
+			err = fmt.Errorf("%+v", o)
+		}
+		return err
+	})
 }
 
 func podsOfApp(t testing.TB, apps ...string) string {

@@ -37,6 +37,7 @@ func startRolling(t *testing.T, kind string) *rollingWorkload {
 		eventually(t, 60*time.Second, "its pods end", func() error { return nothing(podsOfApp(t, w.name)) })
 	})
 	w.whole()
+	known(t, w.name)
 	return w
 }
 
