@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"sync"
@@ -36,6 +37,9 @@ type held struct {
 	taken bool   // it was answered
 	timer *time.Timer
 }
+
+// spokenIn is how long a further connection has to be spoken by: who dials does so at once.
+const spokenIn = 10 * time.Second
 
 // NewHost starts nothing.
 func NewHost() *Host {
@@ -108,12 +112,29 @@ func (h *Host) answer(p channel.Pending, refusal error, of *held) {
 	}()
 }
 
-// found has a stream go by another connection.
+// found has a stream go by another connection, when its client has spoken by it. A hub may have
+// dialled twice, and dropped one, which nobody speaks by: it must not take the place of the other.
 func (h *Host) found(s *held, by net.Conn) {
+	known := make(chan struct{})
+	defer close(known)
+	go func() {
+		select {
+		case <-s.ended:
+			by.Close()
+		case <-known:
+		}
+	}()
+	first := make([]byte, headerSize)
+	_ = by.SetReadDeadline(time.Now().Add(spokenIn))
+	if _, err := io.ReadFull(by, first); err != nil {
+		by.Close()
+		return
+	}
+	_ = by.SetReadDeadline(time.Time{})
 	h.mu.Lock()
 	h.unlist(s)
 	h.mu.Unlock()
-	s.attach(by)
+	s.attach(by, first...)
 }
 
 // holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:

@@ -2,6 +2,7 @@ package resume
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -38,8 +39,9 @@ const (
 	ackAfter = 100 * time.Millisecond // of fewer
 )
 
-// attach has the stream go by conn, which it takes over, from now on.
-func (s *Stream) attach(conn net.Conn) {
+// attach has the stream go by conn, which it takes over, from now on. What was said by it
+// already is heard first.
+func (s *Stream) attach(conn net.Conn, said ...byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over {
@@ -53,7 +55,7 @@ func (s *Stream) attach(conn net.Conn) {
 	s.link = &link{s: s, conn: conn, ready: s.links == 0}
 	s.links++
 	s.talk.Broadcast() // the one before, that it is none any more
-	go s.link.read()
+	go s.link.read(said)
 	go s.link.write()
 }
 
@@ -182,8 +184,8 @@ func (l *link) words(b []byte) []byte {
 }
 
 // read takes in what is said, until the link is lost.
-func (l *link) read() {
-	r := bufio.NewReaderSize(l.conn, 4<<10)
+func (l *link) read(said []byte) {
+	r := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(said), l.conn), 4<<10)
 	for {
 		if err := l.hear(r); err != nil {
 			l.s.broke(l, err)

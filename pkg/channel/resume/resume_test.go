@@ -461,10 +461,33 @@ func TestAskedAgain(t *testing.T) {
 			t.Errorf("%q is taken", words)
 		}
 	}
+	before := near.link
+	for _, again := range []bool{false, true} { // nobody speaks by it, so it does not take over
+		c, err := w.way.DialContext(t.Context(), call{tok, again}.network(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(far, "x"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(near, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		near.mu.Lock()
+		if near.link != before {
+			t.Error("another has taken its place")
+		}
+		near.mu.Unlock()
+	}
 	c, err := w.way.DialContext(t.Context(), call{tok, false}.network(), address) // takes over, and is lost
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := c.Write(frame{kindAck, 0, firstWindow}.append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "taken over", func() bool { near.mu.Lock(); defer near.mu.Unlock(); return near.link != before })
 	relay.Abort(c, syscall.ECONNRESET)
 	go func() { io.WriteString(far, "still here"); far.Close() }()
 	if got, err := io.ReadAll(near); string(got) != "still here" || err != nil {
