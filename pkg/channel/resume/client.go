@@ -66,7 +66,7 @@ func (c *Client) Dial(ctx context.Context, address string) (*Stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := newStream(true, conn.LocalAddr(), conn.RemoteAddr(), c.budget, func(s *Stream, heard bool, _ error) { go d.again(s, heard) })
+	s := newStream(true, conn.LocalAddr(), conn.RemoteAddr(), c.budget, func(s *Stream, lasted bool, _ error) { go d.again(s, lasted) })
 	c.keep(s)
 	s.attach(conn)
 	return s, nil
@@ -87,10 +87,10 @@ const (
 	doublings  = 4 // of the pause
 )
 
-// again dials until there is a connection, or none is to be had. One of which nothing was
-// heard is as none.
-func (d *dialled) again(s *Stream, heard bool) {
-	if heard || d.since.IsZero() {
+// again dials until there is a connection, or none is to be had. One that has not lasted is
+// as none.
+func (d *dialled) again(s *Stream, lasted bool) {
+	if lasted || d.since.IsZero() {
 		d.since, d.failures = time.Now(), 0
 	}
 	ctx, cancel := context.WithDeadline(context.Background(), d.since.Add(d.hold))

@@ -19,6 +19,7 @@ import (
 type link struct {
 	s    *Stream
 	conn net.Conn
+	from time.Time
 
 	// All this is guarded by the stream's lock.
 	ready  bool  // it is known from where on to send
@@ -52,7 +53,7 @@ func (s *Stream) attach(conn net.Conn, said ...byte) {
 		before.settle()
 		go relay.Abort(before.conn, net.ErrClosed)
 	}
-	s.link = &link{s: s, conn: conn, ready: s.links == 0}
+	s.link = &link{s: s, conn: conn, from: time.Now(), ready: s.links == 0}
 	s.links++
 	s.talk.Broadcast() // the one before, that it is none any more
 	go s.link.read(said)
@@ -80,13 +81,20 @@ func (s *Stream) broke(l *link, err error) {
 	if errors.Is(err, errRules) || heard || s.dials && s.complete() && !s.reset {
 		s.finished(err)
 	}
-	over := s.over
+	over, lasted := s.over, l.lasted()
 	s.talk.Broadcast() // to who writes there
 	s.mu.Unlock()
 	if !over {
-		s.lost(s, l.heard, err)
+		s.lost(s, lasted, err)
 	}
 }
+
+// lasting is what a link must have been there for, that the next loss is a new one: else one
+// that is lost again and again would be dialled as often as it can be, for ever.
+const lasting = time.Second
+
+// lasted tells whether it was. mu is held.
+func (l *link) lasted() bool { return l.heard && time.Since(l.from) > lasting }
 
 // frames are buffers, which a link has only while it says something.
 var frames = sync.Pool{New: func() any { return new([mostFrames]byte) }}
@@ -246,7 +254,7 @@ func (l *link) take(f frame, data []byte) error {
 		return err
 	case kindData:
 		err := s.in.take(f, data)
-		s.readable.Signal()
+		s.readable.Broadcast() // one of who wait may only be awake for its deadline
 		l.acksSoon()
 		return err
 	case kindEnd:

@@ -60,6 +60,13 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 	return &cut{Conn: c, in: w.allow(), out: w.allow()}, nil
 }
 
+// count is how often it was dialled.
+func (w *way) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.dials
+}
+
 // lose breaks what is open, for a reason.
 func (w *way) lose(reason error) {
 	w.mu.Lock()
@@ -495,6 +502,66 @@ func TestAskedAgain(t *testing.T) {
 	}
 	near.Close()
 	ended(t, "client", near)
+}
+
+// A stream whose connections are lost as soon as they have spoken is dialled ever less often, and
+// given up when that has gone on for long enough.
+func TestLostAgainAndAgain(t *testing.T) {
+	w := newWorld(t)
+	w.client.hold = 100 * time.Millisecond
+	connections := 0
+	w.way.allow = func() int {
+		if connections++; connections <= 2 { // each asks twice, both ways
+			return 1 << 40
+		}
+		return headerSize
+	}
+	near, far := w.pair()
+	w.way.lose(syscall.ECONNRESET)
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	if n := w.way.count(); n > 40 {
+		t.Errorf("%d dials", n)
+	}
+	far.Close()
+	w.host.mu.Lock()
+	for _, s := range w.host.streams {
+		go s.finish(net.ErrClosed) // nobody comes back
+	}
+	w.host.mu.Unlock()
+}
+
+// What comes byte by byte costs about what it counts.
+func TestLittle(t *testing.T) {
+	in := incoming{window: firstWindow}
+	var want, got []byte
+	for n := range 10_000 {
+		data := bytes.Repeat([]byte{byte(n)}, 1+n%3)
+		if n%1000 == 999 {
+			data = bytes.Repeat(data, 2000)
+		}
+		want = append(want, data...)
+		f := frame{kindData, in.received, uint32(len(data))}
+		if err := in.take(f, data); err != nil {
+			t.Fatal(err)
+		}
+		if n%777 == 0 {
+			b := make([]byte, 1+n%2000)
+			got = append(got, b[:in.read(b)]...)
+		}
+	}
+	held := 0
+	for _, c := range in.queue {
+		held += cap(c)
+	}
+	if int64(held) > 3*in.size || len(in.queue) > 100 {
+		t.Errorf("%d bytes, and %d slices, for %d", held, len(in.queue), in.size)
+	}
+	b := make([]byte, in.size)
+	if got = append(got, b[:in.read(b)]...); !bytes.Equal(got, want) || in.size != 0 || len(in.queue) > 0 {
+		t.Errorf("%d bytes are not the %d that came", len(got), len(want))
+	}
 }
 
 // Of streams that are lost the host holds those that were lost last.

@@ -26,8 +26,8 @@ type Stream struct {
 	ended         chan struct{} // closed when there is nothing more to say, or nobody to say it to
 	writing       sync.Mutex    // one writes
 
-	// lost is called without the lock when a link is, of which something was heard or nothing.
-	lost func(s *Stream, heard bool, err error)
+	// lost is called without the lock when a link is, which has been of use for a while or not.
+	lost func(s *Stream, lasted bool, err error)
 
 	mu       sync.Mutex
 	readable sync.Cond

@@ -174,10 +174,26 @@ func (i *incoming) take(f frame, data []byte) error {
 	data = data[i.received-f.at:]
 	i.received = end
 	if !i.deaf {
-		i.queue = append(i.queue, data)
-		i.size += int64(len(data))
+		i.add(data)
 	}
 	return nil
+}
+
+// add queues data. Of what comes in little pieces and is not read meanwhile, many have one slice:
+// each of its own would cost many times what the window counts.
+func (i *incoming) add(data []byte) {
+	i.size += int64(len(data))
+	if last := len(i.queue) - 1; last >= 0 {
+		c := i.queue[last]
+		n := min(len(data), cap(c)-len(c))
+		i.queue[last], data = append(c, data[:n]...), data[n:]
+		if 0 < len(data) && len(data) < smallChunk {
+			data = append(make([]byte, 0, smallChunk), data...)
+		}
+	}
+	if len(data) > 0 {
+		i.queue = append(i.queue, data)
+	}
 }
 
 func (i *incoming) finish(f frame, why error) error {
