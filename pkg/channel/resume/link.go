@@ -36,7 +36,8 @@ type link struct {
 }
 
 const (
-	ackEvery = 64 << 10               // bytes received
+	ackEvery = 64 << 10               // bytes received, where the window is as at first
+	ackMost  = 512 << 10              // where it is large
 	ackAfter = 100 * time.Millisecond // of fewer
 )
 
@@ -112,7 +113,9 @@ func (l *link) write() {
 		}
 		buf := frames.Get().(*[mostFrames]byte)
 		words := l.words(buf[:0])
-		l.s.writable.Broadcast() // there may be room
+		if o := &l.s.out; o.written-o.sent <= mostUnsent/2 { // there is room, for more than a little
+			l.s.writable.Broadcast()
+		}
 		last := l.last
 		l.s.mu.Unlock()
 		_, err := l.conn.Write(words)
@@ -130,7 +133,8 @@ func (l *link) write() {
 // due tells whether an ack is. mu is held.
 func (l *link) due() bool {
 	in := &l.s.in
-	return !l.begun || l.late && l.stale() || in.counted()-l.told >= ackEvery || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
+	every := max(ackEvery, min(in.window/4, ackMost))
+	return !l.begun || l.late && l.stale() || in.counted()-l.told >= every || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
 }
 
 func (l *link) stale() bool { return l.s.in.counted() > l.told || l.s.in.limit() > l.limit }
