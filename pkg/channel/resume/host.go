@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"sync"
@@ -14,7 +15,7 @@ import (
 )
 
 // A Host is the end that listens, by as many listeners as there are ways to it: a stream that
-// came by one may go on by another. One that is lost it holds for a minute, and of many those
+// came by one may go on by another. One that is lost it holds for a while, and of many those
 // that were lost last.
 type Host struct {
 	budget *budget
@@ -37,9 +38,12 @@ type held struct {
 	timer *time.Timer
 }
 
-// NewHost starts nothing.
-func NewHost() *Host {
-	return &Host{budget: newBudget(), hold: holdFor, most: mostHeld, streams: map[token]*held{}}
+// spokenIn is how long a further connection has to be spoken by: who dials does so at once.
+const spokenIn = 10 * time.Second
+
+// NewHost starts nothing. notice is how long a lost wire may not be known to be.
+func NewHost(notice time.Duration) *Host {
+	return &Host{budget: newBudget(), hold: holdFor(notice), most: mostHeld, streams: map[token]*held{}}
 }
 
 // Listener has what ln accepts: what a Client has dialled are Streams, each once, whatever
@@ -108,18 +112,34 @@ func (h *Host) answer(p channel.Pending, refusal error, of *held) {
 	}()
 }
 
-// found has a stream go by another connection.
+// found has a stream go by another connection, when its client has spoken by it. A hub may have
+// dialled twice, and dropped one, which nobody speaks by: it must not take the place of the other.
 func (h *Host) found(s *held, by net.Conn) {
+	known := make(chan struct{})
+	defer close(known)
+	go func() {
+		select {
+		case <-s.ended:
+			by.Close()
+		case <-known:
+		}
+	}()
+	first := make([]byte, headerSize)
+	_ = by.SetReadDeadline(time.Now().Add(spokenIn))
+	if _, err := io.ReadFull(by, first); err != nil {
+		by.Close()
+		return
+	}
+	_ = by.SetReadDeadline(time.Time{})
 	h.mu.Lock()
 	h.unlist(s)
 	h.mu.Unlock()
-	s.attach(by)
+	s.attach(by, first...)
 }
 
-// holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:
-// a hub has broken it off, and said so.
+// holds keeps a stream that is lost, for a while. What a hub has broken off, and said so, is not.
 func (h *Host) holds(s *held, err error) {
-	if errors.Is(err, syscall.EACCES) {
+	if errors.Is(err, syscall.EACCES) || isTooMuch(err) {
 		s.finish(err)
 		return
 	}

@@ -2,6 +2,7 @@ package resume
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -18,6 +19,7 @@ import (
 type link struct {
 	s    *Stream
 	conn net.Conn
+	from time.Time
 
 	// All this is guarded by the stream's lock.
 	ready  bool  // it is known from where on to send
@@ -34,12 +36,14 @@ type link struct {
 }
 
 const (
-	ackEvery = 64 << 10               // bytes received
+	ackEvery = 64 << 10               // bytes received, where the window is as at first
+	ackMost  = 512 << 10              // where it is large
 	ackAfter = 100 * time.Millisecond // of fewer
 )
 
-// attach has the stream go by conn, which it takes over, from now on.
-func (s *Stream) attach(conn net.Conn) {
+// attach has the stream go by conn, which it takes over, from now on. What was said by it
+// already is heard first.
+func (s *Stream) attach(conn net.Conn, said ...byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over {
@@ -50,10 +54,10 @@ func (s *Stream) attach(conn net.Conn) {
 		before.settle()
 		go relay.Abort(before.conn, net.ErrClosed)
 	}
-	s.link = &link{s: s, conn: conn, ready: s.links == 0}
+	s.link = &link{s: s, conn: conn, from: time.Now(), ready: s.links == 0}
 	s.links++
 	s.talk.Broadcast() // the one before, that it is none any more
-	go s.link.read()
+	go s.link.read(said)
 	go s.link.write()
 }
 
@@ -78,13 +82,20 @@ func (s *Stream) broke(l *link, err error) {
 	if errors.Is(err, errRules) || heard || s.dials && s.complete() && !s.reset {
 		s.finished(err)
 	}
-	over := s.over
+	over, lasted := s.over, l.lasted()
 	s.talk.Broadcast() // to who writes there
 	s.mu.Unlock()
 	if !over {
-		s.lost(s, l.heard, err)
+		s.lost(s, lasted, err)
 	}
 }
+
+// lasting is what a link must have been there for, that the next loss is a new one: else one
+// that is lost again and again would be dialled as often as it can be, for ever.
+const lasting = time.Second
+
+// lasted tells whether it was. mu is held.
+func (l *link) lasted() bool { return l.heard && time.Since(l.from) > lasting }
 
 // frames are buffers, which a link has only while it says something.
 var frames = sync.Pool{New: func() any { return new([mostFrames]byte) }}
@@ -102,7 +113,9 @@ func (l *link) write() {
 		}
 		buf := frames.Get().(*[mostFrames]byte)
 		words := l.words(buf[:0])
-		l.s.writable.Broadcast() // there may be room
+		if o := &l.s.out; o.written-o.sent <= mostUnsent/2 { // there is room, for more than a little
+			l.s.writable.Broadcast()
+		}
 		last := l.last
 		l.s.mu.Unlock()
 		_, err := l.conn.Write(words)
@@ -120,7 +133,8 @@ func (l *link) write() {
 // due tells whether an ack is. mu is held.
 func (l *link) due() bool {
 	in := &l.s.in
-	return !l.begun || l.late && l.stale() || in.counted()-l.told >= ackEvery || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
+	every := max(ackEvery, min(in.window/4, ackMost))
+	return !l.begun || l.late && l.stale() || in.counted()-l.told >= every || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
 }
 
 func (l *link) stale() bool { return l.s.in.counted() > l.told || l.s.in.limit() > l.limit }
@@ -182,8 +196,8 @@ func (l *link) words(b []byte) []byte {
 }
 
 // read takes in what is said, until the link is lost.
-func (l *link) read() {
-	r := bufio.NewReaderSize(l.conn, 4<<10)
+func (l *link) read(said []byte) {
+	r := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(said), l.conn), 4<<10)
 	for {
 		if err := l.hear(r); err != nil {
 			l.s.broke(l, err)
@@ -244,7 +258,7 @@ func (l *link) take(f frame, data []byte) error {
 		return err
 	case kindData:
 		err := s.in.take(f, data)
-		s.readable.Signal()
+		s.readable.Broadcast() // one of who wait may only be awake for its deadline
 		l.acksSoon()
 		return err
 	case kindEnd:

@@ -60,6 +60,13 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 	return &cut{Conn: c, in: w.allow(), out: w.allow()}, nil
 }
 
+// count is how often it was dialled.
+func (w *way) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.dials
+}
+
 // lose breaks what is open, for a reason.
 func (w *way) lose(reason error) {
 	w.mu.Lock()
@@ -131,8 +138,8 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	now := goleak.IgnoreCurrent()
-	w := &world{t: t, way: &way{}, host: NewHost()}
-	w.client = NewClient(w.way)
+	w := &world{t: t, way: &way{}, host: NewHost(0)}
+	w.client = NewClient(w.way, 0)
 	w.client.pause = time.Millisecond
 	ln, err := w.way.memory.Listen(t.Context(), "tcp", address)
 	if err != nil {
@@ -411,6 +418,47 @@ func TestNoWayBack(t *testing.T) {
 	}
 }
 
+// What a hub has ended, as too much waited there, ends at both ends.
+func TestTooMuch(t *testing.T) {
+	w := newWorld(t)
+	near, far := w.pair()
+	for _, way := range [][2]net.Conn{{near, far}, {far, near}} { // nothing is being written then, which would fail for another reason
+		if _, err := io.WriteString(way[0], "x"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(way[1], make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.way.refuse(syscall.EHOSTUNREACH) // until the host has heard of it
+	w.way.lose(syscall.ENOBUFS)
+	if _, err := far.Read(make([]byte, 1)); !errors.Is(err, syscall.ENOBUFS) {
+		t.Errorf("the host: %v", err)
+	}
+	w.await("forgotten", 0)
+	w.way.refuse(nil)
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, ErrForgotten) {
+		t.Errorf("the client: %v", err)
+	}
+	n := w.way.count()
+	d := dialled{Client: w.client}
+	s := newStream(true, nil, nil, w.client.budget, d.lost)
+	s.lost(s, true, syscall.ENOBUFS)
+	ended(t, "client", s)
+	if w.way.count() != n {
+		t.Error("it is dialled again")
+	}
+}
+
+// A stream is held for longer than it may take both ends to notice.
+func TestHoldFor(t *testing.T) {
+	for notice, want := range map[time.Duration]time.Duration{0: time.Minute, 42 * time.Second: 84 * time.Second, time.Minute: 2 * time.Minute} {
+		if h, c := NewHost(notice).hold, NewClient(nil, notice).hold; h != want || c != want {
+			t.Errorf("%v: %v and %v, want %v", notice, h, c, want)
+		}
+	}
+}
+
 // The host ends what a hub says is not permitted, and what nobody comes back for.
 func TestHostGivesUp(t *testing.T) {
 	for name, test := range map[string]struct {
@@ -461,10 +509,33 @@ func TestAskedAgain(t *testing.T) {
 			t.Errorf("%q is taken", words)
 		}
 	}
+	before := near.link
+	for _, again := range []bool{false, true} { // nobody speaks by it, so it does not take over
+		c, err := w.way.DialContext(t.Context(), call{tok, again}.network(), address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(far, "x"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(near, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		near.mu.Lock()
+		if near.link != before {
+			t.Error("another has taken its place")
+		}
+		near.mu.Unlock()
+	}
 	c, err := w.way.DialContext(t.Context(), call{tok, false}.network(), address) // takes over, and is lost
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := c.Write(frame{kindAck, 2, firstWindow}.append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "taken over", func() bool { near.mu.Lock(); defer near.mu.Unlock(); return near.link != before })
 	relay.Abort(c, syscall.ECONNRESET)
 	go func() { io.WriteString(far, "still here"); far.Close() }()
 	if got, err := io.ReadAll(near); string(got) != "still here" || err != nil {
@@ -472,6 +543,66 @@ func TestAskedAgain(t *testing.T) {
 	}
 	near.Close()
 	ended(t, "client", near)
+}
+
+// A stream whose connections are lost as soon as they have spoken is dialled ever less often, and
+// given up when that has gone on for long enough.
+func TestLostAgainAndAgain(t *testing.T) {
+	w := newWorld(t)
+	w.client.hold = 100 * time.Millisecond
+	connections := 0
+	w.way.allow = func() int {
+		if connections++; connections <= 2 { // each asks twice, both ways
+			return 1 << 40
+		}
+		return headerSize
+	}
+	near, far := w.pair()
+	w.way.lose(syscall.ECONNRESET)
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	if n := w.way.count(); n > 40 {
+		t.Errorf("%d dials", n)
+	}
+	far.Close()
+	w.host.mu.Lock()
+	for _, s := range w.host.streams {
+		go s.finish(net.ErrClosed) // nobody comes back
+	}
+	w.host.mu.Unlock()
+}
+
+// What comes byte by byte costs about what it counts.
+func TestLittle(t *testing.T) {
+	in := incoming{window: firstWindow}
+	var want, got []byte
+	for n := range 10_000 {
+		data := bytes.Repeat([]byte{byte(n)}, 1+n%3)
+		if n%1000 == 999 {
+			data = bytes.Repeat(data, 2000)
+		}
+		want = append(want, data...)
+		f := frame{kindData, in.received, uint32(len(data))}
+		if err := in.take(f, data); err != nil {
+			t.Fatal(err)
+		}
+		if n%777 == 0 {
+			b := make([]byte, 1+n%2000)
+			got = append(got, b[:in.read(b)]...)
+		}
+	}
+	held := 0
+	for _, c := range in.queue {
+		held += cap(c)
+	}
+	if int64(held) > 3*in.size || len(in.queue) > 100 {
+		t.Errorf("%d bytes, and %d slices, for %d", held, len(in.queue), in.size)
+	}
+	b := make([]byte, in.size)
+	if got = append(got, b[:in.read(b)]...); !bytes.Equal(got, want) || in.size != 0 || len(in.queue) > 0 {
+		t.Errorf("%d bytes are not the %d that came", len(got), len(want))
+	}
 }
 
 // Of streams that are lost the host holds those that were lost last.
@@ -650,6 +781,49 @@ type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
 
+// A window grows for what has come, and what it has grown by is held until that was read, or is
+// not any more.
+func TestBudget(t *testing.T) {
+	for name, test := range map[string]func(s *Stream){
+		"read":   func(s *Stream) { _, _ = io.ReadAll(s) },
+		"closed": func(s *Stream) { s.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBudget()
+			s := newStream(false, nil, nil, b, nil)
+			l := &link{s: s, ready: true, heard: true, timer: time.AfterFunc(time.Hour, func() {})}
+			defer l.settle()
+			say := func(f frame, data []byte) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if err := l.take(f, data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, at := range []int64{1, firstWindow, lastByte} {
+				if say(frame{kindWant, at, 0}, nil); s.grown != 0 {
+					t.Errorf("the window grows by %d, for what has not come", s.grown)
+				}
+			}
+			say(frame{kindData, 0, 5}, []byte("12345"))
+			if say(frame{kindWant, 5, 0}, nil); s.grown != firstWindow {
+				t.Errorf("the window grows by %d", s.grown)
+			}
+			s.finish(io.ErrClosedPipe)
+			if left := b.left.Load(); left != mostGrown-firstWindow {
+				t.Errorf("%d are left while something is not read", left)
+			}
+			test(s)
+			if left := b.left.Load(); left != mostGrown {
+				t.Errorf("%d are left", left)
+			}
+		})
+	}
+	if b := newBudget(); b.take(mostGrown) != mostGrown/4 {
+		t.Error("one stream takes all")
+	}
+}
+
 // Deadlines are those of any connection.
 func TestDeadline(t *testing.T) {
 	w := newWorld(t)
@@ -740,6 +914,7 @@ func FuzzLink(f *testing.F) {
 		b.Close()
 		all.Wait()
 		<-s.Ended()
+		s.Close()
 		if left := s.budget.left.Load(); left != mostGrown {
 			t.Errorf("%d bytes of the budget are left", left)
 		}

@@ -27,11 +27,12 @@ func newBudget() *budget {
 	return b
 }
 
-// take takes up to so much.
+// take takes up to so much, and never more than a quarter of what is left, so that there is some for
+// who comes late.
 func (b *budget) take(most int64) int64 {
 	for {
 		left := b.left.Load()
-		n := max(0, min(most, left))
+		n := max(0, min(most, left/4))
 		if b.left.CompareAndSwap(left, left-n) {
 			return n
 		}
@@ -174,10 +175,26 @@ func (i *incoming) take(f frame, data []byte) error {
 	data = data[i.received-f.at:]
 	i.received = end
 	if !i.deaf {
-		i.queue = append(i.queue, data)
-		i.size += int64(len(data))
+		i.add(data)
 	}
 	return nil
+}
+
+// add queues data. Of what comes in little pieces and is not read meanwhile, many have one slice:
+// each of its own would cost many times what the window counts.
+func (i *incoming) add(data []byte) {
+	i.size += int64(len(data))
+	if last := len(i.queue) - 1; last >= 0 {
+		c := i.queue[last]
+		n := min(len(data), cap(c)-len(c))
+		i.queue[last], data = append(c, data[:n]...), data[n:]
+		if 0 < len(data) && len(data) < smallChunk {
+			data = append(make([]byte, 0, smallChunk), data...)
+		}
+	}
+	if len(data) > 0 {
+		i.queue = append(i.queue, data)
+	}
 }
 
 func (i *incoming) finish(f frame, why error) error {
@@ -206,9 +223,10 @@ func (i *incoming) read(p []byte) (n int) {
 func (i *incoming) drop() { i.deaf, i.queue, i.size = true, nil, 0 }
 
 // wanted lets the window grow, if who reads is as fast as what comes: then it is that which
-// holds up the other end. Of what was asked before it has grown the last time nothing is made.
+// holds up the other end. Of what was asked before it has grown the last time nothing is made, nor
+// of what is said to hold it up and has not come.
 func (i *incoming) wanted(f frame, b *budget) (grown int64) {
-	if f.at < i.grownTo || i.size > i.window/2 {
+	if f.at != i.received || f.at < i.grownTo || i.size > i.window/2 {
 		return 0
 	}
 	grown = b.take(min(i.window, mostWindow-i.window))
