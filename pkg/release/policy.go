@@ -22,7 +22,7 @@ type Policy struct {
 	// User is who owns releases, and runs hooks, actions and commands; "" is who runs apply.
 	// Only root can name another.
 	User    string   `yaml:"user,omitempty"`
-	Shared  []string `yaml:"shared,omitempty"` // "*" if not there: they are below To
+	Shared  []string `yaml:"shared"` // "*" if not there: they are below To. [] is none
 	Restart []string `yaml:"restart,omitempty"`
 	Drain   []string `yaml:"drain,omitempty"` // and what undoes one
 	Health  []string `yaml:"health,omitempty"`
