@@ -108,14 +108,14 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 		if data.left < 0 {
 			return "", fmt.Errorf("it printed more than %d bytes", j.data)
 		}
-		return data.String(), nil
+		return data.kept.String(), nil
 	}
 	return out.tail(), err
 }
 
 // capped keeps what comes, up to a length; left is negative once more has come.
 type capped struct {
-	bytes.Buffer
+	kept bytes.Buffer // not embedded: its ReadFrom knows no limit
 	left int
 }
 
@@ -125,7 +125,7 @@ func (c *capped) Write(p []byte) (int, error) {
 		return len(p), nil // who prints is not ended by it
 	}
 	c.left -= len(p)
-	return c.Buffer.Write(p)
+	return c.kept.Write(p)
 }
 
 // wait runs cmd. The thread that starts it has to live on: the kernel takes its end for that of

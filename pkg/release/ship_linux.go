@@ -164,14 +164,20 @@ func (s *session) completeFile(a *arrival, e *Entry) error {
 // is the last of all, by itself: what is below may belong to another, who could make links of it.
 func (s *session) completeFolders(a *arrival) error {
 	modes := map[string]uint32{}
-	for i := range a.entries {
-		e := &a.entries[i]
-		for dir := path.Dir(e.Path); dir != "."; dir = path.Dir(dir) {
+	above := func(name string) {
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
 			if _, known := modes[dir]; known {
 				break
 			}
 			modes[dir] = 0o755
 		}
+	}
+	for _, p := range s.hello.Config.Shared {
+		above(strings.TrimSuffix(p, "/"))
+	}
+	for i := range a.entries {
+		e := &a.entries[i]
+		above(e.Path)
 		if e.Type == TypeDir {
 			modes[e.Path] = e.Mode
 		}
