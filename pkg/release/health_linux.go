@@ -167,7 +167,7 @@ func (r *run) instance(ctx context.Context, h *Health) error {
 	}
 	pids, here := listeners(ctx, h)
 	if !here {
-		r.s.note(PhaseHealth, h.String()+" is not known to ask this host: which process answers is not looked at")
+		r.s.note(PhaseHealth, "health names no address of this host: which process answers is not looked at")
 		return nil
 	}
 	err = errUnseen
