@@ -144,9 +144,13 @@ func (s *session) foreign() *Problem {
 		case !info.IsDir():
 			return &Problem{Code: Failed, Text: at + " is not a folder"}
 		case owner(info) != os.Geteuid() || info.Mode().Perm()&0o022 != 0:
+			all := ""
+			if dir == ownDir { // what is in it, too: he may have the log open
+				all = "-R "
+			}
 			return &Problem{
 				Code: Failed, Text: fmt.Sprintf("%s can be changed by others than root, who deploys to it for %s", at, s.as.name),
-				Hint: fmt.Sprintf("chown root: %[1]s && chmod go-w %[1]s", at),
+				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", at, all),
 			}
 		}
 	}

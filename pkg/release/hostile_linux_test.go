@@ -195,7 +195,7 @@ func TestFolderOfAnother(t *testing.T) {
 		} {
 			y.must(change())
 			c, _ := y.wire()
-			if h := y.greet(c); len(h.Problems) != 1 || !strings.HasPrefix(h.Problems[0].Hint, "chown root: "+at) {
+			if h := y.greet(c); len(h.Problems) != 1 || !strings.HasSuffix(h.Problems[0].Hint, "go-w "+at) {
 				t.Errorf("%s: %s: %+v", name, what, h.Problems)
 			}
 			if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Refused {
