@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/release"
 )
 
 const shop = `app: shop
@@ -200,5 +202,17 @@ func TestSchema(t *testing.T) {
 	}
 	if kept, err := os.ReadFile(path); err != nil || string(kept) != string(schema) {
 		t.Errorf("%s is not what culvert deploy --print-schema prints: go test ./pkg/deploy -run TestSchema -update (%v)", path, err)
+	}
+}
+
+// A policy of an app that shares nothing allows it nothing: without the key it would be all.
+func TestPolicySharesNothing(t *testing.T) {
+	text, err := Policy("shop", Settings{To: "/srv/shop/", Keep: new(int)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := release.ParsePolicy(text)
+	if err != nil || p.To != "/srv/shop" || len(p.Shared) != 0 {
+		t.Errorf("%+v, %v\n%s", p, err, text)
 	}
 }

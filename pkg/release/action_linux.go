@@ -47,12 +47,22 @@ func (r *run) hook(ctx context.Context, phase, text string) (string, error) {
 	return r.job(phase, r.Config.Hooks.Timeout, "sh", "-ec", text).run(ctx)
 }
 
-func (r *run) command(ctx context.Context, phase string, timeout time.Duration, argv ...string) (string, error) {
-	out, err := r.job(phase, timeout, argv...).run(ctx)
+// named is run, with an error that says of what.
+func (j *job) named(ctx context.Context) (string, error) {
+	out, err := j.run(ctx)
 	if err != nil {
-		err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
+		err = fmt.Errorf("%s: %w", strings.Join(j.argv, " "), err)
 	}
 	return out, err
+}
+
+// service is a job of the host's own supervisor, which is asked by who runs apply: the app's
+// user may not restart a unit. Its folder is none that a deployer has a say in, for
+// supervisorctl takes its configuration from there.
+func (r *run) service(phase string, timeout time.Duration, argv ...string) *job {
+	j := r.job(phase, timeout, argv...)
+	j.as, j.dir = nil, "/"
+	return j
 }
 
 func (r *run) drain(ctx context.Context) (string, error) {
@@ -96,9 +106,9 @@ func (r *run) restart(ctx context.Context) (string, error) {
 	a := r.Config.Restart
 	switch a.Kind {
 	case "systemd":
-		return r.command(ctx, PhaseRestart, a.Timeout, "systemctl", "restart", "--", a.Arg)
+		return r.service(PhaseRestart, a.Timeout, "systemctl", "restart", "--", a.Arg).named(ctx)
 	case "supervisor":
-		return r.command(ctx, PhaseRestart, a.Timeout, "supervisorctl", "restart", a.Arg)
+		return r.service(PhaseRestart, a.Timeout, "supervisorctl", "restart", a.Arg).named(ctx)
 	case "pm2":
 		return r.pm2(ctx, a)
 	case "http":
@@ -140,11 +150,7 @@ func (r *run) pm2(ctx context.Context, a *Action) (string, error) {
 	}
 	j = r.job(PhaseRestart, a.Timeout, argv...)
 	j.dir, j.env = current, append(j.env, "PWD="+current)
-	out, err := j.run(ctx)
-	if err != nil {
-		err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
-	}
-	return out, err
+	return j.named(ctx)
 }
 
 // call asks an address, for "[METHOD] URL".
@@ -169,7 +175,7 @@ func fetch(ctx context.Context, method, address string, status int, see func(htt
 	if err != nil {
 		return nil, err
 	}
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{}).DialContext} // whatever proxy is set
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{}).DialContext, MaxResponseHeaderBytes: 64 << 10} // whatever proxy is set
 	client := http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	resp, err := client.Do(req)
 	if err != nil {
@@ -250,13 +256,9 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 		return nil, false, nil
 	}
 	quiet := func(argv ...string) (string, error) {
-		j := r.job(PhaseHealth, lookTimeout, argv...)
+		j := r.service(PhaseHealth, lookTimeout, argv...)
 		j.line = nil
-		out, err := j.run(ctx)
-		if err != nil {
-			err = fmt.Errorf("%s: %w", strings.Join(argv, " "), err)
-		}
-		return out, err
+		return j.named(ctx)
 	}
 	switch a.Kind {
 	case "systemd":
@@ -270,7 +272,9 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 		all, err := supervisorPIDs(out)
 		return all, true, err
 	case "pm2":
-		out, err := quiet("pm2", "jlist")
+		j := r.job(PhaseHealth, lookTimeout, "pm2", "jlist")
+		j.line, j.data = nil, maxList
+		out, err := j.named(ctx)
 		if err != nil {
 			return nil, true, err
 		}
@@ -292,7 +296,10 @@ func supervisorPIDs(out string) (all []process, err error) {
 	return all, nil
 }
 
-// pm2PIDs reads "pm2 jlist", which may say something else first.
+// maxList is how long that of pm2 may be, in bytes: each process has its whole environment in it.
+const maxList = 16 << 20
+
+// pm2PIDs reads "pm2 jlist", which may say something else before and after it.
 func pm2PIDs(out, name string) (all []process, err error) {
 	lines := strings.Split(out, "\n")
 	i := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "[{") || strings.HasPrefix(l, "[]") })
@@ -307,7 +314,7 @@ func pm2PIDs(out, name string) (all []process, err error) {
 			Script string `json:"pm_exec_path"`
 		} `json:"pm2_env"`
 	}
-	if err := json.Unmarshal([]byte(strings.Join(lines[i:], "\n")), &list); err != nil {
+	if err := json.NewDecoder(strings.NewReader(strings.Join(lines[i:], "\n"))).Decode(&list); err != nil {
 		return nil, fmt.Errorf("pm2 jlist: %w", err)
 	}
 	for _, p := range list {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"time"
@@ -160,6 +161,9 @@ func (r *run) do(ctx context.Context, phase string, there bool, what func(contex
 	}
 	r.s.wire.tell(Event{Kind: "phase", Phase: phase})
 	if output, err := what(ctx); err != nil {
+		if len(err.Error()) > maxText {
+			err = errors.New(shorten(err.Error()))
+		}
 		return &step{phase, err, output}
 	}
 	return nil
@@ -179,6 +183,7 @@ func (r *run) back(ctx context.Context, why *step) Result {
 	if err := errors.Join(r.record(event, why), r.over()); err != nil {
 		result.Error += "; " + err.Error()
 	}
+	result.Error = shorten(result.Error)
 	result.Release, _ = r.s.current()
 	result.Previous = r.s.idOf(r.Previous)
 	return result
@@ -356,10 +361,15 @@ func (s *session) interrupted() (r *run, passed bool, err error) {
 	if s.disk == nil {
 		return nil, false, nil
 	}
-	text, err := s.disk.ReadFile(runFile)
+	f, err := s.disk.own(runFile, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, false, nil
 	}
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxMessage)) // no longer than the hello that it is from
 	if err != nil {
 		return nil, false, err
 	}

@@ -517,7 +517,7 @@ func TestPolicyUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]uint32{
-		".": 0, "releases": 0, ".culvert": 0, ".culvert/log.jsonl": 0, "current": 0, "shared": nobody.uid, "shared/uploads": nobody.uid, "releases/a": nobody.uid,
+		".": 0, "releases": 0, ".culvert/lock": 0, ".culvert": 0, ".culvert/log.jsonl": 0, "current": 0, "shared": nobody.uid, "shared/uploads": nobody.uid, "releases/a": nobody.uid,
 		"releases/a/lib": nobody.uid, "releases/a/lib/same": nobody.uid, "releases/a/lib/link": nobody.uid, "releases/a/uploads": nobody.uid,
 	} {
 		info, err := os.Lstat(filepath.Join(y.to, name))
@@ -526,6 +526,9 @@ func TestPolicyUser(t *testing.T) {
 		} else if got := info.Sys().(*syscall.Stat_t).Uid; got != want {
 			t.Errorf("%s belongs to %d, not %d", name, got, want)
 		}
+	}
+	if info, err := os.Lstat(filepath.Join(y.to, ".culvert")); err != nil || info.Mode().Perm() != 0o700 {
+		t.Error(info.Mode(), err)
 	}
 	c.Close()
 	c, _ = y.locked()
@@ -704,7 +707,7 @@ func TestSupervisorsSay(t *testing.T) {
 			t.Errorf("%q: %v", out, all)
 		}
 	}
-	list := "In-memory PM2 is out-of-date, do:\n>>>> $ pm2 update\n" + `[{"pid":7,"name":"shop","pm2_env":{"status":"online","pm_exec_path":"/a/server.js"}},{"pid":8,"name":"other","pm2_env":{"status":"errored"}}]`
+	list := "In-memory PM2 is out-of-date, do:\n>>>> $ pm2 update\n" + `[{"pid":7,"name":"shop","pm2_env":{"status":"online","pm_exec_path":"/a/server.js"}},{"pid":8,"name":"other","pm2_env":{"status":"errored"}}]` + "\nand more\n"
 	all, err = pm2PIDs(list, "shop")
 	if err != nil || len(all) != 1 || all[0].pid != 7 || all[0].paths[0] != "/a/server.js" {
 		t.Error(all, err)

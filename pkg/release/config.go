@@ -14,6 +14,7 @@ const (
 	maxScript = 100 << 10 // bytes: Linux takes no argument of 128 KiB
 	maxWait   = 24 * time.Hour
 	maxKeep   = 1000
+	maxShared = 1000 // each is compared with each
 )
 
 var (
@@ -64,6 +65,9 @@ func (c *Config) Check() error {
 }
 
 func (c *Config) checkShared() error {
+	if len(c.Shared) > maxShared {
+		return fmt.Errorf("%d paths are more than %d", len(c.Shared), maxShared)
+	}
 	var names []string
 	for _, p := range c.Shared {
 		name := strings.TrimSuffix(p, "/")

@@ -25,20 +25,21 @@ func (d *disk) changes(what, name string) {
 	}
 }
 
-// mkdir makes a folder if it is not there.
-func (d *disk) mkdir(name string, mode fs.FileMode) error {
+// mkdir makes a folder if it is not there. made: it is ours, and nobody else's.
+func (d *disk) mkdir(name string, mode fs.FileMode) (made bool, err error) {
 	if info, err := d.Lstat(name); err == nil && info.IsDir() {
-		return nil
+		return false, nil
 	}
 	d.changes("mkdir", name)
-	if err := d.Root.Mkdir(name, mode); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+	err = d.Root.Mkdir(name, mode)
+	if errors.Is(err, fs.ErrExist) {
+		return false, nil
 	}
-	return nil
+	return err == nil, err
 }
 
-// mkdirs makes one with those above it, up to base, which is there, and gives them to the app's
-// user.
+// mkdirs makes one with those above it, up to base, which is there, and gives those that it has
+// made to the app's user.
 func (d *disk) mkdirs(base, name string) error {
 	if name == "." || name == "" {
 		return nil
@@ -49,7 +50,7 @@ func (d *disk) mkdirs(base, name string) error {
 	if err := d.mkdirs(base, path.Dir(name)); err != nil {
 		return err
 	}
-	if err := d.mkdir(path.Join(base, name), 0o755); err != nil {
+	if made, err := d.mkdir(path.Join(base, name), 0o755); err != nil || !made {
 		return err
 	}
 	return d.give(path.Join(base, name))
@@ -110,6 +111,31 @@ func (d *disk) sync(name string) error {
 	return nil
 }
 
+// own opens a file of ours. It is one, and no link: Root follows those that stay in it, whatever
+// the flags. Whoever could read it could lock it.
+func (d *disk) own(name string, flag int) (*os.File, error) {
+	before, err := d.Lstat(name)
+	if err == nil && !before.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a file", name)
+	}
+	f, err := d.Root.OpenFile(name, flag|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && (!info.Mode().IsRegular() || before != nil && !os.SameFile(before, info)) {
+		err = fmt.Errorf("%s is not a file", name)
+	}
+	if err == nil && flag&os.O_CREATE != 0 && info.Mode().Perm() != 0o600 {
+		err = f.Chmod(0o600) // an older culvert's
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 // replace puts a whole file into the place of what is there.
 func (d *disk) replace(name string, write func(io.Writer) error) error {
 	next := name + ".next"
@@ -117,7 +143,7 @@ func (d *disk) replace(name string, write func(io.Writer) error) error {
 		return err
 	}
 	d.changes("write", next)
-	f, err := d.Root.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	f, err := d.Root.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
@@ -136,7 +162,7 @@ func (d *disk) replace(name string, write func(io.Writer) error) error {
 
 // appendLine adds a line to a file that may end with a torn one.
 func (d *disk) appendLine(name string, line []byte) error {
-	f, err := d.Root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o644)
+	f, err := d.own(name, os.O_RDWR|os.O_CREATE|os.O_APPEND)
 	if err != nil {
 		return err
 	}

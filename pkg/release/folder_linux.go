@@ -70,27 +70,91 @@ func (s *session) layOut() error {
 		if s.opts.before != nil {
 			s.opts.before("mkdir " + s.hello.To)
 		}
-		if err := os.Mkdir(s.hello.To, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
+		made := os.Mkdir(s.hello.To, 0o755)
+		if made != nil && !errors.Is(made, fs.ErrExist) {
+			return made
+		}
+		if made == nil {
+			if err := public(s.hello.To); err != nil {
+				return err
+			}
 		}
 		if err := s.open(); err != nil {
 			return err
+		}
+		if problem := s.foreign(); problem != nil {
+			return &Error{Code: problem.Code, Text: problem.Text, Hint: problem.Hint}
 		}
 	}
 	_, err := s.disk.Lstat(sharedDir)
 	fresh := errors.Is(err, fs.ErrNotExist)
 	for _, dir := range []string{ownDir, manifestsDir, releasesDir} {
-		if err := s.disk.mkdir(dir, 0o755); err != nil {
+		if _, err := s.lay(dir); err != nil {
 			return err
+		}
+	}
+	if s.disk.uid >= 0 { // what the log says is nobody's business who can only run as the app's user
+		if info, err := s.disk.Lstat(ownDir); err != nil {
+			return err
+		} else if info.Mode().Perm() != 0o700 {
+			if err := s.disk.chmod(ownDir, 0o700); err != nil {
+				return err
+			}
 		}
 	}
 	if !fresh {
 		return nil // it may be a link to another disk
 	}
-	if err := s.disk.mkdir(sharedDir, 0o755); err != nil {
+	if made, err := s.lay(sharedDir); err != nil || !made {
 		return err
 	}
 	return s.disk.give(sharedDir)
+}
+
+// public is lay's chmod, for the app's folder itself.
+func public(to string) error {
+	parent, err := os.OpenRoot(path.Dir(to))
+	if err != nil {
+		return err
+	}
+	return errors.Join(parent.Chmod(path.Base(to), 0o755), parent.Close())
+}
+
+// lay makes one of the app's folders. A umask of 077 would leave releases that no server can read.
+func (s *session) lay(dir string) (made bool, err error) {
+	if made, err = s.disk.mkdir(dir, 0o755); err != nil || !made {
+		return made, err
+	}
+	return true, s.disk.chmod(dir, 0o755)
+}
+
+// foreign tells of what an app's user could swap under the hands of root, who has another one.
+func (s *session) foreign() *Problem {
+	if s.as == nil || s.disk == nil {
+		return nil
+	}
+	for _, dir := range []string{".", ownDir, manifestsDir, releasesDir} {
+		at := filepath.Join(s.hello.To, dir)
+		info, err := s.disk.Lstat(dir)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err != nil:
+			return &Problem{Code: Failed, Text: err.Error()}
+		case !info.IsDir():
+			return &Problem{Code: Failed, Text: at + " is not a folder"}
+		case owner(info) != os.Geteuid() || info.Mode().Perm()&0o022 != 0:
+			all := ""
+			if dir == ownDir { // what is in it, too: he may have the log open
+				all = "-R "
+			}
+			return &Problem{
+				Code: Failed, Text: fmt.Sprintf("%s can be changed by others than root, who deploys to it for %s", at, s.as.name),
+				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", at, all),
+			}
+		}
+	}
+	return nil
 }
 
 // acquire takes the lock, and repairs what a killed apply has left.
@@ -104,7 +168,7 @@ func (s *session) acquire(ctx context.Context, l Lock) (Locked, error) {
 	if err := s.layOut(); err != nil {
 		return Locked{}, fmt.Errorf("prepare %s: %w", s.hello.To, err)
 	}
-	f, err := s.disk.OpenFile(lockFile, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o644)
+	f, err := s.disk.own(lockFile, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return Locked{}, err
 	}
@@ -181,7 +245,7 @@ func (s *session) holder() *Holder {
 	if s.disk == nil {
 		return nil
 	}
-	f, err := s.disk.Open(lockFile)
+	f, err := s.disk.own(lockFile, os.O_RDONLY)
 	if err != nil {
 		return nil
 	}
@@ -234,7 +298,7 @@ func (s *session) records() ([]record, error) {
 	if s.disk == nil {
 		return nil, nil
 	}
-	f, err := s.disk.Open(logFile)
+	f, err := s.disk.own(logFile, os.O_RDONLY)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -254,6 +318,7 @@ func (s *session) records() ([]record, error) {
 // record adds a line to the log, and returns when it is on the disk.
 func (s *session) record(r record) error {
 	r.Time, r.Who = time.Now().UTC(), s.hello.Who
+	r.Commit, r.Phase, r.Error = shorten(r.Commit), shorten(r.Phase), shorten(r.Error)
 	line, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -330,7 +395,30 @@ func (s *session) inReleases() ([]string, error) {
 func (s *session) list() (listed, error) {
 	all, err := s.here()
 	slices.Reverse(all)
-	return listed{all}, err
+	return listed{fit(all)}, err
+}
+
+// maxText is how much of a text of others' goes into the log and into answers, in bytes.
+const maxText = 4 << 10
+
+// shorten: a server may answer with megabytes, and what is in the log is in each answer from then on.
+func shorten(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxText], "") + " …"
+}
+
+// fit leaves the oldest out of what would be no message any more; all are the newest first.
+func fit(all []Release) []Release {
+	weight := 0
+	return slices.DeleteFunc(all, func(r Release) bool {
+		text, err := json.Marshal(r)
+		if weight += len(text) + 1; err == nil && weight > maxMessage/2 {
+			return !r.Current
+		}
+		return err != nil
+	})
 }
 
 // prune removes old releases, and what was never finished.

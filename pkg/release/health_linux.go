@@ -61,7 +61,11 @@ func (r *run) gate(ctx context.Context) (string, error) {
 	output, told := "", ""
 	for {
 		out, err := r.look(ctx, h)
-		if err == nil || errors.Is(err, errUnseen) && errors.Is(last, errUnseen) {
+		if err == nil {
+			return "", nil
+		}
+		if errors.Is(err, errUnseen) && errors.Is(last, errUnseen) {
+			r.s.note(PhaseHealth, "which process answers could not be looked at")
 			return "", nil
 		}
 		if cut(ctx) && last != nil { // which says less
@@ -161,8 +165,9 @@ func (r *run) instance(ctx context.Context, h *Health) error {
 	if r.Config.Restart == nil || h.Release != "" { // nothing has to be new; or it has said itself what it is
 		return nil
 	}
-	pids, here := listeners(h)
+	pids, here := listeners(ctx, h)
 	if !here {
+		r.s.note(PhaseHealth, "health names no address of this host: which process answers is not looked at")
 		return nil
 	}
 	err = errUnseen
@@ -244,7 +249,7 @@ func lookAt(pid int) (paths []string, began int64, err error) {
 
 // listeners are the processes that listen where health asks, as far as they may be known, if that
 // is on this host.
-func listeners(h *Health) (pids []int, here bool) {
+func listeners(ctx context.Context, h *Health) (pids []int, here bool) {
 	address := h.Arg
 	if h.Kind == "http" {
 		u, err := url.Parse(h.Arg)
@@ -259,28 +264,33 @@ func listeners(h *Health) (pids []int, here bool) {
 	}
 	host, port, err := net.SplitHostPort(address)
 	n, err2 := strconv.ParseUint(port, 10, 16)
-	if err != nil || err2 != nil || !local(host) {
+	if err != nil || err2 != nil || !local(ctx, host) {
 		return nil, false
 	}
 	return holders(sockets(uint16(n))), true
 }
 
-// local tells whether a host is this one.
-func local(host string) bool {
+// local tells whether a host is this one: by one of its addresses, if it is a name.
+func local(ctx context.Context, host string) bool {
 	if host == "localhost" || host == "" {
 		return true
 	}
-	ip, err := netip.ParseAddr(host)
-	if err != nil {
-		return false
+	ips := make([]netip.Addr, 1)
+	var err error
+	if ips[0], err = netip.ParseAddr(host); err != nil {
+		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+		defer cancel()
+		if ips, err = net.DefaultResolver.LookupNetIP(ctx, "ip", host); err != nil {
+			return false
+		}
 	}
-	if ip.IsLoopback() || ip.IsUnspecified() {
-		return true
-	}
-	addrs, _ := net.InterfaceAddrs()
-	return slices.ContainsFunc(addrs, func(a net.Addr) bool {
-		p, err := netip.ParsePrefix(a.String())
-		return err == nil && p.Addr() == ip
+	ours, _ := net.InterfaceAddrs()
+	return slices.ContainsFunc(ips, func(ip netip.Addr) bool {
+		ip = ip.Unmap().WithZone("")
+		return ip.IsLoopback() || ip.IsUnspecified() || slices.ContainsFunc(ours, func(a net.Addr) bool {
+			p, err := netip.ParsePrefix(a.String())
+			return err == nil && p.Addr() == ip
+		})
 	})
 }
 

@@ -39,6 +39,9 @@ func (s *session) greet(h Hello) (Host, error) {
 	if err := s.open(); err != nil {
 		s.refused = append(s.refused, Problem{Code: Failed, Text: err.Error()})
 	}
+	if problem := s.foreign(); problem != nil { // nor does lock take it
+		s.refused = append(s.refused, *problem)
+	}
 	return s.host()
 }
 
@@ -71,15 +74,18 @@ func (s *session) admit(h *Hello) error {
 	return nil
 }
 
+const maxProblems = 100 // that are told
+
 func (s *session) host() (Host, error) {
 	h := Host{Version: Version, To: s.hello.To, Time: time.Now().UTC(), Holder: s.holder()}
 	h.Host, _ = os.Hostname()
 	h.Free, _, _ = space(s.hello.To)
 	var err error
-	if h.Releases, err = s.here(); err != nil {
+	if h.Releases, err = s.here(); err != nil && len(s.refused) == 0 { // else that says more
 		return h, err
 	}
 	slices.Reverse(h.Releases)
+	h.Releases = fit(h.Releases)
 	id, link := s.current()
 	if h.Current = id; id == "" {
 		h.Current = link
@@ -89,6 +95,10 @@ func (s *session) host() (Host, error) {
 	}
 	h.Problems = append(h.Problems, s.refused...)
 	h.Problems = append(h.Problems, s.preflight()...)
+	h.Problems = h.Problems[:min(len(h.Problems), maxProblems)]
+	for i := range h.Problems {
+		h.Problems[i].Text = shorten(h.Problems[i].Text)
+	}
 	return h, nil
 }
 
@@ -140,7 +150,7 @@ func (s *session) preflightTools() []Problem {
 		return []Problem{{Code: Failed, Text: fmt.Sprintf("restart: %s: there is no %s in %s", a, toolOf[a.Kind], os.Getenv("PATH"))}}
 	}
 	if a.Kind == "systemd" {
-		j := job{argv: []string{"systemctl", "show", "-p", "LoadState", "--value", "--", a.Arg}, as: s.as, timeout: lookTimeout}
+		j := job{argv: []string{"systemctl", "show", "-p", "LoadState", "--value", "--", a.Arg}, dir: "/", timeout: lookTimeout}
 		if out, err := j.run(context.Background()); err == nil && strings.TrimSpace(out) == "not-found" {
 			return []Problem{{Code: Failed, Text: fmt.Sprintf("restart: there is no unit %s", a.Arg), Hint: "systemctl list-units --type=service"}}
 		}

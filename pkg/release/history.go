@@ -74,6 +74,9 @@ func history(log []record) []Release {
 			all = append(all, Release{ID: r.Release, State: StateUnknown})
 		}
 		all[i].take(r)
+		if r.Event == eventPruned {
+			delete(at, r.Release) // if it comes again, it is as new as that
+		}
 	}
 	return slices.DeleteFunc(all, func(r Release) bool { return r.State == "" })
 }

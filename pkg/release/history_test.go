@@ -55,6 +55,7 @@ func TestRollbackTargetAndPrune(t *testing.T) {
 		{"shipped only is no target", "a +b c", "c", 5, "a", "b"},
 		{"what is newer than the current stays", "a b !c +d", "b", 5, "a", ""},
 		{"rolled back: not to where we came from", "a b c b<c", "b", 5, "a", ""},
+		{"pruned, and shipped again: as new as that", "a b -a a", "a", 5, "b", ""},
 		{"rolled back twice", "a b c b<c a<b", "a", 5, "", ""},
 		{"rolled back, then a new one", "a b c b<c d", "d", 5, "b", "c"},
 		{"rolled back and the live one is old", "a b c d a<d", "a", 1, "", "b"},

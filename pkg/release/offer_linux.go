@@ -2,6 +2,8 @@ package release
 
 import (
 	"bufio"
+	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -46,34 +48,85 @@ type manifestHead struct {
 	Tree   Hash      `json:"tree"`
 	Who    string    `json:"who,omitempty"`
 	When   time.Time `json:"when"`
+	Shared []string  `json:"shared,omitempty"` // as it was asked for: these are links in it
 }
 
 // offerPart takes a part of a manifest. Only the last one is answered, so what is wrong with
 // one before is said then.
 func (s *session) offerPart(m message) (any, error) {
-	var o Offer
+	var o struct {
+		Offer
+		Entries json.RawMessage `json:"entries"` // in place of Offer's
+	}
 	if err := json.Unmarshal(m.With, &o); err != nil {
-		s.parts, s.weight = nil, 0
+		s.parts = parts{}
 		return nil, errorf(Misused, "offer: %v", err)
 	}
-	if s.weight += len(m.With); s.weight > maxManifest {
-		s.parts, o.Entries = nil, nil
-	}
-	s.parts = append(s.parts, o.Entries...)
+	s.parts.add(o.Entries)
 	if o.More {
 		return nil, nil
 	}
-	weight := s.weight
-	o.Entries, s.parts, s.weight = s.parts, nil, 0
-	if weight > maxManifest {
-		return nil, errorf(Manifest, "the tree: its manifest has more than %d bytes", maxManifest)
+	all := s.parts
+	s.parts = parts{}
+	if all.err != nil {
+		return nil, all.err
 	}
-	return s.offer(o)
+	o.Offer.Entries = all.entries
+	return s.offer(o.Offer)
+}
+
+// parts are an offer whose end has not come. In memory an entry may be forty times as long as
+// in JSON, so they are counted before they are kept.
+type parts struct {
+	entries []Entry
+	pieces  int
+	weight  int // in bytes of JSON
+	err     *Error
+}
+
+func (p *parts) add(text []byte) {
+	if p.err != nil {
+		return
+	}
+	if p.weight += len(text); p.weight > maxManifest {
+		*p = parts{err: errorf(Manifest, "the tree: its manifest has more than %d bytes", maxManifest)}
+		return
+	}
+	if len(text) == 0 || string(text) == "null" {
+		return
+	}
+	if err := p.read(json.NewDecoder(bytes.NewReader(text))); err != nil {
+		*p = parts{err: err}
+	}
+}
+
+func (p *parts) read(in *json.Decoder) *Error {
+	if open, err := in.Token(); err != nil || open != json.Delim('[') {
+		return errorf(Misused, "offer: entries are not a list")
+	}
+	for in.More() {
+		var e Entry
+		if err := in.Decode(&e); err != nil {
+			return errorf(Misused, "offer: %v", err)
+		}
+		p.pieces += max(1, len(e.Chunks))
+		p.entries = append(p.entries, e)
+		if len(p.entries) > maxEntries {
+			return errorf(Manifest, "the tree: more than %d entries", maxEntries)
+		}
+		if p.pieces > maxPieces {
+			return errorf(Manifest, "the tree: more than %d pieces", maxPieces)
+		}
+	}
+	return nil
 }
 
 func (s *session) offer(o Offer) (any, error) {
-	if err := CheckID(o.ID); err != nil && !o.Plan {
+	if err := CheckID(o.ID); err != nil && !(o.Plan && o.ID == "") {
 		return nil, errorf(Misused, "%v", err)
+	}
+	if len(o.Commit) > maxCommit || strings.ContainsFunc(o.Commit, isControl) {
+		return nil, errorf(Misused, "commit %.*q is not the name of one", maxCommit, o.Commit)
 	}
 	if err := CheckTree(o.Entries); err != nil {
 		return nil, errorf(Manifest, "the tree: %v", err)
@@ -183,7 +236,17 @@ func (s *session) already(a *arrival, planOnly bool) (done bool, err error) {
 	if err := s.disk.unlink(releaseDir(a.id)); err == nil { // empty: see moveNew
 		return false, nil
 	}
-	return false, s.disk.rename(releaseDir(a.id), a.dir)
+	if s.disk.uid < 0 {
+		return false, s.disk.rename(releaseDir(a.id), a.dir)
+	}
+	gone := releaseDir(goneMark + a.id) // it is the app's user's already, in which root builds nothing
+	if err := s.disk.discard(gone); err != nil {
+		return false, err
+	}
+	if err := s.disk.rename(releaseDir(a.id), gone); err != nil {
+		return false, err
+	}
+	return false, s.disk.discard(gone)
 }
 
 // readManifest reads the first line of one.
@@ -194,7 +257,7 @@ func (s *session) readManifest(id string) (m manifestHead, err error) {
 
 // eachEntry reads a manifest of ours.
 func (s *session) eachEntry(id string, head *manifestHead, do func(Entry)) (n int, err error) {
-	f, err := s.disk.Open(manifestFile(id))
+	f, err := s.disk.own(manifestFile(id), os.O_RDONLY)
 	if err != nil {
 		return 0, err
 	}
@@ -218,7 +281,7 @@ func (s *session) writeManifest(a *arrival) error {
 	return s.disk.replace(manifestFile(a.id), func(w io.Writer) error {
 		buf := bufio.NewWriter(w)
 		out := json.NewEncoder(buf)
-		err := out.Encode(manifestHead{a.commit, a.tree, s.hello.Who, time.Now().UTC()})
+		err := out.Encode(manifestHead{a.commit, a.tree, s.hello.Who, time.Now().UTC(), s.hello.Config.Shared})
 		for i := range a.entries {
 			err = errors.Join(err, out.Encode(&a.entries[i]))
 		}
@@ -241,6 +304,9 @@ type source struct {
 	offset int64
 	size   int64
 }
+
+// maxCommit is how long the name of one may be, in bytes.
+const maxCommit = 100
 
 // maxManifest is how much of a manifest is taken, in bytes of JSON.
 const maxManifest = 256 << 20
@@ -299,12 +365,14 @@ func (s *session) settle(a *arrival, have *stock, planOnly bool) error {
 		s.guess(a, have)
 		return nil
 	}
-	if m, err := s.readManifest(a.id); err != nil || m.Tree != a.tree {
-		if err := s.disk.discard(a.dir); err != nil { // of another tree
+	// One of another tree has other folders, and one with something else shared has links in the
+	// places of ours.
+	if m, err := s.readManifest(a.id); err != nil || m.Tree != a.tree || !slices.Equal(m.Shared, s.hello.Config.Shared) || !s.ours(a.dir) {
+		if err := s.disk.discard(a.dir); err != nil {
 			return err
 		}
 	}
-	if err := s.disk.mkdir(a.dir, 0o700); err != nil { // nobody else's until it is whole
+	if _, err := s.disk.mkdir(a.dir, 0o700); err != nil { // nobody else's until it is whole
 		return err
 	}
 	err := s.writeManifest(a)
@@ -312,6 +380,20 @@ func (s *session) settle(a *arrival, have *stock, planOnly bool) error {
 		err = s.build(a, have)
 	}
 	return s.noRoom(a, err)
+}
+
+// ours tells whether nobody else can have been in a folder.
+func (s *session) ours(name string) bool {
+	info, err := s.disk.Lstat(name)
+	return err == nil && owner(info) == os.Geteuid() && (s.disk.uid < 0 || info.Mode().Perm() == 0o700)
+}
+
+// owner is -1 where nobody says.
+func owner(info fs.FileInfo) int {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return int(st.Uid)
+	}
+	return -1
 }
 
 // noRoom: a full disk is worse for what runs here than a transfer that is made again.
@@ -352,7 +434,7 @@ func (s *session) reaches(from source) bool {
 // checkSpace: what is not linked is written anew, in blocks.
 func (s *session) checkSpace(a *arrival, have *stock) error {
 	at := path.Join(s.hello.To, releasesDir)
-	bytes, files, block := space(at)
+	free, files, block := space(at)
 	var needBytes, needFiles int64
 	for i := range a.entries {
 		e := &a.entries[i]
@@ -366,8 +448,8 @@ func (s *session) checkSpace(a *arrival, have *stock) error {
 		needBytes -= min(needBytes, s.lies(a, block))
 	}
 	switch {
-	case bytes >= 0 && needBytes > bytes:
-		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d bytes on the disk of %s, and %d are free", needBytes, s.hello.To, bytes), Hint: "df -h " + s.hello.To}
+	case free >= 0 && needBytes > free:
+		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d bytes on the disk of %s, and %d are free", needBytes, s.hello.To, free), Hint: "df -h " + s.hello.To}
 	case files >= 0 && needFiles > files:
 		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d files on the disk of %s, and %d are free", needFiles, s.hello.To, files), Hint: "df -i " + s.hello.To}
 	}
@@ -452,7 +534,15 @@ func (s *session) makeShared(p string) error {
 	if !isFolder(p) {
 		return errorf(Failed, "%s is not there", path.Join(s.hello.To, sharedDir, name))
 	}
-	return s.disk.mkdirs(sharedDir, name)
+	if s.as == nil {
+		return s.disk.mkdirs(sharedDir, name)
+	}
+	// shared/ is the app's user's, who may put links in our way: he makes it himself
+	j := job{argv: []string{"mkdir", "-p", "--", name}, dir: path.Join(s.hello.To, sharedDir), as: s.as, timeout: lookTimeout}
+	if out, err := j.run(context.Background()); err != nil {
+		return fmt.Errorf("make %s as %s: %w: %s", path.Join(s.hello.To, sharedDir, name), s.as.name, err, strings.TrimSpace(out))
+	}
+	return nil
 }
 
 // gather goes through the files: each is here from an earlier attempt, or linked to an older
@@ -481,8 +571,8 @@ func (s *session) gather(a *arrival, have *stock) error {
 	for i, l := range lacks {
 		a.linked[a.entries[i].Path] = linked[i]
 		pieces := a.entries[i].pieces()
-		for _, p := range l {
-			at, offset := 0, int64(0)
+		at, offset := 0, int64(0)
+		for _, p := range l { // in the order of the pieces
 			for ; offset < p.offset; at++ {
 				offset += pieces[at].Size
 			}

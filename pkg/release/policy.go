@@ -20,9 +20,9 @@ type Policy struct {
 	App string `yaml:"app"`
 	To  string `yaml:"to"` // absolute
 	// User is who owns releases, and runs hooks, actions and commands; "" is who runs apply.
-	// Only root can name another.
+	// Only root can name another. Of actions, systemd and supervisor stay apply's.
 	User    string   `yaml:"user,omitempty"`
-	Shared  []string `yaml:"shared,omitempty"` // "*" if not there: they are below To
+	Shared  []string `yaml:"shared"` // "*" if not there: they are below To. [] is none
 	Restart []string `yaml:"restart,omitempty"`
 	Drain   []string `yaml:"drain,omitempty"` // and what undoes one
 	Health  []string `yaml:"health,omitempty"`

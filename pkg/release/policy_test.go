@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"go.yaml.in/yaml/v3"
 )
 
 const shopPolicy = `
@@ -79,6 +81,18 @@ func TestParsePolicy(t *testing.T) {
 		if _, err := ParsePolicy([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+}
+
+// What allows nothing says so when it is printed: without the key all would be allowed.
+func TestPrintedPolicy(t *testing.T) {
+	text, err := yaml.Marshal(Policy{App: "shop", To: "/srv/shop"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := ParsePolicy(text)
+	if err != nil || len(p.check(&Config{Shared: []string{"uploads"}})) != 1 {
+		t.Errorf("%+v, %v\n%s", p, err, text)
 	}
 }
 

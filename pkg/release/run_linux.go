@@ -70,13 +70,14 @@ type job struct {
 	as      *person
 	timeout time.Duration
 	line    func(string) // what it prints, line by line; may be nil
+	data    int          // if not 0: its standard output is wanted, all of it, of at most so many bytes
 }
 
 var errTimeout = errors.New("it took too long")
 
 // run returns when the process has ended. What it leaves behind in the background goes on,
 // but for its output, which nobody reads any more. When ctx ends, or the time is up, all of its
-// process group is ended. The tail is the end of what was printed.
+// process group is ended. The tail is the end of what was printed, or for data that, if it is well.
 func (j *job) run(ctx context.Context) (tail string, err error) {
 	if j.timeout <= 0 {
 		j.timeout = DefaultTimeout
@@ -92,6 +93,10 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 	}
 	out := &output{line: j.line}
 	cmd.Stdout, cmd.Stderr = out, out
+	data := &capped{left: j.data}
+	if j.data > 0 {
+		cmd.Stdout = data // and not what it warns of
+	}
 	cmd.WaitDelay = loose
 	err = wait(ctx, cmd)
 	if errors.Is(err, exec.ErrWaitDelay) {
@@ -99,7 +104,28 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 		err = nil
 	}
 	out.end()
+	if j.data > 0 && err == nil {
+		if data.left < 0 {
+			return "", fmt.Errorf("it printed more than %d bytes", j.data)
+		}
+		return data.kept.String(), nil
+	}
 	return out.tail(), err
+}
+
+// capped keeps what comes, up to a length; left is negative once more has come.
+type capped struct {
+	kept bytes.Buffer // not embedded: its ReadFrom knows no limit
+	left int
+}
+
+func (c *capped) Write(p []byte) (int, error) {
+	if len(p) > c.left {
+		c.left = -1
+		return len(p), nil // who prints is not ended by it
+	}
+	c.left -= len(p)
+	return c.kept.Write(p)
 }
 
 // wait runs cmd. The thread that starts it has to live on: the kernel takes its end for that of

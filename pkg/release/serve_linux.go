@@ -55,8 +55,7 @@ type session struct {
 	disk    *disk     // nil until hello, and as long as there is no such folder
 	lock    *os.File  // held; nil: not
 
-	parts   []Entry  // of an offer whose end has not come
-	weight  int      // of these, in bytes
+	parts   parts
 	shipped *arrival // what is offered
 	swallow bool     // data that nobody wants any more
 	next    *plan    // what activate will do

@@ -160,17 +160,24 @@ func (s *session) completeFile(a *arrival, e *Entry) error {
 	return s.disk.sync(name)
 }
 
-// completeFolders: those below first, for a mode may not let us in again.
+// completeFolders: those below first, for a mode may not let us in again. The release's own
+// is the last of all, by itself: what is below may belong to another, who could make links of it.
 func (s *session) completeFolders(a *arrival) error {
-	modes := map[string]uint32{".": 0o755}
-	for i := range a.entries {
-		e := &a.entries[i]
-		for dir := path.Dir(e.Path); dir != "."; dir = path.Dir(dir) {
+	modes := map[string]uint32{}
+	above := func(name string) {
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
 			if _, known := modes[dir]; known {
 				break
 			}
 			modes[dir] = 0o755
 		}
+	}
+	for _, p := range s.hello.Config.Shared {
+		above(strings.TrimSuffix(p, "/"))
+	}
+	for i := range a.entries {
+		e := &a.entries[i]
+		above(e.Path)
 		if e.Type == TypeDir {
 			modes[e.Path] = e.Mode
 		}
@@ -182,6 +189,9 @@ func (s *session) completeFolders(a *arrival) error {
 	slices.SortFunc(dirs, func(x, y string) int { return strings.Compare(y, x) })
 	for _, dir := range dirs {
 		name := path.Join(a.dir, dir)
+		if err := s.disk.give(name); err != nil { // of an attempt that was killed before it could
+			return err
+		}
 		if err := s.disk.chmod(name, modes[dir]); err != nil {
 			return err
 		}
@@ -189,5 +199,11 @@ func (s *session) completeFolders(a *arrival) error {
 			return err
 		}
 	}
-	return s.disk.give(a.dir) // only now can anybody else get in
+	if err := s.disk.chmod(a.dir, 0o755); err != nil { // only now can anybody else get in
+		return err
+	}
+	if err := s.disk.sync(a.dir); err != nil {
+		return err
+	}
+	return s.disk.give(a.dir)
 }

@@ -87,8 +87,13 @@ startsecs=1
 			t.Fatal("supervisord does not come up")
 		}
 	}
-	// supervisorctl looks for supervisord.conf in its folder, which is the release's
-	y.config.Hooks.PreRelease = "cp " + conf + " ."
+	// supervisorctl would find one in the folder of the release, which is not where it is run
+	ctl, _ := exec.LookPath("supervisorctl")
+	shim := fmt.Sprintf("#!/bin/sh\n[ \"$(pwd)\" = / ] || exit 9\nexec %s -c %s \"$@\"\n", ctl, conf)
+	if err := os.WriteFile(filepath.Join(dir, "supervisorctl"), []byte(shim), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	y.config.Restart = &Action{Kind: "supervisor", Arg: "shop"}
 	y.config.Health = &Health{Kind: "http", Arg: "http://" + address, Release: "body"}
 	y.good("a", nodeServer(address, "one"))
