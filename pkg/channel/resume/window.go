@@ -27,12 +27,11 @@ func newBudget() *budget {
 	return b
 }
 
-// take takes up to so much, and never more than a quarter of what is left, so that there is some for
-// who comes late.
+// take takes up to so much.
 func (b *budget) take(most int64) int64 {
 	for {
 		left := b.left.Load()
-		n := max(0, min(most, left/4))
+		n := max(0, min(most, left))
 		if b.left.CompareAndSwap(left, left-n) {
 			return n
 		}
@@ -223,10 +222,9 @@ func (i *incoming) read(p []byte) (n int) {
 func (i *incoming) drop() { i.deaf, i.queue, i.size = true, nil, 0 }
 
 // wanted lets the window grow, if who reads is as fast as what comes: then it is that which
-// holds up the other end. Of what was asked before it has grown the last time nothing is made, nor
-// of what is said to hold it up and has not come.
+// holds up the other end. Of what was asked before it has grown the last time nothing is made.
 func (i *incoming) wanted(f frame, b *budget) (grown int64) {
-	if f.at != i.received || f.at < i.grownTo || i.size > i.window/2 {
+	if f.at < i.grownTo || i.size > i.window/2 {
 		return 0
 	}
 	grown = b.take(min(i.window, mostWindow-i.window))
