@@ -36,8 +36,7 @@ type link struct {
 }
 
 const (
-	ackEvery = 64 << 10               // bytes received, where the window is as at first
-	ackMost  = 512 << 10              // where it is large
+	ackEvery = 64 << 10               // bytes received
 	ackAfter = 100 * time.Millisecond // of fewer
 )
 
@@ -113,9 +112,7 @@ func (l *link) write() {
 		}
 		buf := frames.Get().(*[mostFrames]byte)
 		words := l.words(buf[:0])
-		if o := &l.s.out; o.written-o.sent <= mostUnsent/2 { // there is room, for more than a little
-			l.s.writable.Broadcast()
-		}
+		l.s.writable.Broadcast() // there may be room
 		last := l.last
 		l.s.mu.Unlock()
 		_, err := l.conn.Write(words)
@@ -133,8 +130,7 @@ func (l *link) write() {
 // due tells whether an ack is. mu is held.
 func (l *link) due() bool {
 	in := &l.s.in
-	every := max(ackEvery, min(in.window/4, ackMost))
-	return !l.begun || l.late && l.stale() || in.counted()-l.told >= every || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
+	return !l.begun || l.late && l.stale() || in.counted()-l.told >= ackEvery || in.end != nil && in.counted() > l.told || in.limit()-l.limit >= in.window/4
 }
 
 func (l *link) stale() bool { return l.s.in.counted() > l.told || l.s.in.limit() > l.limit }
