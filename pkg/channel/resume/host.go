@@ -15,7 +15,7 @@ import (
 )
 
 // A Host is the end that listens, by as many listeners as there are ways to it: a stream that
-// came by one may go on by another. One that is lost it holds for a while, and of many those
+// came by one may go on by another. One that is lost it holds for a minute, and of many those
 // that were lost last.
 type Host struct {
 	budget *budget
@@ -41,9 +41,9 @@ type held struct {
 // spokenIn is how long a further connection has to be spoken by: who dials does so at once.
 const spokenIn = 10 * time.Second
 
-// NewHost starts nothing. notice is how long a lost wire may not be known to be.
-func NewHost(notice time.Duration) *Host {
-	return &Host{budget: newBudget(), hold: holdFor(notice), most: mostHeld, streams: map[token]*held{}}
+// NewHost starts nothing.
+func NewHost() *Host {
+	return &Host{budget: newBudget(), hold: holdFor, most: mostHeld, streams: map[token]*held{}}
 }
 
 // Listener has what ln accepts: what a Client has dialled are Streams, each once, whatever
@@ -137,9 +137,10 @@ func (h *Host) found(s *held, by net.Conn) {
 	s.attach(by, first...)
 }
 
-// holds keeps a stream that is lost, for a while. What a hub has broken off, and said so, is not.
+// holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:
+// a hub has broken it off, and said so.
 func (h *Host) holds(s *held, err error) {
-	if errors.Is(err, syscall.EACCES) || isTooMuch(err) {
+	if errors.Is(err, syscall.EACCES) {
 		s.finish(err)
 		return
 	}

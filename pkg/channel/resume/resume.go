@@ -21,7 +21,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -31,18 +30,11 @@ const (
 
 	word = "resume"
 
-	leastHold = time.Minute
+	// holdFor is how long a stream is held that is lost, at either end.
+	holdFor = time.Minute
 
 	mostHeld = 256 // streams that are lost, by one host
 )
-
-// holdFor is how long a stream is held that is lost, at either end. The other end may notice
-// so much later, and has to have time left to dial.
-func holdFor(notice time.Duration) time.Duration { return max(leastHold, 2*notice) }
-
-// isTooMuch tells of a hub that has ended a connection of which too much waited there. By another
-// one of the same stream no less would.
-func isTooMuch(err error) bool { return errors.Is(err, syscall.ENOBUFS) }
 
 // ErrForgotten is what a dial of a stream meets that the host does not hold.
 var ErrForgotten = errors.New("the host has forgotten this connection")

@@ -138,8 +138,8 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	now := goleak.IgnoreCurrent()
-	w := &world{t: t, way: &way{}, host: NewHost(0)}
-	w.client = NewClient(w.way, 0)
+	w := &world{t: t, way: &way{}, host: NewHost()}
+	w.client = NewClient(w.way)
 	w.client.pause = time.Millisecond
 	ln, err := w.way.memory.Listen(t.Context(), "tcp", address)
 	if err != nil {
@@ -415,28 +415,6 @@ func TestNoWayBack(t *testing.T) {
 				t.Errorf("%d dials", w.way.dials)
 			}
 		})
-	}
-}
-
-// What a hub has ended, as too much waited there, ends at both ends.
-func TestTooMuch(t *testing.T) {
-	w := newWorld(t)
-	near, far := w.pair()
-	w.way.lose(fmt.Errorf("it waits: %w", syscall.ENOBUFS))
-	for _, c := range []net.Conn{near, far} {
-		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ENOBUFS) && !errors.Is(err, ErrForgotten) {
-			t.Errorf("%v", err)
-		}
-	}
-	w.await("forgotten", 0)
-}
-
-// A stream is held for longer than it may take both ends to notice.
-func TestHoldFor(t *testing.T) {
-	for notice, want := range map[time.Duration]time.Duration{0: time.Minute, 42 * time.Second: 84 * time.Second, time.Minute: 2 * time.Minute} {
-		if h, c := NewHost(notice).hold, NewClient(nil, notice).hold; h != want || c != want {
-			t.Errorf("%v: %v and %v, want %v", notice, h, c, want)
-		}
 	}
 }
 

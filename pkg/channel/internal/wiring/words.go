@@ -102,7 +102,6 @@ var codes = []error{
 	syscall.ETIMEDOUT,
 	syscall.EACCES,
 	syscall.EMSGSIZE,
-	syscall.ENOBUFS, // a hub's, of which too much waits
 }
 
 // Closed is the code of an end in good order.
