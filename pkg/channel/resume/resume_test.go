@@ -491,7 +491,7 @@ func TestAskedAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Write(frame{kindAck, 0, firstWindow}.append(nil)); err != nil {
+	if _, err := c.Write(frame{kindAck, 2, firstWindow}.append(nil)); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "taken over", func() bool { near.mu.Lock(); defer near.mu.Unlock(); return near.link != before })
