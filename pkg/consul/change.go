@@ -57,9 +57,12 @@ func (r *Registry) until(ctx context.Context, service string, ok func([]Instance
 		all, err := r.instances(ctx, service)
 		switch {
 		case err == nil:
-			var done bool
-			if lacks, done = ok(all); done {
+			now, done := ok(all)
+			if done {
 				return nil
+			}
+			if ctx.Err() == nil || lacks == "" { // else it is the end itself that it is about
+				lacks = now
 			}
 		case errors.Is(err, ErrForbidden):
 			return err

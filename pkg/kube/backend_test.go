@@ -12,7 +12,9 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 )
 
 // runningPod is a pod that is ready, or not, at an address.
@@ -76,6 +78,12 @@ func TestWatchBackend(t *testing.T) {
 		runningPod("db-0", "db", "10.244.0.7", corev1.ConditionTrue, 5432),
 		runningPod("db-1", "db", "10.244.0.8", corev1.ConditionFalse, 5433),
 	)
+	watched := make(chan struct{}, 16) // what changes between its list and its watch a fake forgets
+	client.PrependWatchReactor("pods", func(clienttesting.Action) (bool, watch.Interface, error) {
+		w, err := client.Tracker().Watch(corev1.SchemeGroupVersion.WithResource("pods"), "dev")
+		watched <- struct{}{}
+		return true, w, err
+	})
 	c := testCluster(client)
 	ctx, stop := context.WithCancel(t.Context())
 	reports, ended := make(chan []string, 16), make(chan error, 1)
@@ -106,6 +114,7 @@ func TestWatchBackend(t *testing.T) {
 		}
 	}
 	expect("db-0 10.244.0.7:5432")
+	<-watched
 	pods := client.CoreV1().Pods("dev")
 	if _, err := pods.Update(ctx, runningPod("db-1", "db", "10.244.0.8", corev1.ConditionTrue, 5433), metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)

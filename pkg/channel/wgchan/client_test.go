@@ -184,17 +184,18 @@ func stockUDP(t *testing.T, n *netstack.Net) {
 func stockPing(t *testing.T, n *netstack.Net, to string) {
 	t.Helper()
 	a := netip.MustParseAddr(to)
-	c, err := n.DialPingAddr(netip.Addr{}, a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
 	ask, answer := byte(8), byte(0)
 	if a.Is6() {
 		ask, answer = 128, 129
 	}
 	got := make([]byte, 100)
-	for range 20 { // one may be lost
+	var err error
+	for range 20 { // one may be lost, and an identifier be that of one before
+		c, dialErr := n.DialPingAddr(netip.Addr{}, a)
+		if dialErr != nil {
+			t.Fatal(dialErr)
+		}
+		defer c.Close()
 		c.Write([]byte{ask, 0, 0, 0, 0, 1, 0, 1, 'h', 'i'})
 		c.SetReadDeadline(time.Now().Add(time.Second))
 		var m int
