@@ -80,6 +80,16 @@ func (c *Cluster) planRestart(ctx context.Context, t Target) (*RestartPlan, erro
 	return plan, nil
 }
 
+// Ready are the pods of a plan that are ready now.
+func (p *RestartPlan) Ready() (all []RunningPod) {
+	for i := range p.pods {
+		if isReady(&p.pods[i]) {
+			all = append(all, asRunning(&p.pods[i]))
+		}
+	}
+	return all
+}
+
 func (p *RestartPlan) evicts() bool { return p.rights.may("create", "", "pods/eviction") }
 
 // turns puts first what does not work anyway; of a StatefulSet the last pod is

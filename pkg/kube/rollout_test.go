@@ -686,24 +686,31 @@ func TestRestartEvicts(t *testing.T) {
 	}
 }
 
-// What is asked for and what `culvert rbac --for deploy` prints is the same.
+// What is asked for and what `culvert rbac --for deploy` prints is the same: a Role to
+// deploy, and one beside it for a gate that goes by a shadow.
 func TestRBACToRoll(t *testing.T) {
 	text, err := RBAC("dev", false, Rolling)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var role rbacv1.Role
-	if err := yaml.UnmarshalStrict([]byte(text), &role); err != nil {
-		t.Fatal(err)
+	docs := strings.Split(text, "\n---\n")
+	if len(docs) != 2 {
+		t.Fatalf("%d documents", len(docs))
 	}
-	var asked []string
-	for _, r := range rightsFor([]Need{Rolling}) {
-		for _, verb := range r.verbs {
-			asked = append(asked, strings.Join([]string{verb, r.group, r.resource, r.name}, " "))
+	for i, need := range []Need{Rolling, Inside} {
+		var role rbacv1.Role
+		if err := yaml.UnmarshalStrict([]byte(docs[i]), &role); err != nil {
+			t.Fatal(err)
 		}
+		var asked []string
+		for _, r := range rightsFor([]Need{need}) {
+			for _, verb := range r.verbs {
+				asked = append(asked, strings.Join([]string{verb, r.group, r.resource, r.name}, " "))
+			}
+		}
+		slices.Sort(asked)
+		same(t, "Role "+role.Name, slices.Compact(asked), ruleLines(role.Rules))
 	}
-	slices.Sort(asked)
-	same(t, "Role", slices.Compact(asked), ruleLines(role.Rules))
 }
 
 func TestParseWorkload(t *testing.T) {

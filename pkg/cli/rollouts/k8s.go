@@ -5,26 +5,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
-	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/consul"
 	"github.com/culvert-dev/culvert/pkg/deploy"
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/session"
 )
 
 const (
 	wholeRollout = 10 * time.Minute // of a workload, where the file does not say
 	onePod       = 2 * time.Minute  // of a restart, likewise
-	oneAsk       = 10 * time.Second // at a pod
 )
 
 // A workload is what an environment has in place of hosts.
@@ -262,7 +258,8 @@ func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
 		return err
 	}
 	defer w.cluster.Close()
-	ask, err := w.gate(p.settings.Health)
+	defer talk.OutliveReaders()()
+	g, err := w.gate(p.settings.Health)
 	if err != nil {
 		return err
 	}
@@ -274,27 +271,63 @@ func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
 	for _, line := range plan.Notices {
 		steps.Warn(line)
 	}
+	name := fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods))
+	report := a.report(p, "restart", "", "")
+	return a.through(ctx, w, g, plan, name, func(ctx context.Context) error {
+		err := a.restart(ctx, w, p.settings, g)
+		row := deploy.Row{Host: w.name(), State: deploy.Restarted}
+		if err != nil {
+			row.State = deploy.Failed
+		}
+		return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+	})
+}
+
+// through restarts with a gate that is in the cluster's network or, where that cannot be had,
+// asks by port-forward.
+func (a *app) through(ctx context.Context, w *workload, g *gate, plan *kube.RestartPlan, name string, restart func(context.Context) error) error {
+	steps := a.Steps()
+	if g == nil {
+		steps.Begin(name)
+		return restart(ctx)
+	}
+	const other = "pods are asked by port-forward, which what listens on 127.0.0.1 of a pod only answers too"
+	far := session.FarEnd{Image: a.image, Grace: time.Minute}
+	began, err := session.Inside(ctx, session.TunnelConfig{Cluster: w.cluster, FarEnd: far, Reporter: steps, Log: a.Logger()}, name, func(ctx context.Context, far channel.Network) error {
+		g.far = far
+		if err := g.shutOff(ctx, plan.Ready()); err != nil {
+			steps.Warn(fmt.Sprintf("%s: %v", other, err))
+			g.far = nil
+		}
+		return restart(ctx)
+	})
+	if began || ctx.Err() != nil || errors.Is(err, session.ErrLeft) {
+		return err
+	}
+	steps.Fail()
+	steps.Warn(fmt.Sprintf("%s: %v", other, err))
+	steps.Begin(name)
+	return restart(ctx)
+}
+
+func (a *app) restart(ctx context.Context, w *workload, s deploy.Settings, g *gate) error {
 	within := onePod
-	if h := p.settings.Health; h != nil && h.Within > 0 {
+	if h := s.Health; h != nil && h.Within > 0 {
 		within = time.Duration(h.Within)
 	}
-	report := a.report(p, "restart", "", "")
-	steps.Begin(fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods)))
-	if d := p.settings.Drain; d != nil {
-		err = a.restartByConsul(ctx, w, d, within, ask)
-	} else {
-		err = w.cluster.RestartPods(ctx, kube.RestartConfig{Target: w.target, Within: within, Gate: ask, Say: steps.Say})
+	var ask func(context.Context, kube.RunningPod) error
+	if g != nil {
+		ask = g.ask
 	}
-	row := deploy.Row{Host: w.name(), State: deploy.Restarted}
-	if err != nil {
-		row.State = deploy.Failed
+	if s.Drain != nil {
+		return a.restartByConsul(ctx, w, s.Drain, within, ask)
 	}
-	return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+	return w.cluster.RestartPods(ctx, kube.RestartConfig{Target: w.target, Within: within, Gate: ask, Say: a.Steps().Say})
 }
 
 // restartByConsul has the instances of Consul's registry restarted, each of which is a
 // pod of the workload.
-func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain, within time.Duration, ask gate) error {
+func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain, within time.Duration, ask func(context.Context, kube.RunningPod) error) error {
 	if d.Consul == "" {
 		return talk.Usage(errors.New("the pods of a workload are drained by consul, or by Kubernetes itself; cmd and http are of hosts"))
 	}
@@ -316,91 +349,4 @@ func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain,
 		}
 	}
 	return registry.Roll(ctx, cfg)
-}
-
-// A gate says nil of a pod that is well.
-type gate func(ctx context.Context, pod kube.RunningPod) error
-
-// gate asks what the file says at the pod itself, through the API server: a URL is as the
-// pod sees it. It is nil where the file does not say.
-func (w *workload) gate(h *deploy.Health) (gate, error) {
-	switch {
-	case h == nil:
-		return nil, nil
-	case h.Cmd != "":
-		return nil, talk.Usage(errors.New("the health of a pod is asked by get or tcp; cmd is of hosts"))
-	case h.TCP != "":
-		port, err := portOf(h.TCP, "")
-		return func(ctx context.Context, pod kube.RunningPod) error { return w.accepts(ctx, pod, port) }, err
-	}
-	u, err := url.Parse(h.Get)
-	if err == nil {
-		_, err = portOf(u.Host, u.Scheme)
-	}
-	return func(ctx context.Context, pod kube.RunningPod) error { return w.answers(ctx, pod, h.Get, h.Status) }, err
-}
-
-func portOf(host, scheme string) (int, error) {
-	_, text, err := net.SplitHostPort(host)
-	if err != nil {
-		if known := map[string]int{"http": 80, "https": 443}[scheme]; known > 0 {
-			return known, nil
-		}
-		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
-	}
-	port, err := strconv.ParseUint(text, 10, 16)
-	if err != nil || port == 0 {
-		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
-	}
-	return int(port), nil
-}
-
-// answers asks by HTTP, whatever proxies there are here.
-func (w *workload) answers(ctx context.Context, pod kube.RunningPod, page string, status int) error {
-	ctx, cancel := context.WithTimeout(ctx, oneAsk)
-	defer cancel()
-	trip := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		port, err := portOf(address, "")
-		if err != nil {
-			return nil, err
-		}
-		return w.cluster.DialPort(ctx, pod.Name, port)
-	}}
-	defer trip.CloseIdleConnections()
-	client := http.Client{Transport: trip, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, page, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
-	if well := status == 0 && resp.StatusCode/100 == 2 || resp.StatusCode == status; !well {
-		return fmt.Errorf("%s answers %s", page, resp.Status)
-	}
-	return nil
-}
-
-// quiet is how long a port that accepts may say nothing: one that does not is told of
-// on the connection.
-const quiet = 2 * time.Second
-
-func (w *workload) accepts(ctx context.Context, pod kube.RunningPod, port int) error {
-	ctx, cancel := context.WithTimeout(ctx, oneAsk)
-	defer cancel()
-	conn, err := w.cluster.DialPort(ctx, pod.Name, port)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if err := conn.SetReadDeadline(time.Now().Add(quiet)); err != nil {
-		return err
-	}
-	if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("port %d: %w", port, err)
-	}
-	return nil
 }
