@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -27,9 +28,10 @@ const (
 // A gate asks a pod itself what the file says of health, so that neither a Service nor an
 // Ingress is needed.
 type gate struct {
-	cluster *kube.Cluster
 	health  *deploy.Health
-	port    int             // of the pod, whatever host the file has before it
+	forward func(ctx context.Context, pod string, port int) (net.Conn, error)
+	six     bool            // the file has an address of IPv6, which stands for the pod like any other host
+	port    int             // of the pod
 	far     channel.Network // the pods'; nil: a port-forward is used
 }
 
@@ -38,7 +40,7 @@ func (w *workload) gate(h *deploy.Health) (*gate, error) {
 	if h == nil {
 		return nil, nil
 	}
-	g := &gate{cluster: w.cluster, health: h}
+	g := &gate{health: h, forward: w.cluster.DialPort}
 	if h.Cmd != "" {
 		return nil, talk.Usage(errors.New("the health of a pod is asked by get or tcp; cmd is of hosts"))
 	}
@@ -52,6 +54,7 @@ func (w *workload) gate(h *deploy.Health) (*gate, error) {
 	}
 	var err error
 	g.port, err = portOf(host, scheme)
+	g.six = strings.HasPrefix(host, "[")
 	return g, err
 }
 
@@ -88,12 +91,18 @@ func (g *gate) ask(ctx context.Context, pod kube.RunningPod) error {
 
 // address is where a pod has the port, as others in the cluster reach it.
 func (g *gate) address(pod kube.RunningPod) string {
-	return net.JoinHostPort(pod.Address, strconv.Itoa(g.port))
+	at := pod.Address
+	for _, a := range pod.Addresses {
+		if g.six && strings.Contains(a, ":") {
+			at = a
+		}
+	}
+	return net.JoinHostPort(at, strconv.Itoa(g.port))
 }
 
 func (g *gate) dial(ctx context.Context, pod kube.RunningPod) (net.Conn, error) {
 	if g.far == nil {
-		return g.cluster.DialPort(ctx, pod.Name, g.port)
+		return g.forward(ctx, pod.Name, g.port)
 	}
 	return g.far.DialContext(ctx, "tcp", g.address(pod))
 }
@@ -138,7 +147,7 @@ const quiet = 2 * time.Second
 
 // forwarded is accepts by port-forward, which ends within the pod.
 func (g *gate) forwarded(ctx context.Context, pod kube.RunningPod) error {
-	conn, err := g.cluster.DialPort(ctx, pod.Name, g.port)
+	conn, err := g.forward(ctx, pod.Name, g.port)
 	if err != nil {
 		return err
 	}

@@ -49,35 +49,41 @@ func (w *workload) within() time.Duration { return cmp.Or(time.Duration(w.Within
 func (w *workload) wants() string { return cmp.Or(w.Image, w.Env) }
 
 // fill names the release in the places that ask for it.
-func (w *workload) fill(commit string) (id string, err error) {
+func (w *workload) fill(id, commit string) error {
 	if w.Image == "" && w.Env == "" {
-		return "", talk.Usage(errors.New("k8s names neither an image nor an env to set: there is nothing to deploy"))
+		return talk.Usage(errors.New("k8s names neither an image nor an env to set: there is nothing to deploy"))
 	}
 	if commit == "" && strings.Contains(w.wants(), "${COMMIT") {
-		return "", talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
+		return talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
 	}
-	id = strings.TrimSuffix(deploy.NewID(time.Now(), commit), "-")
 	w.K8s = w.Fill(commit, id)
-	return id, nil
+	return nil
 }
 
-func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error {
-	if o.out != "" || o.apply != "" || len(o.to) > 0 {
-		return talk.Usage(errors.New("-o, --apply and --to are of hosts; what would be done to a workload is told by --plan"))
+func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project, planned *deploy.Plan) error {
+	if len(o.to) > 0 {
+		return talk.Usage(errors.New("--to is of hosts"))
 	}
 	w, err := a.workload(p)
 	if err != nil {
 		return err
 	}
 	defer w.cluster.Close()
-	id, err := w.fill(o.commit)
-	if err != nil {
+	defer talk.OutliveReaders()()
+	id := strings.TrimSuffix(deploy.NewID(time.Now(), o.commit), "-")
+	if planned != nil {
+		if err := planned.Holds(p.file.App, p.settings, nil); err != nil {
+			return err
+		}
+		id = planned.Release
+	}
+	if err := w.fill(id, o.commit); err != nil {
 		return err
 	}
 	steps := a.Steps()
 	cfg := kube.RollOutConfig{
 		Target: w.target, Container: w.Container, Image: w.Image, Env: w.Env,
-		Within: w.within(), As: id, By: deploy.Who(), Say: steps.Say,
+		Within: w.within(), As: id, By: deploy.Who(), Say: steps.Say, Planned: rollOutOf(planned),
 	}
 	plan, err := w.cluster.PlanRollOut(ctx, cfg)
 	if err != nil {
@@ -87,7 +93,10 @@ func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error 
 		steps.Warn(line)
 	}
 	if o.plan {
-		return a.tellRollOut(o.options, p, w, plan)
+		return a.tellRollOut(o, deploy.DraftWorkload(p.file.App, p.env, p.settings, id, o.commit, deploy.PlanWorkload{
+			Workload: w.name(), Namespace: w.cluster.Namespace, Container: plan.Container, Sets: plan.What, From: plan.From, Set: plan.Set,
+			To: plan.To, Unchanged: plan.Same, Runs: plan.Revision, Base: plan.Base, Pods: plan.Pods, Notices: plan.Notices,
+		}))
 	}
 	report := a.report(p, "deploy", id, o.commit)
 	steps.Begin(fmt.Sprintf("roll %s out", w.name()))
@@ -97,6 +106,15 @@ func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error 
 		row.Release = w.wants()
 	}
 	return a.concludeK8s(ctx, o.options, p, report, row, done.Runs, err)
+}
+
+// rollOutOf is what a plan's file has of a rollout; nil where there is none.
+func rollOutOf(p *deploy.Plan) *kube.RollOutPlan {
+	if p == nil {
+		return nil
+	}
+	w := p.Workload
+	return &kube.RollOutPlan{What: w.Sets, From: w.From, Set: w.Set, To: w.To, Base: w.Base}
 }
 
 // was is what a workload has of what a plan sets.
@@ -124,37 +142,21 @@ func state(done kube.RolledOut, well string, err error) string {
 	return well
 }
 
-// A rollOutPlan is what --plan --json prints.
-type rollOutPlan struct {
-	App       string   `json:"app"`
-	Env       string   `json:"env,omitempty"`
-	Workload  string   `json:"workload"`
-	Namespace string   `json:"namespace"`
-	Container string   `json:"container"`
-	Sets      string   `json:"sets"` // image, or the name of a variable
-	From      string   `json:"from"`
-	To        string   `json:"to"`
-	Unchanged bool     `json:"unchanged,omitempty"`
-	Runs      string   `json:"runs,omitempty"` // the revision
-	Pods      int      `json:"pods"`
-	Notices   []string `json:"notices,omitempty"`
-}
-
 // tellRollOut prints what would be done.
-func (a *app) tellRollOut(o options, p *project, w *workload, plan *kube.RollOutPlan) error {
-	if o.json {
-		return printJSON(a.Out, rollOutPlan{
-			App: p.file.App, Env: p.env, Workload: w.name(), Namespace: w.cluster.Namespace, Container: plan.Container, Sets: plan.What,
-			From: plan.From, To: plan.To, Unchanged: plan.Same, Runs: plan.Revision, Pods: plan.Pods, Notices: plan.Notices,
-		})
+func (a *app) tellRollOut(o deployOptions, plan *deploy.Plan) error {
+	if err := o.write(plan); err != nil {
+		return err
 	}
-	out := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0)
+	if o.json {
+		return printJSON(a.Out, plan)
+	}
+	out, w := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0), plan.Workload
 	fmt.Fprintln(out, "WORKLOAD\tNAMESPACE\tRUNS\tSET\tFROM\tTO\tPODS")
-	to := plan.To
-	if plan.Same {
+	to := w.To
+	if w.Unchanged {
 		to += " (nothing to do)"
 	}
-	fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", w.name(), w.cluster.Namespace, cell(plan.Revision), cell(plan.Container+" "+plan.What), cell(plan.From), cell(to), plan.Pods)
+	fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", w.Workload, w.Namespace, cell(w.Runs), cell(w.Container+" "+w.Sets), cell(w.From), cell(to), w.Pods)
 	return out.Flush()
 }
 
@@ -191,6 +193,7 @@ func (a *app) rollbackK8s(ctx context.Context, o options, p *project, id string,
 		return err
 	}
 	defer w.cluster.Close()
+	defer talk.OutliveReaders()()
 	now, then, err := w.cluster.PlanRollBack(ctx, w.target, id)
 	if err != nil {
 		return err
@@ -291,7 +294,7 @@ func (a *app) through(ctx context.Context, w *workload, g *gate, plan *kube.Rest
 		steps.Begin(name)
 		return restart(ctx)
 	}
-	const other = "pods are asked by port-forward, which what listens on 127.0.0.1 of a pod only answers too"
+	const other = "the gate goes by port-forward, to which a pod answers that nobody else reaches"
 	far := session.FarEnd{Image: a.image, Grace: time.Minute}
 	began, err := session.Inside(ctx, session.TunnelConfig{Cluster: w.cluster, FarEnd: far, Reporter: steps, Log: a.Logger()}, name, func(ctx context.Context, far channel.Network) error {
 		g.far = far
