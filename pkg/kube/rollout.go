@@ -115,7 +115,7 @@ func (c *Cluster) planRollOut(ctx context.Context, cfg RollOutConfig) (*RollOutP
 
 // noTarget is sorted, for a call that asks for one thing by its name.
 func noTarget(err error) error {
-	if apierrors.IsNotFound(err) {
+	if apierrors.IsNotFound(err) && !errors.Is(err, ErrNamespace) {
 		return fmt.Errorf("%w: %w", ErrNoTarget, err)
 	}
 	return sorted(err)

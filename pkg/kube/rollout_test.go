@@ -64,6 +64,7 @@ func newRollWorld(t *testing.T, kind string, n int32) *rollWorld {
 			Status: appsv1.DaemonSetStatus{DesiredNumberScheduled: n},
 		})
 	}
+	w.check(w.client.Tracker().Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "dev"}}))
 	w.client.PrependReactor("create", "selfsubjectaccessreviews", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		r := a.(clienttesting.CreateAction).GetObject().(*authv1.SelfSubjectAccessReview)
 		at := r.Spec.ResourceAttributes
@@ -527,10 +528,14 @@ func TestPlanRollOut(t *testing.T) {
 		{name: "may not patch", cfg: RollOutConfig{Image: "a"}, denied: []string{"patch deployments"}, err: ErrForbidden, says: "to patch deployments.apps in namespace dev"},
 		{name: "may not mark", cfg: RollOutConfig{Image: "a"}, denied: []string{"patch replicasets", "watch events"}, want: "image shop:1 a", notice: "which revisions were good is not written down"},
 		{name: "is not there", cfg: RollOutConfig{Image: "a", Target: Target{"statefulset", "web"}}, err: ErrNoTarget},
+		{name: "no namespace", cfg: RollOutConfig{Image: "a"}, err: ErrNamespace, says: "no such namespace"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := newRollWorld(t, "deployment", 2)
 			w.denied = test.denied
+			if test.says == "no such namespace" {
+				w.c.Namespace = "elsewhere"
+			}
 			if test.change != nil {
 				d, err := w.client.AppsV1().Deployments("dev").Get(w.t.Context(), "web", metav1.GetOptions{})
 				w.check(err)
