@@ -270,10 +270,17 @@ func (r *Rollout) check(deploy bool) error {
 }
 
 // lock takes all hosts, and looks again what is there where somebody may just have left. Who waits
-// does so in one order, so that two never wait for each other.
-func (r *Rollout) lock(ctx context.Context, id string) error {
-	take := func(ctx context.Context, m *member) error {
-		locked, err := m.wire.Lock(ctx, release.Lock{Wait: r.cfg.Wait, Release: id}, r.events(m))
+// does so in one order, so that two never wait for each other; who does not may have a release
+// offered at once to those that do not run it.
+func (r *Rollout) lock(ctx context.Context, id string, ahead *release.Offer) error {
+	take := func(ctx context.Context, m *member) (err error) {
+		var locked release.Locked
+		l := release.Lock{Wait: r.cfg.Wait, Release: id}
+		if ahead != nil && l.Wait == 0 && !m.runs(ahead.ID) {
+			locked, err = m.wire.LockFor(ctx, l, *ahead, r.events(m))
+		} else {
+			locked, err = m.wire.Lock(ctx, l, r.events(m))
+		}
 		if err != nil {
 			return m.fail(Failed, "lock", m.because(err))
 		}
@@ -355,10 +362,15 @@ func (r *Rollout) deploy(ctx context.Context, tree *Tree, plan *Plan, report *Re
 	if err := r.check(true); err != nil {
 		return err
 	}
-	if err := r.lock(ctx, plan.Release); err != nil {
-		return err
+	if plan.Binding {
+		if err := r.held(plan); err != nil {
+			return err
+		}
 	}
 	id := plan.Release
+	if err := r.lock(ctx, id, &release.Offer{ID: id, Commit: plan.Commit, Entries: tree.Manifest}); err != nil {
+		return err
+	}
 	if !plan.Binding {
 		id = r.choose(tree, plan.Commit)
 		report.Release = id
