@@ -146,9 +146,12 @@ func Open(ctx context.Context, cfg Config) (*Rollout, error) {
 	return r, r.each(ctx, r.members, r.open)
 }
 
-// Close hangs up.
+// Close hangs up. Nobody is waiting for a host any more: who can be left is not waited for.
 func (r *Rollout) Close() error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
+		if l, ok := m.under.(interface{ Leave() }); ok {
+			l.Leave()
+		}
 		m.hangUp()
 		return nil
 	})
@@ -323,7 +326,8 @@ func (m *member) runs(id string) bool {
 }
 
 // choose is the id of this tree of this commit: that of the last try, else one that no host has.
-// What is no id is not let near the other hosts.
+// What is no id is not let near the other hosts. Asked again it is the same, if hosts have not
+// changed; who has waited for others comes after them.
 func (r *Rollout) choose(tree *Tree, commit string) string {
 	id, taken := "", map[string]bool{}
 	for _, m := range r.members {
@@ -336,7 +340,11 @@ func (r *Rollout) choose(tree *Tree, commit string) string {
 			}
 		}
 	}
-	for now := r.cfg.Now(); id == "" || taken[id] && !r.same(id, tree); now = now.Add(time.Second) {
+	now := r.began
+	if r.cfg.Wait > 0 {
+		now = r.cfg.Now()
+	}
+	for ; id == "" || taken[id] && !r.same(id, tree); now = now.Add(time.Second) {
 		id = NewID(now, cmp.Or(commit, tree.Hash.String()))
 	}
 	return id

@@ -52,6 +52,8 @@ func TestRoundTrips(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			y := newYard(t, 3, func(s *Settings) { s.OnFail = c.onFail })
+			now := time.Date(2026, 11, 22, 10, 15, 0, 0, time.UTC)
+			y.now = func() time.Time { now = now.Add(time.Second); return now }
 			if c.before != "" {
 				y.must("good "+c.before, "")
 			}
