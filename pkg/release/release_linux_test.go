@@ -692,11 +692,14 @@ type program struct {
 }
 
 // process starts one, which dies before its nth change of the disk; 0: not.
-func (y *yard) process(die int) *program {
+func (y *yard) process(die int, edit ...func(*exec.Cmd)) *program {
 	y.t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), applyVariable+"=apply", dieVariable+"="+strconv.Itoa(die))
 	cmd.Stderr = os.Stderr
+	for _, e := range edit {
+		e(cmd)
+	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		y.t.Fatal(err)
