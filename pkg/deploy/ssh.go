@@ -146,7 +146,7 @@ func (s *SSH) bring(ctx context.Context, h Host) error {
 	if words := said.conclude(); err != nil && words != "" {
 		return errors.New(words)
 	}
-	return err
+	return mere(err)
 }
 
 // A lackError is of a host without culvert.
@@ -225,7 +225,16 @@ func (w *sshWire) Why() error {
 	case errors.As(w.err, &exit) && words != "":
 		return errors.New(words)
 	}
-	return w.err
+	return mere(w.err)
+}
+
+// mere is an error without the exit status that it may be of, which would become ours.
+func mere(err error) error {
+	var exit *process.ExitError
+	if errors.As(err, &exit) {
+		return errors.New(err.Error())
+	}
+	return err
 }
 
 // A talk is what a program has said on stderr, its end.
