@@ -66,6 +66,16 @@ func TestOneOfFive(t *testing.T) {
 	}
 	y.write("ssh_config", good)
 	y.write("logins", "")
+	// nobody begins before all have the release, and hosts of a batch are at it at the same time
+	y.file("one", `hosts: {web: ['web-[1:5]']}
+batch: [100%]
+timeout: 1m
+hooks:
+  pre_release: |
+    for n in 1 2 3 4 5; do test -d "$CULVERT_TO/../web-$n/releases/$CULVERT_RELEASE"; done
+    touch "$CULVERT_TO/waits"
+    for n in 1 2 3 4 5; do until test -e "$CULVERT_TO/../web-$n/waits"; do sleep 0.02; done; done
+`)
 	y.does(0, "5 hosts switched", y.deploy("1111111")...)
 	y.shows("one", names...)
 	if n := strings.Count(y.read("logins"), "\n"); n != len(names) {
