@@ -256,7 +256,8 @@ func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
 }
 
-// check refuses hosts that would refuse: for what is no deploy, by their policy alone.
+// check refuses hosts that would refuse: what is no deploy is refused by their policy, and where
+// nothing was deployed.
 func (r *Rollout) check(deploy bool) error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
 		for _, p := range m.host.Problems {
@@ -264,6 +265,9 @@ func (r *Rollout) check(deploy bool) error {
 				continue
 			}
 			return m.fail(Failed, "", &release.Error{Code: p.Code, Text: p.Text, Hint: p.Hint})
+		}
+		if !deploy && m.host.Current == "" && len(m.host.Releases) == 0 {
+			return m.fail(Failed, "", &release.Error{Code: release.None, Text: "nothing was deployed to " + m.host.To})
 		}
 		return nil
 	})

@@ -299,7 +299,7 @@ func (s *session) restart(ctx context.Context) (Result, error) {
 	}
 	id, link := s.current()
 	if link == "" {
-		return Result{}, errorf(None, "nothing is current in %s", s.hello.To)
+		return Result{}, s.nothing()
 	}
 	if s.hello.Config.Restart == nil {
 		return Result{}, errorf(Misused, "nothing says how %s is restarted", s.hello.App)

@@ -221,6 +221,10 @@ func (s *session) preflightTools() []Problem {
 	return nil
 }
 
+func (s *session) nothing() error {
+	return errorf(None, "nothing is current in %s", s.hello.To)
+}
+
 // exec runs a command in the current release, while the deployer listens.
 func (s *session) exec(ctx context.Context, c command) (exited, error) {
 	if len(c.Argv) == 0 || c.Argv[0] == "" {
@@ -232,13 +236,12 @@ func (s *session) exec(ctx context.Context, c command) (exited, error) {
 	if s.nobody != nil {
 		return exited{}, s.nobody
 	}
-	dir := s.hello.To
 	id, link := s.current()
-	if link != "" {
-		dir = filepath.Join(dir, currentLink)
+	if link == "" {
+		return exited{}, s.nothing()
 	}
 	j := job{
-		argv: c.Argv, dir: dir, as: s.as, env: s.env(id), timeout: DefaultTimeout,
+		argv: c.Argv, dir: filepath.Join(s.hello.To, currentLink), as: s.as, env: s.env(id), timeout: DefaultTimeout,
 		line: func(text string) { s.wire.tell(Event{Kind: "output", Phase: PhaseExec, Text: text}) },
 	}
 	ctx, cancel := context.WithCancelCause(ctx)

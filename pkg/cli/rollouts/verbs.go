@@ -84,7 +84,7 @@ func (a *app) change(ctx context.Context, o options, env, verb, what string, do 
 		return k8s(p)
 	}
 	steps := a.Steps()
-	steps.Begin(fmt.Sprintf("%s: %s, %d hosts", p.file.App, what, len(p.hosts)))
+	steps.Begin(fmt.Sprintf("%s: %s, %s", p.file.App, what, count(len(p.hosts), "host")))
 	r, err := a.open(ctx, o, p, a.teller(len(p.hosts)))
 	if r != nil {
 		defer r.Close()

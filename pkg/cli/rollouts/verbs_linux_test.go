@@ -272,11 +272,13 @@ func TestDeployVerbs(t *testing.T) {
 		return append([]string{verb, "-F", y.path("ssh_config")}, args...)
 	}
 
-	plan := y.does(0, "shop : release ", to("deploy", "--plan", "--commit", "1111111111")...)
-	if got, want := table(plan.out), "shop : release ID of 1111111, 1 files, 8 B\n switch: current\n restart: cmd grep -q good \"$CULVERT_TO/current/page\"\n health: cmd test -s \"$CULVERT_TO/current/page\"\n post_release: echo \"it is $CULVERT_RELEASE\"\n"+
+	plan := y.does(0, "shop: release ", to("deploy", "--plan", "--commit", "1111111111")...)
+	if got, want := table(plan.out), "shop: release ID of 1111111, 1 file, 8 B\n switch: current\n restart: cmd grep -q good \"$CULVERT_TO/current/page\"\n health: cmd test -s \"$CULVERT_TO/current/page\"\n post_release: echo \"it is $CULVERT_RELEASE\"\n"+
 		"HOST ROLE BATCH RUNS SEND PROBLEMS\nweb-1 web 1 - 8 B -\nweb-2 web 2 - 8 B -\nweb-3 web 3 - 8 B -\n"; got != want {
 		t.Errorf("the plan\n%s\nwant\n%s", got, want)
 	}
+	y.does(1, "web-1: nothing was deployed to ", to("rollback")...)
+	y.does(1, "web-1: nothing is current in ", to("exec", "--", "cat", "page")...)
 	one := y.does(0, "3 hosts switched", to("deploy", "--commit", "1111111111")...)
 	if got, want := table(one.out), "HOST ROLE RELEASE STATE WHY\nweb-1 web ID deployed was no release\nweb-2 web ID deployed was no release\nweb-3 web ID deployed was no release\n"; got != want {
 		t.Errorf("the table\n%s\nwant\n%s", got, want)
@@ -308,7 +310,7 @@ func TestDeployVerbs(t *testing.T) {
 		t.Errorf("%+v, %v", report, err)
 	}
 	y.shows("good three", names...)
-	y.does(0, "all 3 hosts run it already", to("deploy", "--commit", "3333333333", "--no-build")...)
+	y.does(0, "runs on 3 hosts already", to("deploy", "--commit", "3333333333", "--no-build")...)
 
 	y.does(0, "good three\n", to("exec", "--to", "web-2", "--", "cat", "page")...)
 	y.does(3, "web-1: ", to("exec", "--", "id")...)
@@ -402,7 +404,7 @@ func TestDeployBringsItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	y.write("project/dist/page", "good two")
-	if again := y.does(0, "1 hosts switched", args...); strings.Contains(again.err, "culvert now") {
+	if again := y.does(0, "1 host switched", args...); strings.Contains(again.err, "culvert now") {
 		t.Errorf("it was brought again: %s", again.err)
 	}
 	if info, err := os.Stat(filepath.Dir(brought[0])); err != nil || !info.ModTime().After(long.Add(time.Hour)) {
@@ -433,7 +435,7 @@ func TestDeployThroughHub(t *testing.T) {
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhub: "+at+"\nhosts: [db-01]\n")
 	y.write("project/dist/page", "good one")
 	args := []string{"-F", y.path("ssh_config"), "-i", y.key("db-01")}
-	y.does(0, "1 hosts switched", append([]string{"deploy", "--commit", "1111111111"}, args...)...)
+	y.does(0, "1 host switched", append([]string{"deploy", "--commit", "1111111111"}, args...)...)
 	y.shows("good one", "db-01")
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhub: "+at+"\nhosts: [db-01, db-02]\n")
 	y.does(1, "db-02: ", append([]string{"deploy", "--commit", "2222222222"}, args...)...)
