@@ -209,7 +209,7 @@ func TestApplyKilledOverSSH(t *testing.T) {
 		at("drain", `touch "$CULVERT_TO/drained"`), at("undrain", `rm -f "$CULVERT_TO/drained"`), at("restart", `cp page "$CULVERT_TO/runs"`), at("health", `cmp page "$CULVERT_TO/runs"`),
 		at("pre_release", ":"), at("post_release", ":"))
 	y.file("first", more)
-	y.does(0, "1 hosts switched", y.deploy("1111111")...)
+	y.does(0, "1 host switched", y.deploy("1111111")...)
 	for phase, passed := range map[string]bool{"drain": false, "pre_release": false, "restart": false, "health": false, "undrain": true, "post_release": true} {
 		y.file("page of "+phase, more)
 		y.write("kill-"+phase, "")
@@ -242,7 +242,7 @@ func TestSessionKilled(t *testing.T) {
 	} {
 		page := fmt.Sprint("page ", i)
 		y.file(page, "hosts: [web-1]\nhooks: {pre_release: '"+how+"', post_release: 'touch \"$CULVERT_TO/post-"+fmt.Sprint(i)+"\"'}\n")
-		y.lacks(y.does(0, "1 hosts switched", y.deploy("1111111")...), "web-1 - ID deployed")
+		y.lacks(y.does(0, "1 host switched", y.deploy("1111111")...), "web-1 - ID deployed")
 		y.shows(page, "web-1")
 		y.read(fmt.Sprintf("web-1/post-%d", i))
 	}
@@ -300,7 +300,7 @@ cat %s -
 	y.does(0, "plain: has culvert now", y.deploy("1111111")...)
 	y.shows("one", "srv/shop")
 	y.file("two", "to: "+y.path("srv/shop")+"\nhosts: [plain]\n")
-	y.does(0, "1 hosts switched", y.deploy("2222222")...)
+	y.does(0, "1 host switched", y.deploy("2222222")...)
 	if got := y.read("asked"); got != "\n" {
 		t.Errorf("the other one was asked %d times", len(got))
 	}
