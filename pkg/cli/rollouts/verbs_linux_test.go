@@ -456,7 +456,7 @@ func TestDeployerKilled(t *testing.T) {
 	args := []string{"deploy", "-v", "--wait", "1m", "-F", y.path("ssh_config"), "--commit", "1111111111"}
 	y.write("project/dist/page", "first")
 	y.does(0, "2 hosts switched", args...)
-	for _, at := range []string{"… deploy shop", "web-1: switch", "web-1: health", "web-2: switch"} {
+	for _, at := range []string{"… deploy shop", "web-1: pre_release", "web-1: switch", "web-1: restart", "web-1: health", "web-1: post_release", "web-2: switch"} {
 		y.write("project/dist/page", at)
 		cmd := exec.CommandContext(t.Context(), y.culvert, args...)
 		cmd.Dir, cmd.Env = y.path("project"), []string{"PATH=" + os.Getenv("PATH"), "HOME=" + y.path("me")}
