@@ -412,6 +412,11 @@ func adopt(to string) string {
 	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", to)
 }
 
+// adoptAll makes a release of all that is in the app's folder.
+func adoptAll(to string) string {
+	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", to)
+}
+
 // choose is what activate would go back to.
 func (s *session) choose(q rollback) (Choice, error) {
 	all, err := s.here()

@@ -333,7 +333,7 @@ func TestPreflight(t *testing.T) {
 		}
 	}
 	c, _ := y.wire()
-	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Misused || !strings.Contains(err.Error(), "version") {
+	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Mismatch || !strings.Contains(err.Error(), "version") {
 		t.Error(err)
 	}
 	// a missing file of shared/ is not made up

@@ -23,7 +23,7 @@ func (s *session) greet(h Hello) (Host, error) {
 		return Host{}, errorf(Misused, "hello for the second time")
 	}
 	if h.Version != Version {
-		return Host{}, errorf(Misused, "the deployer speaks version %d of the wire, the culvert of this host version %d", h.Version, Version)
+		return Host{}, errorf(Mismatch, "the deployer speaks version %d of the wire, the culvert of this host version %d", h.Version, Version)
 	}
 	if err := s.admit(&h); err != nil {
 		return Host{}, err
@@ -37,7 +37,11 @@ func (s *session) greet(h Hello) (Host, error) {
 		s.refused = append(s.refused, Problem{Code: Failed, Text: s.nobody.Error()})
 	}
 	if err := s.open(); err != nil {
-		s.refused = append(s.refused, Problem{Code: Failed, Text: err.Error()})
+		problem := &Problem{Code: Failed, Text: err.Error()}
+		if p := s.access(); p != nil { // which says more
+			problem = p
+		}
+		s.refused = append(s.refused, *problem)
 	}
 	if problem := s.foreign(); problem != nil { // nor does lock take it
 		s.refused = append(s.refused, *problem)
@@ -109,23 +113,13 @@ func (s *session) preflight() []Problem {
 		all = append(all, Problem{Code: Failed, Text: fmt.Sprintf(format, args...), Hint: hint})
 	}
 	to := s.hello.To
-	parent := path.Dir(to)
-	switch info, err := os.Stat(to); {
-	case errors.Is(err, fs.ErrNotExist):
-		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
-			add("mkdir -p "+parent, "%s is not there", parent)
-		} else if unix.Access(parent, unix.W_OK) != nil {
-			add(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), to), "%s is not there, and user %d may not make it in %s", to, os.Geteuid(), parent)
-		}
-	case err != nil:
-		add("", "%v", err)
-	case !info.IsDir():
-		add("", "%s is not a folder", to)
-	case unix.Access(to, unix.W_OK) != nil:
-		add(fmt.Sprintf("chown %d %s", os.Geteuid(), to), "user %d may not write to %s", os.Geteuid(), to)
+	if p := s.access(); p != nil && !slices.Contains(s.refused, *p) {
+		all = append(all, *p)
 	}
 	if info, err := os.Lstat(filepath.Join(to, currentLink)); err == nil && info.Mode()&fs.ModeSymlink == 0 {
 		add(adopt(to), "%s is not a link", path.Join(to, currentLink))
+	} else if name := s.unmanaged(); name != "" {
+		add(adoptAll(to), "%s is no folder of releases: %s is in it", to, name)
 	}
 	for _, p := range s.hello.Config.Shared {
 		at := filepath.Join(to, sharedDir, strings.TrimSuffix(p, "/"))
@@ -134,6 +128,75 @@ func (s *session) preflight() []Problem {
 		}
 	}
 	return append(all, s.preflightTools()...)
+}
+
+// access is what keeps us from the app's folder.
+func (s *session) access() *Problem {
+	problem := func(hint, format string, args ...any) *Problem {
+		return &Problem{Code: Failed, Text: fmt.Sprintf(format, args...), Hint: hint}
+	}
+	to, parent := s.hello.To, path.Dir(s.hello.To)
+	switch info, err := os.Stat(to); {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+			return problem("mkdir -p "+parent, "%s is not there", parent)
+		} else if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
+			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), to), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
+		}
+	case errors.Is(err, fs.ErrPermission):
+		at := closed(parent)
+		return problem("chmod o+x "+at, "%s cannot be reached: %s", to, mayNot("enter", at, err))
+	case err != nil:
+		return problem("", "%v", err)
+	case !info.IsDir():
+		return problem("", "%s is not a folder", to)
+	}
+	for _, dir := range []string{".", releasesDir, ownDir, manifestsDir} {
+		at := path.Join(to, dir)
+		if err := unix.Access(at, unix.R_OK|unix.W_OK|unix.X_OK); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), at), "%s", mayNot("write to", at, err))
+		}
+	}
+	return nil
+}
+
+// mayNot says who may not do something to a folder, and whose that is; err is the kernel's reason.
+func mayNot(what, at string, err error) string {
+	info, failed := os.Stat(at)
+	if failed != nil || !errors.Is(err, fs.ErrPermission) {
+		return fmt.Sprintf("%s: %v", at, err)
+	}
+	return fmt.Sprintf("user %d may not %s %s, which is user %d's and has mode %04o", os.Geteuid(), what, at, owner(info), info.Mode().Perm())
+}
+
+// closed is the highest folder of a path that we may not enter.
+func closed(at string) string {
+	for at != "/" && unix.Access(path.Dir(at), unix.X_OK) != nil {
+		at = path.Dir(at)
+	}
+	return at
+}
+
+// unmanaged names something that is in an app's folder where there are no releases yet: it would
+// stay what is served.
+func (s *session) unmanaged() string {
+	entries, err := os.ReadDir(s.hello.To)
+	if err != nil {
+		return ""
+	}
+	found := ""
+	for _, e := range entries {
+		switch name := e.Name(); name {
+		case releasesDir, currentLink, ownDir:
+			return ""
+		case sharedDir, "lost+found":
+		default:
+			if !strings.HasPrefix(name, ".") {
+				found = name
+			}
+		}
+	}
+	return found
 }
 
 var toolOf = map[string]string{"systemd": "systemctl", "supervisor": "supervisorctl", "pm2": "pm2"}

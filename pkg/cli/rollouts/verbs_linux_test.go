@@ -377,16 +377,38 @@ func TestDeployBringsItself(t *testing.T) {
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nto: "+y.path("srv/shop")+"\nhosts: [plain]\n")
 	y.write("project/dist/page", "good one")
 	y.write("srv/.keep", "")
+	cached := func(name string) string { return y.path("home/.cache/culvert/" + name) }
+	old, younger, other := cached(strings.Repeat("0", 64)), cached(strings.Repeat("1", 64)), cached("other")
+	long := time.Now().Add(-32 * 24 * time.Hour)
+	for dir, used := range map[string]time.Time{old: long, other: long, younger: time.Now().Add(-28 * 24 * time.Hour)} {
+		if err := os.MkdirAll(filepath.Join(dir, "in"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(dir, time.Time{}, used); err != nil {
+			t.Fatal(err)
+		}
+	}
 	args := []string{"deploy", "-F", y.path("ssh_config"), "--commit", "1111111111"}
 	y.does(0, "plain: has culvert now", args...)
 	y.shows("good one", "srv/shop")
-	brought, err := filepath.Glob(y.path("home/.cache/culvert/*/*"))
-	if err != nil || len(brought) != 1 || filepath.Base(brought[0]) != "culvert" {
+	for dir, stays := range map[string]bool{old: false, younger: true, other: true} {
+		if _, err := os.Stat(dir); (err == nil) != stays {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	brought, err := filepath.Glob(cached(strings.Repeat("?", 64) + "/culvert"))
+	if err != nil || len(brought) != 1 {
 		t.Fatalf("%v, %v", brought, err)
+	}
+	if err := os.Chtimes(filepath.Dir(brought[0]), time.Time{}, long); err != nil {
+		t.Fatal(err)
 	}
 	y.write("project/dist/page", "good two")
 	if again := y.does(0, "1 host switched", args...); strings.Contains(again.err, "culvert now") {
 		t.Errorf("it was brought again: %s", again.err)
+	}
+	if info, err := os.Stat(filepath.Dir(brought[0])); err != nil || !info.ModTime().After(long.Add(time.Hour)) {
+		t.Errorf("it is not said that it was used: %v", err)
 	}
 	y.shows("good two", "srv/shop")
 	y.does(0, "good two", "exec", "-F", y.path("ssh_config"), "--", "sh", "-c", "cat page")
@@ -434,7 +456,7 @@ func TestDeployerKilled(t *testing.T) {
 	args := []string{"deploy", "-v", "--wait", "1m", "-F", y.path("ssh_config"), "--commit", "1111111111"}
 	y.write("project/dist/page", "first")
 	y.does(0, "2 hosts switched", args...)
-	for _, at := range []string{"… deploy shop", "web-1: switch", "web-1: health", "web-2: switch"} {
+	for _, at := range []string{"… deploy shop", "web-1: pre_release", "web-1: switch", "web-1: restart", "web-1: health", "web-1: post_release", "web-2: switch"} {
 		y.write("project/dist/page", at)
 		cmd := exec.CommandContext(t.Context(), y.culvert, args...)
 		cmd.Dir, cmd.Env = y.path("project"), []string{"PATH=" + os.Getenv("PATH"), "HOME=" + y.path("me")}
