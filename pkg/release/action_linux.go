@@ -106,6 +106,10 @@ func (r *run) restart(ctx context.Context) (string, error) {
 	a := r.Config.Restart
 	switch a.Kind {
 	case "systemd":
+		// Of a unit that has crashed too often systemd refuses a start, and what is put back is one.
+		forget := r.service(PhaseRestart, a.Timeout, "systemctl", "reset-failed", "--", a.Arg)
+		forget.line = nil // it complains of what is not loaded
+		_, _ = forget.run(ctx)
 		return r.service(PhaseRestart, a.Timeout, "systemctl", "restart", "--", a.Arg).named(ctx)
 	case "supervisor":
 		return r.service(PhaseRestart, a.Timeout, "supervisorctl", "restart", a.Arg).named(ctx)
@@ -304,7 +308,7 @@ func systemdPID(out string) ([]process, error) {
 	if pid, _ := strconv.Atoi(said["MainPID"]); pid > 0 {
 		return []process{{pid: pid}}, nil
 	}
-	err := fmt.Errorf("no process: it is %s (%s)", said["ActiveState"], said["Result"])
+	err := fmt.Errorf("the unit is %s (%s)", said["ActiveState"], said["Result"])
 	if said["ActiveState"] == "failed" {
 		err = fmt.Errorf("%w: %w", errGivenUp, err)
 	}
