@@ -29,8 +29,6 @@ func nodeServer(address, version string) tree {
 	return tree{"version": version, "server.js": node(address)}
 }
 
-var crashes = tree{"version": "bad", "server.js": "process.exit(1)"}
-
 // pm2 lets a test have one of its own, of "make prepare" if none is installed. It returns a yard
 // whose health says where.
 func pm2(t *testing.T) (y *yard, address string) {
@@ -64,11 +62,8 @@ func TestPM2(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 	c.Close()
-	if r := y.deploy("c", crashes); r.State != StateRestored || r.Phase != PhaseHealth || !strings.Contains(r.Error, "shop is errored") || y.current() != "b" {
-		t.Errorf("%+v", r)
-	}
-	y.config.Health = nil // whoever has come up has to be there a second later, too
-	if r := y.deploy("d", crashes); r.State != StateRestored || r.Phase != PhaseHealth || y.current() != "b" {
+	y.config.Health.Within = 15 * time.Second
+	if r := y.deploy("c", tree{"version": "bad", "server.js": "process.exit(1)"}); r.State != StateRestored || r.Phase != PhaseHealth || y.current() != "b" {
 		t.Errorf("%+v", r)
 	}
 }
@@ -90,21 +85,30 @@ func clustered(address, file, format, more string) tree {
 	return tree{"server.js": node(address), file: fmt.Sprintf(format, apps)}
 }
 
-// runs are the apps of pm2's with the releases they are of.
-func (y *yard) runs() (apps string) {
+// runs waits until the apps of pm2's are of these releases: who has been started is not in its
+// folder yet.
+func (y *yard) runs(want string) {
 	y.t.Helper()
-	for _, name := range []string{"shop", "other"} {
-		out, err := exec.Command("pm2", "pid", name).Output()
-		if err != nil {
-			y.t.Fatal(err)
-		}
-		for pid := range strings.FieldsSeq(string(out)) {
-			if cwd, err := os.Readlink("/proc/" + pid + "/cwd"); err == nil {
-				apps += name + " " + filepath.Base(cwd) + ", "
+	for until := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		var all []string
+		for _, name := range []string{"shop", "other"} {
+			out, err := exec.Command("pm2", "pid", name).Output()
+			if err != nil {
+				y.t.Fatal(err)
+			}
+			for pid := range strings.FieldsSeq(string(out)) {
+				cwd, _ := os.Readlink("/proc/" + pid + "/cwd")
+				all = append(all, name+" "+filepath.Base(cwd))
 			}
 		}
+		got := strings.Join(all, ", ")
+		if got == want {
+			return
+		}
+		if time.Now().After(until) {
+			y.t.Fatalf("%s, want %s", got, want)
+		}
 	}
-	return strings.TrimSuffix(apps, ", ")
 }
 
 // Of a file of apps the one that is named is started, with all of its processes.
@@ -115,23 +119,24 @@ func TestPM2Files(t *testing.T) {
 	y.config.Restart = &Action{Kind: "pm2", Arg: "shop"}
 	y.good("a", clustered(address, "ecosystem.config.js", js, ""))
 	y.good("b", clustered(address, "ecosystem.config.js", js, ""))
-	if got := y.runs(); got != "shop b, shop b" {
-		t.Error(got)
-	}
+	y.runs("shop b, shop b")
 	y.config.Restart = &Action{Kind: "pm2", Arg: "shop apps.json"}
 	y.good("c", clustered(address, "apps.json", "%s", ""))
-	if got := y.runs(); got != "shop c, shop c" {
-		t.Error(got)
-	}
+	y.runs("shop c, shop c")
 	y.good("d", clustered(address, "apps.json", "%s", "")) // a is not there any more, where pm2 was once started
+	bad := clustered(address, "apps.json", "%s", `, "min_uptime": 60000, "max_restarts": 2`)
+	bad["server.js"] = "process.exit(1)"
+	if r := y.deploy("bad", bad); r.State != StateRestored || r.Phase != PhaseHealth || !strings.Contains(r.Error, "shop is errored") || y.current() != "d" {
+		t.Errorf("%+v", r)
+	}
 	y.config.Restart = &Action{Kind: "pm2", Arg: "stranger apps.json"}
 	if r := y.deploy("e", clustered(address, "apps.json", "%s", "")); r.State != StateBroken || !strings.Contains(r.Error, "pm2 has no stranger") || y.current() != "d" {
 		t.Errorf("%+v", r)
 	}
 }
 
-// A cluster whose folder is a path through current is reloaded, without a gap. Who listens is
-// pm2, before and after, and so the release has to say itself what it is.
+// A cluster whose folder is a path through current is reloaded. Who listens is pm2, before and
+// after, and so the release has to say itself what it is.
 func TestPM2ClusterReload(t *testing.T) {
 	y, address := pm2(t)
 	y.config.Restart = &Action{Kind: "cmd", Arg: "pm2 startOrReload ecosystem.config.js --only shop"}
@@ -139,10 +144,8 @@ func TestPM2ClusterReload(t *testing.T) {
 	app := clustered(address, "ecosystem.config.js", "module.exports = %s", fmt.Sprintf(`, "cwd": "%s/current"`, y.to))
 	y.good("a", app)
 	y.good("b", app)
-	if got := y.runs(); got != "shop b, shop b" {
-		t.Error(got)
-	}
-	y.config.Health.Release, y.config.Health.Within = "", 8*time.Second
+	y.runs("shop b, shop b")
+	y.config.Health.Release, y.config.Health.Within = "", 10*time.Second
 	if r := y.deploy("c", app); r.State != StateBroken || !strings.Contains(r.Error, "is of release a") {
 		t.Errorf("%+v", r)
 	}
@@ -151,7 +154,7 @@ func TestPM2ClusterReload(t *testing.T) {
 // supervisord runs one with these programs for the test.
 func supervisord(t *testing.T, programs string) {
 	t.Helper()
-	need(t, "supervisord", "supervisorctl", "node")
+	need(t, "supervisord", "supervisorctl")
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "supervisord.conf")
 	text := fmt.Sprintf(`[supervisord]
@@ -192,24 +195,25 @@ serverurl=unix://%[1]s/sock
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 }
 
-// supervised is one of supervisor's. One that is not up for a second is tried once more.
+// supervised is one of supervisor's programs. If it is not up for a second it is tried once more.
 func supervised(name, dir string) string {
-	return fmt.Sprintf("[program:%s]\ncommand=node %[1]s.js\ndirectory=%s\nautostart=false\nstartsecs=1\nstartretries=1\n", name, dir)
+	return fmt.Sprintf("[program:%s]\ncommand=sh %[1]s.sh\ndirectory=%s\nautostart=false\nstartsecs=1\nstartretries=1\n", name, dir)
 }
 
 func TestSupervisor(t *testing.T) {
 	y := newYard(t)
+	need(t, "node")
 	supervisord(t, supervised("server", y.to+"/current"))
 	address := port(t)
 	y.config.Restart = &Action{Kind: "supervisor", Arg: "server"}
 	y.config.Health = &Health{Kind: "http", Arg: "http://" + address, Release: "body"}
-	y.good("a", nodeServer(address, "one"))
-	y.good("b", nodeServer(address, "two"))
-	if r := y.deploy("c", crashes); r.State != StateRestored || r.Phase != PhaseRestart || !strings.Contains(r.Output, "server: ERROR (spawn error)") || y.current() != "b" {
+	y.good("a", tree{"server.sh": "exec node server.js", "server.js": node(address)})
+	y.good("b", tree{"server.sh": "exec node server.js", "server.js": node(address)})
+	if r := y.deploy("c", tree{"server.sh": "exit 1"}); r.State != StateRestored || r.Phase != PhaseRestart || !strings.Contains(r.Output, "server: ERROR (spawn error)") || y.current() != "b" {
 		t.Errorf("%+v", r)
 	}
-	later := tree{"server.js": "const fs = require('fs')\nif (fs.existsSync('ran')) process.exit(1)\nfs.writeFileSync('ran', '')\nsetTimeout(() => process.exit(1), 3000)"}
-	if r := y.deploy("d", later); r.State != StateRestored || r.Phase != PhaseHealth || !strings.Contains(r.Error, "FATAL") || y.current() != "b" {
+	// one that comes up, and not again
+	if r := y.deploy("d", tree{"server.sh": "[ ! -e ran ] || exit 1\ntouch ran\nsleep 3\nexit 1"}); r.State != StateRestored || r.Phase != PhaseHealth || !strings.Contains(r.Error, "FATAL") || y.current() != "b" {
 		t.Errorf("%+v", r)
 	}
 	c, _ := y.wire()
@@ -222,15 +226,13 @@ func TestSupervisor(t *testing.T) {
 // Of a group, all have to be of the release.
 func TestSupervisorGroup(t *testing.T) {
 	y := newYard(t)
-	supervisord(t, supervised("server", y.to+"/current")+supervised("job", y.to+"/current")+supervised("stale", y.to+"/releases/a")+
-		"[group:shop]\nprograms=server,job\n[group:all]\nprograms=stale\n")
-	address := port(t)
-	app := tree{"server.js": node(address), "job.js": "setInterval(() => 0, 1000)", "stale.js": "setInterval(() => 0, 1000)"}
+	supervisord(t, supervised("one", y.to+"/current")+supervised("two", y.to+"/current")+supervised("stale", y.to+"/releases/a")+
+		"[group:shop]\nprograms=one,two\n[group:all]\nprograms=stale\n")
+	app := tree{"one.sh": "exec sleep 1000", "two.sh": "exec sleep 1000", "stale.sh": "exec sleep 1000"}
 	y.config.Restart = &Action{Kind: "supervisor", Arg: "shop:*"}
-	y.config.Health = &Health{Kind: "http", Arg: "http://" + address}
 	y.good("a", app)
 	y.good("b", app)
-	y.config.Restart.Arg, y.config.Health.Within = "all:*", 8*time.Second
+	y.config.Restart.Arg, y.config.Health = "all:*", &Health{Kind: "cmd", Arg: "true", Within: 10 * time.Second}
 	if r := y.deploy("c", app); r.State != StateBroken || !strings.Contains(r.Error, "is of release a") {
 		t.Errorf("%+v", r)
 	}
