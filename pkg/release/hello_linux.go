@@ -212,13 +212,29 @@ func (s *session) preflightTools() []Problem {
 	if _, err := exec.LookPath(toolOf[a.Kind]); err != nil {
 		return []Problem{{Code: Failed, Text: fmt.Sprintf("restart: %s: there is no %s in %s", a, toolOf[a.Kind], os.Getenv("PATH"))}}
 	}
-	if a.Kind == "systemd" {
-		j := job{argv: []string{"systemctl", "show", "-p", "LoadState", "--value", "--", a.Arg}, dir: "/", timeout: lookTimeout}
-		if out, err := j.run(context.Background()); err == nil && strings.TrimSpace(out) == "not-found" {
-			return []Problem{{Code: Failed, Text: fmt.Sprintf("restart: there is no unit %s", a.Arg), Hint: "systemctl list-units --type=service"}}
+	ask := func(argv ...string) string {
+		j := job{argv: argv, dir: "/", timeout: lookTimeout}
+		out, _ := j.run(context.Background())
+		return strings.TrimSpace(out)
+	}
+	text, hint := "", ""
+	switch a.Kind {
+	case "systemd":
+		switch state := ask("systemctl", "show", "-p", "LoadState", "--value", "--", a.Arg); state {
+		case "not-found":
+			text, hint = "there is no unit "+a.Arg, "systemctl list-units --type=service"
+		case "masked":
+			text, hint = "unit "+a.Arg+" is masked", "systemctl unmask "+a.Arg
+		}
+	case "supervisor":
+		if out := ask("supervisorctl", "status", a.Arg); strings.Contains(out, "ERROR (no such") {
+			text, hint = out, "supervisorctl status"
 		}
 	}
-	return nil
+	if text == "" {
+		return nil
+	}
+	return []Problem{{Code: Failed, Text: "restart: " + text, Hint: hint}}
 }
 
 func (s *session) nothing() error {
