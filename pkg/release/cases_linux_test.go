@@ -158,4 +158,18 @@ func TestUnmanaged(t *testing.T) {
 	if got := y.states(); got != "before unknown, a good current" {
 		t.Error(got)
 	}
+	// the rest is not what anybody serves
+	for _, name := range []string{"home/.ssh/authorized_keys", "home/notes", "disk/lost+found/x", "disk/.profile", "disk/shared/uploads/x", "of-capistrano/releases/1/x", "of-capistrano/repo/x"} {
+		if err := os.MkdirAll(filepath.Join(y.to, "others", name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"home", "disk", "of-capistrano"} {
+		other := newYard(t)
+		other.to = filepath.Join(y.to, "others", name)
+		c, _ := other.wire()
+		if h := other.greet(c); len(h.Problems) > 0 {
+			t.Errorf("%s: %+v", name, h.Problems)
+		}
+	}
 }

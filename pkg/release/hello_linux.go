@@ -187,7 +187,7 @@ func (s *session) unmanaged() string {
 	found := ""
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case releasesDir, currentLink, ownDir:
+		case releasesDir, currentLink, ownDir, ".ssh": // which is somebody's home
 			return ""
 		case sharedDir, "lost+found":
 		default:
