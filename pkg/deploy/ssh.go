@@ -35,6 +35,9 @@ type SSH struct {
 	err  error
 }
 
+// Ready begins with what Dial needs and takes a moment: the hash of our own program.
+func (s *SSH) Ready() { go s.once.Do(s.hash) }
+
 // exitMissing is what a shell says of a command that is not there.
 const exitMissing = 127
 
@@ -205,6 +208,12 @@ func (w *sshWire) Write(p []byte) (int, error) { return w.in.Write(p) }
 func (w *sshWire) Close() error {
 	time.AfterFunc(toHangUp, w.end)
 	return errors.Join(w.in.Close(), w.out.Close())
+}
+
+// Leave has ssh end without its last round trip. The host sees no more of that than of Close.
+func (w *sshWire) Leave() {
+	_ = w.in.Close()
+	w.end()
 }
 
 // Why is what ssh, or what it ran, has said last, where it did not end well.

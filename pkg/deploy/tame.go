@@ -124,6 +124,12 @@ func (c *client) Lock(ctx context.Context, l release.Lock, events func(release.E
 	return locked, refused(err)
 }
 
+func (c *client) LockFor(ctx context.Context, l release.Lock, o release.Offer, events func(release.Event)) (release.Locked, error) {
+	locked, err := c.wire.LockFor(ctx, l, o, events)
+	tameAll(&locked.Repaired, &locked.Current)
+	return locked, refused(err)
+}
+
 func (c *client) List(ctx context.Context) ([]release.Release, error) {
 	all, err := c.wire.List(ctx)
 	tameReleases(all)
@@ -141,6 +147,10 @@ func (c *client) Ship(ctx context.Context, from io.Reader) error {
 
 func (c *client) Activate(ctx context.Context, events func(release.Event)) (release.Result, error) {
 	return tameResult(c.wire.Activate(ctx, events))
+}
+
+func (c *client) ActivateForGood(ctx context.Context, events func(release.Event)) (release.Result, error) {
+	return tameResult(c.wire.ActivateForGood(ctx, events))
 }
 
 func (c *client) Revert(ctx context.Context, events func(release.Event)) (release.Result, error) {

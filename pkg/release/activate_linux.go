@@ -42,7 +42,7 @@ func (f *step) Error() string { return f.phase + ": " + f.err.Error() }
 func (f *step) Unwrap() error { return f.err }
 
 // activate goes to what was shipped or chosen. If that fails the host is put back.
-func (s *session) activate(ctx context.Context) (Result, error) {
+func (s *session) activate(ctx context.Context, a activation) (Result, error) {
 	if s.next == nil {
 		return Result{}, errorf(Misused, "activate before ship or rollback")
 	}
@@ -59,9 +59,16 @@ func (s *session) activate(ctx context.Context) (Result, error) {
 		return Result{}, err
 	}
 	result := r.forward(ctx)
-	if result.State == StateActive {
-		p.run = r
-		s.last = p
+	if result.State != StateActive {
+		return result, nil
+	}
+	p.run, s.last = r, p
+	if a.Finish {
+		if _, err := r.good(); err != nil { // the deployer asks for it by itself then, and is told
+			s.opts.Log.Warn("cannot mark as good", "err", err)
+		} else {
+			p.run, result.Finished = nil, true
+		}
 	}
 	return result, nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -776,15 +777,13 @@ func (p pipes) Close() error                { return errors.Join(p.in.Close(), p
 func (y *yard) killed(p *program, id string, tr tree) (finished bool) {
 	y.t.Helper()
 	return y.killedAt(p, func(ctx context.Context) error {
-		_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
+		entries, _ := tr.entries()
+		_, err := p.LockFor(ctx, Lock{Wait: time.Minute}, Offer{ID: id, Commit: "c-" + id, Entries: entries}, nil)
 		if err == nil {
 			_, err = ship(ctx, p.Client, id, tr)
 		}
 		if err == nil {
-			_, err = p.Activate(ctx, nil)
-		}
-		if err == nil {
-			_, err = p.Finish(ctx)
+			_, err = p.ActivateForGood(ctx, nil)
 		}
 		return err
 	})
@@ -1025,18 +1024,16 @@ func (y *yard) cutAtEachFrame(cut cutter) {
 		c := NewClient(&cutter{ReadWriteCloser: here, writes: cut.writes, left: n})
 		ctx := limit(t)
 		id := "a"
+		entries, _ := tr.entries()
 		_, err := c.Hello(ctx, y.hello())
 		if err == nil {
-			_, err = c.Lock(ctx, Lock{Wait: time.Minute}, nil)
+			_, err = c.LockFor(ctx, Lock{Wait: time.Minute}, Offer{ID: id, Commit: "c-" + id, Entries: entries}, nil)
 		}
 		if err == nil {
 			_, err = ship(ctx, c, id, tr)
 		}
 		if err == nil {
-			_, err = c.Activate(ctx, nil)
-		}
-		if err == nil {
-			_, err = c.Finish(ctx)
+			_, err = c.ActivateForGood(ctx, nil)
 		}
 		c.Close()
 		if served := <-done; err == nil {
@@ -1061,7 +1058,7 @@ func (y *yard) cutAtEachFrame(cut cutter) {
 	y.check(filepath.Join(y.to, "current"), tr)
 }
 
-// A cutter hangs up in place of its last frame but one byte.
+// A cutter hangs up in place of the last byte of a frame, also of one that goes with others.
 type cutter struct {
 	io.ReadWriteCloser
 	writes bool
@@ -1082,12 +1079,57 @@ func (c *cutter) Write(p []byte) (int, error) {
 	if !c.writes {
 		return c.ReadWriteCloser.Write(p)
 	}
-	if c.left--; c.left == 0 {
-		n, _ := c.ReadWriteCloser.Write(p[:len(p)-1])
-		c.Close()
-		return n, io.ErrClosedPipe
+	for n := 0; n < len(p); {
+		next := n + 5 + int(binary.BigEndian.Uint32(p[n:]))
+		if c.left--; c.left == 0 {
+			n, _ := c.ReadWriteCloser.Write(p[:next-1])
+			c.Close()
+			return n, io.ErrClosedPipe
+		}
+		n = next
 	}
 	return c.ReadWriteCloser.Write(p)
+}
+
+// What was offered with a lock that somebody else has is refused with it, and neither answer is
+// taken for another.
+func TestOfferedAhead(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	one, _ := y.locked()
+	two, _ := y.wire()
+	y.greet(two)
+	tr := tree{"version": "one"}
+	entries, _ := tr.entries()
+	ahead := Offer{ID: "a", Commit: "c-a", Entries: entries}
+	if _, err := two.LockFor(limit(t), Lock{}, ahead, nil); code(err) != Held {
+		t.Fatal(err)
+	}
+	if all, err := two.List(limit(t)); err != nil || len(all) != 0 {
+		t.Fatal(all, err)
+	}
+	one.Close()
+	if _, err := two.LockFor(limit(t), Lock{Wait: time.Minute}, ahead, nil); err != nil {
+		t.Fatal(err)
+	}
+	if sent, err := ship(limit(t), two, "b", tr); err != nil || sent != 3 { // something else after all
+		t.Fatal(sent, err)
+	}
+	r, err := two.ActivateForGood(limit(t), nil)
+	if err != nil || r.State != StateActive || !r.Finished {
+		t.Fatal(r, err)
+	}
+	if _, err := two.Finish(limit(t)); code(err) != Misused {
+		t.Error(err)
+	}
+	if _, err := two.Revert(limit(t), nil); code(err) != Misused {
+		t.Error(err)
+	}
+	two.Close()
+	if got := y.states(); got != "b good current" {
+		t.Error(got)
+	}
+	y.tidy()
 }
 
 // What arrived whole is not sent again.

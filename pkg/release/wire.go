@@ -86,15 +86,29 @@ func newFrameWriter(w io.Writer) *frameWriter {
 	return &frameWriter{w: bufio.NewWriterSize(w, maxData+5)}
 }
 
+// frame sends a frame, and what was put before it.
 func (f *frameWriter) frame(k kind, payload []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	_ = f.put(k, payload) // the writer keeps its error
+	return f.w.Flush()
+}
+
+// ahead has a frame go with the next one: two writes may be two packets, of which the second
+// waits until the first has come.
+func (f *frameWriter) ahead(k kind, payload []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.put(k, payload)
+}
+
+func (f *frameWriter) put(k kind, payload []byte) error {
 	var head [5]byte
 	binary.BigEndian.PutUint32(head[:], uint32(len(payload)))
 	head[4] = byte(k)
-	_, _ = f.w.Write(head[:]) // the writer keeps its error
-	_, _ = f.w.Write(payload)
-	return f.w.Flush()
+	_, _ = f.w.Write(head[:])
+	_, err := f.w.Write(payload)
+	return err
 }
 
 func (f *frameWriter) message(m message) error {
@@ -367,6 +381,8 @@ type Result struct {
 	Phase    string `json:"phase,omitempty"` // what failed
 	Error    string `json:"error,omitempty"` // why, unless active
 	Output   string `json:"output,omitempty"`
+	// Finished: what is active is good already, as by finish.
+	Finished bool `json:"finished,omitempty"`
 }
 
 // States of a Result.
@@ -414,6 +430,10 @@ const (
 	PhaseRestore     = "restore" // the phases from switch on come once more, for the release before
 	PhaseExec        = "exec"
 )
+
+type activation struct {
+	Finish bool `json:"finish,omitempty"` // if it is active, at once
+}
 
 type rollback struct {
 	Release string `json:"release,omitempty"`

@@ -156,6 +156,7 @@ func (a *app) build(ctx context.Context, o deployOptions, p *project) error {
 // ship does it, or plans it.
 func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deploy.Plan) error {
 	steps := a.Steps()
+	p.ssh.Ready()
 	tree, err := deploy.ReadTree(ctx, p.file.Dir(), p.settings.From, p.settings.Exclude)
 	if err != nil {
 		return err
