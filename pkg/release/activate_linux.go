@@ -409,12 +409,12 @@ func (s *session) inTheWay() error {
 
 // adopt makes a release of a folder that is in current's place.
 func adopt(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", to)
+	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", word(to))
 }
 
 // adoptAll makes a release of all that is in the app's folder.
 func adoptAll(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", to)
+	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", word(to))
 }
 
 // choose is what activate would go back to.

@@ -93,6 +93,9 @@ func TestPermissionsNamed(t *testing.T) {
 		".culvert not his":   {"mkdir -p $1/shop/.culvert; chown 65534 $1/shop", "shop", "user 65534 may not write to BASE/shop/.culvert", "chown 65534 BASE/shop/.culvert"},
 		"closed above":       {"mkdir -p $1/a/b; chmod 700 $1/a", "a/b/shop", "BASE/a/b/shop cannot be reached: user 65534 may not enter BASE/a, which is user 0's and has mode 0700", "chmod o+x BASE/a"},
 		"secret":             {"install -d -m 700 $1/shop", "shop", "user 65534 may not write to BASE/shop, which is user 0's and has mode 0700", "chown 65534 BASE/shop"},
+		"a file":             {"mkdir -p $1/shop; touch $1/shop/releases; chown 65534 $1/shop", "shop", "BASE/shop/releases is not a folder", "mv BASE/shop/releases BASE/shop/releases.before"},
+		"a link to nowhere":  {"mkdir -p $1/shop; ln -s nowhere $1/shop/releases; chown 65534 $1/shop", "shop", "BASE/shop/releases is not a folder", "mv BASE/shop/releases BASE/shop/releases.before"},
+		"an odd name":        {"mkdir -p \"$1/it's \\$HOME\"", "it's $HOME", "user 65534 may not write to BASE/it's $HOME, which", `chown 65534 'BASE/it'\''s $HOME'`},
 		"all well":           {"mkdir $1; chown 65534 $1", "shop", "", ""},
 		"there and his":      {"mkdir -p $1/shop; chown 65534 $1/shop", "shop", "", ""},
 		"its parent missing": {"mkdir $1", "a/shop", "BASE/a is not there", "mkdir -p BASE/a"},
@@ -107,7 +110,13 @@ func TestPermissionsNamed(t *testing.T) {
 			cmd.Path = self
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
 		})
-		h := y.greet(p.Client)
+		h, err := p.Hello(limit(t), y.hello())
+		var refused *Error
+		if errors.As(err, &refused) {
+			h.Problems = []Problem{{refused.Code, refused.Text, refused.Hint}}
+		} else if err != nil {
+			t.Fatal(err)
+		}
 		_ = p.wait()
 		whole := func(text string) string { return strings.ReplaceAll(text, "BASE", at) }
 		switch {
@@ -157,5 +166,19 @@ func TestUnmanaged(t *testing.T) {
 	y.good("a", first)
 	if got := y.states(); got != "before unknown, a good current" {
 		t.Error(got)
+	}
+	// the rest is not what anybody serves
+	for _, name := range []string{"home/.ssh/authorized_keys", "home/notes", "disk/lost+found/x", "disk/.profile", "disk/shared/uploads/x", "of-capistrano/releases/1/x", "of-capistrano/repo/x"} {
+		if err := os.MkdirAll(filepath.Join(y.to, "others", name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"home", "disk", "of-capistrano"} {
+		other := newYard(t)
+		other.to = filepath.Join(y.to, "others", name)
+		c, _ := other.wire()
+		if h := other.greet(c); len(h.Problems) > 0 {
+			t.Errorf("%s: %+v", name, h.Problems)
+		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -86,8 +87,12 @@ func (s *session) host() (Host, error) {
 	h.Free, _, _ = space(s.hello.To)
 	var err error
 	if h.Releases, err = s.here(); err != nil && len(s.refused) == 0 { // else that says more
+		if p := s.access(); p != nil {
+			return h, &Error{Code: p.Code, Text: p.Text, Hint: p.Hint}
+		}
 		return h, err
 	}
+	h.Problems = append(slices.Clone(s.refused), s.preflight()...)
 	slices.Reverse(h.Releases)
 	h.Releases = fit(h.Releases)
 	id, link := s.current()
@@ -97,8 +102,6 @@ func (s *session) host() (Host, error) {
 	if r, _, err := s.interrupted(); err == nil && r != nil && h.Holder == nil {
 		h.Interrupted = r.Release
 	}
-	h.Problems = append(h.Problems, s.refused...)
-	h.Problems = append(h.Problems, s.preflight()...)
 	h.Problems = h.Problems[:min(len(h.Problems), maxProblems)]
 	for i := range h.Problems {
 		h.Problems[i].Text = shorten(h.Problems[i].Text)
@@ -124,7 +127,7 @@ func (s *session) preflight() []Problem {
 	for _, p := range s.hello.Config.Shared {
 		at := filepath.Join(to, sharedDir, strings.TrimSuffix(p, "/"))
 		if _, err := os.Stat(at); err != nil && !isFolder(p) {
-			add("install -D /dev/null "+at, "%s is not there, and each release links to it", at)
+			add("install -D /dev/null "+word(at), "%s is not there, and each release links to it", at)
 		}
 	}
 	return append(all, s.preflightTools()...)
@@ -139,13 +142,13 @@ func (s *session) access() *Problem {
 	switch info, err := os.Stat(to); {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
-			return problem("mkdir -p "+parent, "%s is not there", parent)
+			return problem("mkdir -p "+word(parent), "%s is not there", parent)
 		} else if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
-			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), to), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
+			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), word(to)), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
 		}
 	case errors.Is(err, fs.ErrPermission):
 		at := closed(parent)
-		return problem("chmod o+x "+at, "%s cannot be reached: %s", to, mayNot("enter", at, err))
+		return problem("chmod o+x "+word(at), "%s cannot be reached: %s", to, mayNot("enter", at, err))
 	case err != nil:
 		return problem("", "%v", err)
 	case !info.IsDir():
@@ -153,12 +156,28 @@ func (s *session) access() *Problem {
 	}
 	for _, dir := range []string{".", releasesDir, ownDir, manifestsDir} {
 		at := path.Join(to, dir)
-		if err := unix.Access(at, unix.R_OK|unix.W_OK|unix.X_OK); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), at), "%s", mayNot("write to", at, err))
+		if _, err := os.Lstat(at); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if info, err := os.Stat(at); err == nil && !info.IsDir() || errors.Is(err, fs.ErrNotExist) { // or a link to nowhere
+			return problem("mv "+word(at)+" "+word(at+".before"), "%s is not a folder", at)
+		}
+		if err := unix.Access(at, unix.R_OK|unix.W_OK|unix.X_OK); err != nil {
+			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), word(at)), "%s", mayNot("write to", at, err))
 		}
 	}
 	return nil
 }
+
+// word is a path as a shell reads it.
+func word(p string) string {
+	if plainWord.MatchString(p) {
+		return p
+	}
+	return "'" + strings.ReplaceAll(p, "'", `'\''`) + "'"
+}
+
+var plainWord = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
 
 // mayNot says who may not do something to a folder, and whose that is; err is the kernel's reason.
 func mayNot(what, at string, err error) string {
@@ -187,7 +206,7 @@ func (s *session) unmanaged() string {
 	found := ""
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case releasesDir, currentLink, ownDir:
+		case releasesDir, currentLink, ownDir, ".ssh": // which is somebody's home
 			return ""
 		case sharedDir, "lost+found":
 		default:

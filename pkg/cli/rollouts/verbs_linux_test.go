@@ -484,4 +484,9 @@ func TestDeployerKilled(t *testing.T) {
 		y.does(0, "shop ", args...)
 		y.shows(at, "web-1", "web-2")
 	}
+	for until := time.Now().Add(soon); exec.Command("pgrep", "-f", "ssh .*-F "+y.path("ssh_config")).Run() == nil; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("an ssh of a deployer who was killed is still there")
+		}
+	}
 }
