@@ -64,12 +64,12 @@ func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 // Bring puts our own program on a host where a wire has ended for lack of one, or where the
 // one that is installed speaks another version of the wire; it stays in ~/.cache/culvert/SHA256.
 // It tells whether that is so, and is for Config.
-func (s *SSH) Bring(ctx context.Context, h Host, why error) (bool, error) {
+func (s *SSH) Bring(ctx context.Context, h Host, why error, tell func(string)) (bool, error) {
 	var lacks *lackError
 	var theirs *release.Error
 	switch {
 	case errors.As(why, &theirs) && theirs.Code == release.Mismatch:
-		if err := s.bring(ctx, h); err != nil { // a forced command takes nothing
+		if err := s.bring(ctx, h, tell); err != nil { // a forced command takes nothing
 			return false, fmt.Errorf("%w, and the one that deploys could not be brought there (%v): install it there, or deploy by one of the host's version", theirs, err)
 		}
 		return true, nil
@@ -78,7 +78,7 @@ func (s *SSH) Bring(ctx context.Context, h Host, why error) (bool, error) {
 	case lacks.system != runtime.GOOS || lacks.machine != runtime.GOARCH:
 		return false, fmt.Errorf("there is no culvert, and this one, for %s/%s, does not run on %s/%s: install one there", runtime.GOOS, runtime.GOARCH, lacks.system, lacks.machine)
 	}
-	if err := s.bring(ctx, h); err != nil {
+	if err := s.bring(ctx, h, tell); err != nil {
 		return false, fmt.Errorf("bring culvert there: %w", err)
 	}
 	return true, nil
@@ -130,12 +130,17 @@ const lackMark = "culvert is missing on "
 
 // bring puts our own program where Dial looks for it, if it runs there. Those that nobody has
 // used for a month go: who runs one still has it.
-func (s *SSH) bring(ctx context.Context, h Host) error {
+func (s *SSH) bring(ctx context.Context, h Host, tell func(string)) error {
 	f, err := os.Open(s.Program)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	tell(fmt.Sprintf("is sent culvert, %d MB, to ~/.cache/culvert", info.Size()>>20))
 	script := strings.Join([]string{
 		"umask 077", fmt.Sprintf(`d="$HOME/.cache/culvert/%s"`, s.sum), `t="$d/.incoming.$$"`, `mkdir -p "$d"`, `trap 'rm -f "$t"' EXIT`, `cat >"$t"`,
 		fmt.Sprintf(`[ "$(sha256sum <"$t" | cut -c1-64)" = %s ] || { echo "not all of it has come" >&2; exit 1; }`, s.sum),

@@ -297,7 +297,7 @@ cat %s -
 	y.write("srv/.keep", "")
 	y.serve("SetEnv HOME="+y.path("home")+" PATH="+y.path("bin")+":/usr/bin:/bin", "PermitUserEnvironment no")
 	y.file("one", "to: "+y.path("srv/shop")+"\nhosts: [plain]\n")
-	y.does(0, "plain: has culvert now", y.deploy("1111111")...)
+	y.does(0, "plain: is sent culvert, ", y.deploy("1111111")...)
 	y.shows("one", "srv/shop")
 	y.file("two", "to: "+y.path("srv/shop")+"\nhosts: [plain]\n")
 	y.does(0, "1 host switched", y.deploy("2222222")...)

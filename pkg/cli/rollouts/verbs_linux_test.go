@@ -389,7 +389,7 @@ func TestDeployBringsItself(t *testing.T) {
 		}
 	}
 	args := []string{"deploy", "-F", y.path("ssh_config"), "--commit", "1111111111"}
-	y.does(0, "plain: has culvert now", args...)
+	y.does(0, "plain: is sent culvert, ", args...)
 	y.shows("good one", "srv/shop")
 	for dir, stays := range map[string]bool{old: false, younger: true, other: true} {
 		if _, err := os.Stat(dir); (err == nil) != stays {
@@ -404,7 +404,7 @@ func TestDeployBringsItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	y.write("project/dist/page", "good two")
-	if again := y.does(0, "1 host switched", args...); strings.Contains(again.err, "culvert now") {
+	if again := y.does(0, "1 host switched", args...); strings.Contains(again.err, "is sent culvert") {
 		t.Errorf("it was brought again: %s", again.err)
 	}
 	if info, err := os.Stat(filepath.Dir(brought[0])); err != nil || !info.ModTime().After(long.Add(time.Hour)) {
