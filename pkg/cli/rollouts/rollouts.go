@@ -74,6 +74,7 @@ type project struct {
 	env      string
 	settings deploy.Settings
 	hosts    []deploy.Host
+	ssh      *deploy.SSH
 }
 
 func (o *options) project(env string) (*project, error) {
@@ -91,7 +92,26 @@ func (o *options) project(env string) (*project, error) {
 	if p.hosts, err = deploy.Pick(p.settings.Hosts, o.to); err != nil && p.settings.K8s == nil {
 		return nil, talk.Usage(fmt.Errorf("--to: %w", err))
 	}
-	return p, nil
+	if p.settings.K8s != nil {
+		return p, nil
+	}
+	p.ssh, err = o.ssh(p)
+	return p, err
+}
+
+// ssh is what reaches hosts.
+func (o *options) ssh(p *project) (*deploy.SSH, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	identity := o.identity
+	if identity != "" {
+		if identity, err = filepath.Abs(identity); err != nil {
+			return nil, err
+		}
+	}
+	return &deploy.SSH{App: p.file.App, Hub: p.settings.Hub, Config: o.config, Identity: identity, Program: program}, nil
 }
 
 // args are at most an environment.
@@ -111,22 +131,10 @@ func first(args []string) string {
 
 // open reaches all hosts, which are told of if not all are there.
 func (a *app) open(ctx context.Context, o options, p *project, tell func(deploy.Event)) (*deploy.Rollout, error) {
-	program, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	identity := o.identity
-	if identity != "" {
-		if identity, err = filepath.Abs(identity); err != nil {
-			return nil, err
-		}
-	}
-	ssh := &deploy.SSH{App: p.file.App, Hub: p.settings.Hub, Config: o.config, Identity: identity, Program: program}
-	r, err := deploy.Open(ctx, deploy.Config{
+	return deploy.Open(ctx, deploy.Config{
 		App: p.file.App, Env: p.env, Settings: p.settings, Hosts: p.hosts, Who: deploy.Who(), Wait: o.wait,
-		Dial: ssh.Dial, Bring: ssh.Bring, Tell: tell, Hurry: a.Hurry,
+		Dial: p.ssh.Dial, Bring: p.ssh.Bring, Tell: tell, Hurry: a.Hurry,
 	})
-	return r, err
 }
 
 // teller tells of what hosts are at: what they print as it comes, phases where they are all
