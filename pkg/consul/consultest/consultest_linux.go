@@ -125,7 +125,7 @@ func (d *Datacenter) end() {
 	}
 	for _, node := range []string{"n1", "n2", "n3"} {
 		if text, err := os.ReadFile(filepath.Join(d.dir, node) + ".log"); err == nil {
-			d.t.Logf("%s said at last:\n%s", node, text[max(0, len(text)-4000):])
+			d.t.Logf("%s said at last:\n%s", node, text[max(0, len(text)-2000):])
 		}
 	}
 }
