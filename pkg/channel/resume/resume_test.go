@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -437,6 +438,50 @@ func TestHostGivesUp(t *testing.T) {
 			near.Close()
 		})
 	}
+}
+
+// A talker is a connection that ends with a reason while something is being written, which fails
+// when it is closed here.
+type talker struct {
+	net.Conn
+	writing, closed, lost chan struct{}
+	aborted               atomic.Bool
+}
+
+func (c *talker) Read([]byte) (int, error) {
+	<-c.writing
+	return 0, syscall.EACCES
+}
+
+func (c *talker) Write([]byte) (int, error) {
+	close(c.writing)
+	<-c.closed
+	return 0, net.ErrClosed
+}
+
+// Abort lets who writes have the first word, if he may.
+func (c *talker) Abort(error) error {
+	if c.aborted.Swap(true) {
+		return nil
+	}
+	close(c.closed)
+	select {
+	case <-c.lost:
+	case <-time.After(100 * time.Millisecond):
+	}
+	return nil
+}
+
+// Why a connection has ended is not lost by its being closed here.
+func TestReasonIsTold(t *testing.T) {
+	told := make(chan error, 1)
+	c := &talker{writing: make(chan struct{}), closed: make(chan struct{}), lost: make(chan struct{})}
+	s := newStream(false, nil, nil, newBudget(), func(_ *Stream, _ bool, err error) { close(c.lost); told <- err })
+	s.attach(c)
+	if err := <-told; !errors.Is(err, syscall.EACCES) {
+		t.Errorf("%v", err)
+	}
+	s.finish(net.ErrClosed)
 }
 
 // What is asked for again by another name is not to be had, and a dial that is said twice is one.
