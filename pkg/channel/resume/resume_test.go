@@ -549,6 +549,103 @@ func TestAskedAgain(t *testing.T) {
 	ended(t, "client", near)
 }
 
+// Dials of one stream that wait to be answered are one for what it leads to, and have one answer;
+// the client may speak by either.
+func TestAskedTwice(t *testing.T) {
+	const dials = 3
+	type answer struct {
+		net.Conn
+		err error
+	}
+	for name, test := range map[string]struct {
+		refusal error
+		gone    bool // who asked first has not waited
+		speaks  int  // by which the client does
+	}{
+		"the first is taken": {}, "another is taken": {speaks: 1}, "the first has not waited": {gone: true, speaks: 2},
+		"all are refused": {refusal: syscall.ECONNREFUSED}, "all are refused, the first has not waited": {refusal: syscall.EHOSTUNREACH, gone: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			accepted := make(chan channel.Pending, 1)
+			go func() {
+				c, err := w.ln.Accept()
+				if err != nil {
+					t.Error(err)
+				}
+				accepted <- c.(channel.Pending)
+				w.serve() // no other is to come
+			}()
+			network := call{token: newToken()}.network()
+			var asked [dials]chan answer
+			first, leave := context.WithCancel(t.Context())
+			defer leave()
+			var far channel.Pending
+			for i := range asked {
+				ctx := t.Context()
+				if i == 0 {
+					ctx = first
+				}
+				asked[i] = make(chan answer, 1)
+				go func() {
+					c, err := w.way.DialContext(ctx, network, address)
+					asked[i] <- answer{c, err}
+				}()
+				if i == 0 {
+					far = <-accepted
+				}
+				await(t, "it waits", func() bool {
+					w.host.mu.Lock()
+					defer w.host.mu.Unlock()
+					for _, s := range w.host.streams {
+						return len(s.others) == i
+					}
+					return false
+				})
+			}
+			if test.gone {
+				leave()
+				if a := <-asked[0]; !errors.Is(a.err, context.Canceled) {
+					t.Fatalf("%v", a.err)
+				}
+			}
+			if err := far.Answer(test.refusal); err != nil {
+				t.Fatal(err)
+			}
+			var conns [dials]net.Conn
+			for i := range asked {
+				if i == 0 && test.gone {
+					continue
+				}
+				a := <-asked[i]
+				if conns[i] = a.Conn; !errors.Is(a.err, test.refusal) {
+					t.Errorf("dial %d: %v, want %v", i, a.err, test.refusal)
+				}
+			}
+			if test.refusal != nil {
+				w.await("forgotten", 0)
+				return
+			}
+			for i, c := range conns { // as a hub drops the others
+				if c != nil && i != test.speaks {
+					defer c.Close()
+				}
+			}
+			near := newStream(true, nil, nil, w.client.budget, func(s *Stream, _ bool, err error) { t.Errorf("lost: %v", err); s.finish(err) })
+			near.attach(conns[test.speaks])
+			go func() { _, _ = io.Copy(far, far); far.Close() }()
+			_, _ = io.WriteString(near, "there and back")
+			_ = near.CloseWrite()
+			if got, err := io.ReadAll(near); string(got) != "there and back" || err != nil {
+				t.Errorf("%q, %v", got, err)
+			}
+			near.Close()
+			ended(t, "client", near)
+			w.await("forgotten", 0)
+		})
+	}
+}
+
 // A stream whose connections are lost as soon as they have spoken is dialled ever less often, and
 // given up when that has gone on for long enough.
 func TestLostAgainAndAgain(t *testing.T) {
