@@ -143,10 +143,9 @@ func (h *Host) found(s *held, by net.Conn) {
 	s.attach(by, first...)
 }
 
-// holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:
-// a hub has broken it off, and said so.
+// holds keeps a stream that is lost, for a while, unless a hub has ended it.
 func (h *Host) holds(s *held, err error) {
-	if errors.Is(err, syscall.EACCES) {
+	if isEnded(err) {
 		s.finish(err)
 		return
 	}

@@ -21,6 +21,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -38,6 +39,12 @@ const (
 
 // ErrForgotten is what a dial of a stream meets that the host does not hold.
 var ErrForgotten = errors.New("the host has forgotten this connection")
+
+// isEnded tells of what a hub says of a connection that it has ended: that it is not permitted any
+// more, or that too much waits there, as it would by another one of the same stream.
+func isEnded(err error) bool {
+	return errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.ENOBUFS)
+}
 
 // token is who a stream is.
 type token [16]byte

@@ -424,7 +424,7 @@ func TestHostGivesUp(t *testing.T) {
 	for name, test := range map[string]struct {
 		reason, want error
 		hold         time.Duration
-	}{"not permitted": {syscall.EACCES, syscall.EACCES, time.Hour}, "nobody comes": {syscall.ECONNRESET, syscall.ECONNRESET, 10 * time.Millisecond}} {
+	}{"not permitted": {syscall.EACCES, syscall.EACCES, time.Hour}, "too much waits": {syscall.ENOBUFS, syscall.ENOBUFS, time.Hour}, "nobody comes": {syscall.ECONNRESET, syscall.ECONNRESET, 10 * time.Millisecond}} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			w.host.hold = test.hold
@@ -437,6 +437,27 @@ func TestHostGivesUp(t *testing.T) {
 			w.await("forgotten", 0)
 			near.Close()
 		})
+	}
+}
+
+// A stream that a hub has ended is not dialled again, and fails with the reason.
+func TestEndedByHub(t *testing.T) {
+	for _, reason := range []error{syscall.EACCES, syscall.ENOBUFS} {
+		w := newWorld(t)
+		near, far := w.pair()
+		n := w.way.count()
+		near.mu.Lock()
+		l := near.link
+		near.mu.Unlock()
+		near.broke(l, reason) // as by a hub between, which tells both
+		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, reason) {
+			t.Errorf("%v, want %v", err, reason)
+		}
+		ended(t, "client", near)
+		if w.way.count() != n {
+			t.Errorf("%v: it is dialled again", reason)
+		}
+		far.Close()
 	}
 }
 
