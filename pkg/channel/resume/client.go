@@ -30,9 +30,9 @@ type Client struct {
 	streams map[*Stream]bool
 }
 
-// NewClient starts nothing.
-func NewClient(to Dialer) *Client {
-	return &Client{to: to, budget: newBudget(), hold: holdFor, pause: leastAgain, streams: map[*Stream]bool{}}
+// NewClient starts nothing. notice is how long a wire may be lost before that is known.
+func NewClient(to Dialer, notice time.Duration) *Client {
+	return &Client{to: to, budget: newBudget(), hold: holdFor(notice), pause: leastAgain, streams: map[*Stream]bool{}}
 }
 
 // Close breaks off what is open. Hosts have so long to hear of it.
@@ -57,9 +57,9 @@ func (c *Client) keep(s *Stream) {
 }
 
 // Dial opens a stream of "tcp" to a Host's listener. When its connection is lost, it is dialled
-// again, at once and then ever less often, for a minute; unless a hub has ended it, that is not
-// permitted any more, the host has forgotten it, or there is nothing left to dial by
-// (net.ErrClosed). Then the stream fails with that. An error of the first dial is given as it is.
+// again, at once and then ever less often, for as long as a Host holds it; unless a hub has ended
+// it, that is not permitted any more, the host has forgotten it, or there is nothing left to dial
+// by (net.ErrClosed). Then the stream fails with that. An error of the first dial is given as it is.
 func (c *Client) Dial(ctx context.Context, address string) (*Stream, error) {
 	d := &dialled{Client: c, address: address, token: newToken()}
 	conn, err := c.to.DialContext(ctx, call{token: d.token}.network(), address)

@@ -15,7 +15,7 @@ import (
 )
 
 // A Host is the end that listens, by as many listeners as there are ways to it: a stream that
-// came by one may go on by another. One that is lost it holds for a minute, and of many those
+// came by one may go on by another. One that is lost it holds for a while, and of many those
 // that were lost last.
 type Host struct {
 	budget *budget
@@ -46,9 +46,9 @@ const mostAsking = 16
 // spokenIn is how long a further connection has to be spoken by: who dials does so at once.
 const spokenIn = 10 * time.Second
 
-// NewHost starts nothing.
-func NewHost() *Host {
-	return &Host{budget: newBudget(), hold: holdFor, most: mostHeld, streams: map[token]*held{}}
+// NewHost starts nothing. notice is how long a wire may be lost before that is known.
+func NewHost(notice time.Duration) *Host {
+	return &Host{budget: newBudget(), hold: holdFor(notice), most: mostHeld, streams: map[token]*held{}}
 }
 
 // Listener has what ln accepts: what a Client has dialled are Streams, each once, whatever

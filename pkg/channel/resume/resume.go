@@ -31,11 +31,14 @@ const (
 
 	word = "resume"
 
-	// holdFor is how long a stream is held that is lost, at either end.
-	holdFor = time.Minute
+	leastHold = time.Minute
 
 	mostHeld = 256 // streams that are lost, by one host
 )
+
+// holdFor is how long a stream is held that is lost, at either end. The other end may notice later,
+// by as long as a wire may be lost before that is known, and has to have time left to dial.
+func holdFor(notice time.Duration) time.Duration { return max(leastHold, 2*notice) }
 
 // ErrForgotten is what a dial of a stream meets that the host does not hold.
 var ErrForgotten = errors.New("the host has forgotten this connection")

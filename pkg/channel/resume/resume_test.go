@@ -139,8 +139,8 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	now := goleak.IgnoreCurrent()
-	w := &world{t: t, way: &way{}, host: NewHost()}
-	w.client = NewClient(w.way)
+	w := &world{t: t, way: &way{}, host: NewHost(0)}
+	w.client = NewClient(w.way, 0)
 	w.client.pause = time.Millisecond
 	ln, err := w.way.memory.Listen(t.Context(), "tcp", address)
 	if err != nil {
@@ -416,6 +416,15 @@ func TestNoWayBack(t *testing.T) {
 				t.Errorf("%d dials", w.way.dials)
 			}
 		})
+	}
+}
+
+// A stream is held for longer than it may take to notice.
+func TestHoldFor(t *testing.T) {
+	for notice, want := range map[time.Duration]time.Duration{0: time.Minute, 42 * time.Second: 84 * time.Second, time.Minute: 2 * time.Minute} {
+		if h, c := NewHost(notice).hold, NewClient(nil, notice).hold; h != want || c != want {
+			t.Errorf("%v: %v and %v, want %v", notice, h, c, want)
+		}
 	}
 }
 
