@@ -15,8 +15,8 @@ import (
 )
 
 // A Host is the end that listens, by as many listeners as there are ways to it: a stream that
-// came by one may go on by another. One that is lost it holds for a while, and of many those
-// that were lost last.
+// came by one may go on by another. One that is lost it holds for a while, and of too many it lets
+// go of those of the client that has most.
 type Host struct {
 	budget *budget
 	hold   time.Duration
@@ -157,7 +157,7 @@ func (h *Host) holds(s *held, err error) {
 	h.lost = append(h.lost, s)
 	var first *held
 	if len(h.lost) > h.most {
-		first = h.lost[0]
+		first = h.tooMany()
 		h.unlist(first)
 	}
 	h.mu.Unlock()
@@ -169,6 +169,27 @@ func (h *Host) holds(s *held, err error) {
 		h.unlist(s)
 		h.mu.Unlock()
 	}
+}
+
+// tooMany is what is let go of those that are lost: the one that was lost first of who has most, so
+// that nobody has those of others forgotten. mu is held.
+func (h *Host) tooMany() *held {
+	of, most := map[string]int{}, 0
+	for _, s := range h.lost {
+		of[s.origin()]++
+		most = max(most, of[s.origin()])
+	}
+	i := slices.IndexFunc(h.lost, func(s *held) bool { return of[s.origin()] == most })
+	return h.lost[i]
+}
+
+// origin is the address of who has dialled, without its port.
+func (s *held) origin() string {
+	text := s.RemoteAddr().String()
+	if host, _, err := net.SplitHostPort(text); err == nil {
+		return host
+	}
+	return text
 }
 
 // unlist is for one that is not lost. mu is held.

@@ -36,6 +36,7 @@ type way struct {
 	refusal error
 	open    []net.Conn
 	dials   int
+	client  byte // which of several
 }
 
 func (w *way) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
@@ -47,7 +48,7 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 	if refusal != nil {
 		return nil, refusal
 	}
-	from := channel.WithWords(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7}, words)
+	from := channel.WithWords(w.from(), words)
 	c, err := w.memory.DialContext(memchan.From(ctx, from), plain, address)
 	if err != nil {
 		return nil, err
@@ -59,6 +60,13 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 		return c, nil
 	}
 	return &cut{Conn: c, in: w.allow(), out: w.allow()}, nil
+}
+
+// from is where the next dial comes from, whose port is another each time.
+func (w *way) from() net.Addr {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1+w.client), Port: w.dials}
 }
 
 // count is how often it was dialled.
@@ -736,19 +744,23 @@ func TestLittle(t *testing.T) {
 	}
 }
 
-// Of streams that are lost the host holds those that were lost last.
+// Of streams that are lost the host holds so many, and lets go of those that were lost first of the
+// client that has most.
 func TestMostHeld(t *testing.T) {
 	w := newWorld(t)
-	w.host.most = 2
+	w.host.most = 3
 	var nears []*Stream
 	var fars []net.Conn
-	for range 4 {
+	for i := range 5 {
 		accepted := make(chan net.Conn, 1)
 		go func() {
 			c, _ := w.ln.Accept()
 			_ = c.(channel.Pending).Answer(nil)
 			accepted <- c
 		}()
+		w.way.mu.Lock()
+		w.way.client = byte(min(i, 1)) // the first has one
+		w.way.mu.Unlock()
 		near, err := w.client.Dial(t.Context(), address)
 		if err != nil {
 			t.Fatal(err)
@@ -756,17 +768,23 @@ func TestMostHeld(t *testing.T) {
 		nears, fars = append(nears, near), append(fars, <-accepted)
 	}
 	w.way.refuse(syscall.EHOSTUNREACH)
-	w.way.lose(syscall.ECONNRESET)
-	w.await("two are held", 2)
-	n := 0
-	for _, far := range fars {
-		far.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-		if _, err := far.Read(make([]byte, 1)); errors.Is(err, syscall.ECONNRESET) {
-			n++
-		}
+	for i, near := range nears { // one after the other
+		near.mu.Lock()
+		l := near.link
+		near.mu.Unlock()
+		near.broke(l, syscall.ECONNRESET)
+		await(t, "the host knows", func() bool {
+			w.host.mu.Lock()
+			defer w.host.mu.Unlock()
+			return len(w.host.lost) == min(i+1, 3) && len(w.host.streams) == 5-max(0, i+1-3)
+		})
 	}
-	if n != 2 {
-		t.Errorf("%d have ended", n)
+	for i, far := range fars {
+		far.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		_, err := far.Read(make([]byte, 1))
+		if has := i == 1 || i == 2; errors.Is(err, syscall.ECONNRESET) != has {
+			t.Errorf("stream %d: %v", i, err)
+		}
 	}
 	go w.serve()
 	w.way.refuse(nil)
