@@ -161,9 +161,7 @@ func newWorld(t *testing.T) *world {
 		w.ln.Close()
 		w.await("nothing is held", 0)
 		for who, b := range map[string]*budget{"client": w.client.budget, "host": w.host.budget} {
-			if left := b.left.Load(); left != mostGrown {
-				t.Errorf("the %s's budget is %d short", who, mostGrown-left)
-			}
+			await(t, "all of the "+who+"'s budget is back", func() bool { return b.left.Load() == mostGrown })
 		}
 		goleak.VerifyNone(t, now)
 	})
@@ -924,11 +922,61 @@ func TestBounds(t *testing.T) {
 	}
 	near.Abort(nil)
 	ended(t, "client", near)
+	far.Close()
 }
 
 type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
+// A window grows for what has come, and what it has grown by is held until that was read, or is
+// not any more.
+func TestBudget(t *testing.T) {
+	for name, end := range map[string]func(s *Stream){
+		"read":   func(s *Stream) { _, _ = io.ReadAll(s) },
+		"closed": func(s *Stream) { s.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBudget()
+			s := newStream(false, nil, nil, b, nil)
+			l := &link{s: s, ready: true, heard: true, timer: time.AfterFunc(time.Hour, func() {})}
+			defer l.settle()
+			say := func(f frame, data []byte) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if err := l.take(f, data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, at := range []int64{1, firstWindow, lastByte} {
+				if say(frame{kindWant, at, 0}, nil); s.grown != 0 {
+					t.Errorf("the window grows by %d, for what has not come", s.grown)
+				}
+			}
+			say(frame{kindData, 0, 5}, []byte("12345"))
+			if say(frame{kindWant, 5, 0}, nil); s.grown != firstWindow {
+				t.Errorf("the window grows by %d", s.grown)
+			}
+			s.finish(io.ErrClosedPipe)
+			if left := b.left.Load(); left != mostGrown-firstWindow {
+				t.Errorf("%d are left while something is not read", left)
+			}
+			end(s)
+			if left := b.left.Load(); left != mostGrown {
+				t.Errorf("%d are left", left)
+			}
+		})
+	}
+	b := newBudget()
+	if n := b.take(mostGrown); n != mostGrown/4 {
+		t.Errorf("who comes first takes %d", n)
+	}
+	for b.take(mostGrown) > 0 {
+	}
+	if left := b.left.Load(); left < 3*leastGrown || left >= 4*leastGrown+4 {
+		t.Errorf("%d are left", left)
+	}
+}
 
 // Deadlines are those of any connection.
 func TestDeadline(t *testing.T) {
@@ -1020,6 +1068,7 @@ func FuzzLink(f *testing.F) {
 		b.Close()
 		all.Wait()
 		<-s.Ended()
+		s.Close()
 		if left := s.budget.left.Load(); left != mostGrown {
 			t.Errorf("%d bytes of the budget are left", left)
 		}

@@ -15,7 +15,8 @@ const (
 	mostKept  = mostWindow + mostUnsent
 
 	// mostGrown is what all streams of an end may hold beyond what each begins with.
-	mostGrown = 64 << 20
+	mostGrown  = 64 << 20
+	leastGrown = 64 << 10 // at a time
 )
 
 // budget is what is left to grow by.
@@ -27,11 +28,15 @@ func newBudget() *budget {
 	return b
 }
 
-// take takes up to so much.
+// take takes up to so much, and no more than a quarter of what is left, so that there is some for
+// who comes later; or nothing, where that is not worth its while.
 func (b *budget) take(most int64) int64 {
 	for {
 		left := b.left.Load()
-		n := max(0, min(most, left))
+		n := min(most, left/4)
+		if n < leastGrown {
+			return 0
+		}
 		if b.left.CompareAndSwap(left, left-n) {
 			return n
 		}
@@ -222,9 +227,10 @@ func (i *incoming) read(p []byte) (n int) {
 func (i *incoming) drop() { i.deaf, i.queue, i.size = true, nil, 0 }
 
 // wanted lets the window grow, if who reads is as fast as what comes: then it is that which
-// holds up the other end. Of what was asked before it has grown the last time nothing is made.
+// holds up the other end. Of what was asked before it has grown the last time nothing is made, nor
+// of what is said to hold it up and has not come.
 func (i *incoming) wanted(f frame, b *budget) (grown int64) {
-	if f.at < i.grownTo || i.size > i.window/2 {
+	if i.deaf || f.at != i.received || f.at < i.grownTo || i.size > i.window/2 {
 		return 0
 	}
 	grown = b.take(min(i.window, mostWindow-i.window))
