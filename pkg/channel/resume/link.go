@@ -255,6 +255,7 @@ func (l *link) take(f frame, data []byte) error {
 		first := begins && !l.ready
 		l.ready = true
 		err := s.out.ack(f, first)
+		s.give(s.out.shrink())
 		s.writable.Broadcast()
 		s.talk.Broadcast()
 		return err

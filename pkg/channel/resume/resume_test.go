@@ -911,7 +911,7 @@ func TestBounds(t *testing.T) {
 		if !errors.As(err, &late) || !late.Timeout() {
 			t.Errorf("%v", err)
 		}
-		if n < firstWindow || n > firstKept {
+		if n < firstWindow || n > firstWindow+mostUnsent {
 			t.Errorf("%d bytes were written", n)
 		}
 		c.SetWriteDeadline(time.Time{})
@@ -976,6 +976,40 @@ func TestBudget(t *testing.T) {
 	if left := b.left.Load(); left < 3*leastGrown || left >= 4*leastGrown+4 {
 		t.Errorf("%d are left", left)
 	}
+}
+
+// What is kept beyond a little is of the budget, until the other end has it; where there is none
+// left, that little goes on.
+func TestKept(t *testing.T) {
+	w := newWorld(t)
+	near, far := w.pair()
+	go func() { _, _ = io.Copy(far, far); far.Close() }()
+	for _, all := range []bool{false, true} {
+		taken := int64(0)
+		if all {
+			for n := int64(1); n > 0; taken += n {
+				n = w.client.budget.take(mostGrown)
+			}
+		}
+		said := make([]byte, 1<<20)
+		go near.Write(said)
+		if _, err := io.ReadFull(near, said); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "nothing is kept", func() bool {
+			near.mu.Lock()
+			defer near.mu.Unlock()
+			return near.out.acked == near.out.written && near.out.most == firstKept && near.grown == near.in.window-firstWindow
+		})
+		near.mu.Lock()
+		if left := w.client.budget.left.Load(); left != mostGrown-taken-near.grown {
+			t.Errorf("%d are left", left)
+		}
+		near.mu.Unlock()
+		w.client.budget.give(taken)
+	}
+	near.Close()
+	ended(t, "client", near)
 }
 
 // Deadlines are those of any connection.

@@ -231,9 +231,14 @@ func (s *Stream) finished(why error) {
 // giveBack is for when nothing is held any more: what came can be read after the end. mu is held.
 func (s *Stream) giveBack() {
 	if s.over && s.in.size == 0 {
-		s.budget.give(s.grown)
-		s.grown = 0
+		s.give(s.grown)
 	}
+}
+
+// give gives back that much of what it has grown by. mu is held.
+func (s *Stream) give(n int64) {
+	s.budget.give(n)
+	s.grown -= n
 }
 
 func (s *Stream) LocalAddr() net.Addr  { return s.local }

@@ -10,8 +10,7 @@ const (
 	// than at who writes.
 	mostUnsent = 256 << 10
 
-	// firstKept of one stream needs no budget.
-	firstKept = firstWindow + mostUnsent
+	firstKept = 64 << 10 // of one stream, beyond which it needs budget
 	mostKept  = mostWindow + mostUnsent
 
 	// mostGrown is what all streams of an end may hold beyond what each begins with.
@@ -66,6 +65,14 @@ func (o *outgoing) room(b *budget) (room, grown int64) {
 		o.most += grown
 	}
 	return min(mostUnsent-(o.written-o.sent), o.most-kept), grown
+}
+
+// shrink is how much less may be kept, as nothing is any more.
+func (o *outgoing) shrink() (n int64) {
+	if o.acked == o.written && !o.deaf {
+		n, o.most = o.most-firstKept, firstKept
+	}
+	return n
 }
 
 const (
