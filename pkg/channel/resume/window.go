@@ -1,6 +1,9 @@
 package resume
 
-import "sync/atomic"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 const (
 	firstWindow = 256 << 10
@@ -80,16 +83,19 @@ const (
 	largeChunk = 64 << 10
 )
 
+// chunks are large ones, of what has arrived.
+var chunks = sync.Pool{New: func() any { return new([largeChunk]byte) }}
+
 func (o *outgoing) append(p []byte) {
 	o.written += int64(len(p))
 	for len(p) > 0 {
 		last := len(o.chunks) - 1
 		if last < 0 || len(o.chunks[last]) == cap(o.chunks[last]) {
-			size := smallChunk
 			if len(p) > smallChunk || last >= 0 {
-				size = largeChunk
+				o.chunks = append(o.chunks, chunks.Get().(*[largeChunk]byte)[:0])
+			} else {
+				o.chunks = append(o.chunks, make([]byte, 0, smallChunk))
 			}
-			o.chunks = append(o.chunks, make([]byte, 0, size))
 			last++
 		}
 		c := o.chunks[last]
@@ -139,6 +145,9 @@ func (o *outgoing) ack(f frame, begins bool) error {
 	}
 	for len(o.chunks) > 0 && o.acked-o.base >= int64(len(o.chunks[0])) && (len(o.chunks) > 1 || o.acked == o.written) {
 		o.base += int64(len(o.chunks[0]))
+		if c := o.chunks[0]; cap(c) == largeChunk {
+			chunks.Put((*[largeChunk]byte)(c[:largeChunk]))
+		}
 		o.chunks[0] = nil
 		o.chunks = o.chunks[1:]
 	}
