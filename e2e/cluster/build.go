@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -45,6 +46,8 @@ var needs = []struct{ glob, pkg string }{
 	{"/usr/bin/dig", "bind9-dnsutils"},
 	{"/usr/bin/ping", "iputils-ping"},
 	{"/usr/sbin/ip|/usr/bin/ip|/bin/ip|/sbin/ip", "iproute2"},
+	{"/usr/bin/supervisord", "supervisor"},
+	{"/usr/bin/node|/usr/local/bin/node", "nodejs"},
 }
 
 // missingPackages names those that are not there yet.
@@ -131,6 +134,37 @@ func removePolicy() {
 	if b, err := os.ReadFile(policyPath); err == nil && string(b) == policy {
 		_ = os.Remove(policyPath)
 	}
+}
+
+// installPM2 brings pm2 into the cache, as its lock file has it. Debian has no
+// pm2, and its npm is hundreds of packages: without one, or its registry, tests of
+// pm2 are skipped.
+func installPM2(p paths) error {
+	from, to := filepath.Join(p.root, "e2e", "cluster", "pm2"), filepath.Join(p.cache, "pm2")
+	lock, err := os.ReadFile(filepath.Join(from, "package-lock.json"))
+	if err != nil {
+		return err
+	}
+	done := filepath.Join(to, "done")
+	if have, err := os.ReadFile(done); err == nil && bytes.Equal(have, lock) {
+		return nil
+	}
+	if _, err := exec.LookPath("npm"); err != nil {
+		log.Printf("  no npm, and so no pm2")
+		return nil
+	}
+	log.Printf("  installing pm2 into %s", to)
+	if err := os.RemoveAll(to); err != nil {
+		return err
+	}
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return err
+	}
+	if err := command("npm", "ci", "--prefix="+to, "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--no-update-notifier"); err != nil {
+		log.Printf("  no pm2: %v", err)
+		return nil
+	}
+	return os.WriteFile(done, lock, 0o644)
 }
 
 // build makes the programs, in the cache under a key of all that they are made

@@ -75,7 +75,7 @@ func up(p paths, buildOnly bool) error {
 	}
 	said.done("programs and images built")
 	if buildOnly {
-		return nil
+		return installPM2(p)
 	}
 	if err := down(p); err != nil {
 		return err

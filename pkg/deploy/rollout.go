@@ -32,7 +32,7 @@ type Config struct {
 
 	// Bring, if set, is asked when a host has not answered: whether it has what it lacked now,
 	// and is to be dialled again.
-	Bring func(ctx context.Context, h Host, why error) (bool, error)
+	Bring func(ctx context.Context, h Host, why error, tell func(string)) (bool, error)
 
 	// Tell, if set, is told how it goes, one event after the other.
 	Tell func(Event)
@@ -169,12 +169,13 @@ func (m *member) hangUp() {
 func (r *Rollout) open(ctx context.Context, m *member) error {
 	err := r.hello(ctx, m)
 	if err != nil && r.cfg.Bring != nil && ctx.Err() == nil {
-		brought, failed := r.cfg.Bring(ctx, m.Host, err)
+		brought, failed := r.cfg.Bring(ctx, m.Host, err, func(text string) {
+			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: text}})
+		})
 		if failed != nil {
 			return m.fail(Unreachable, "", failed)
 		}
 		if brought {
-			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "has culvert now, in ~/.cache/culvert"}})
 			err = r.hello(ctx, m)
 		}
 	}
@@ -259,7 +260,8 @@ func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
 }
 
-// check refuses hosts that would refuse: for what is no deploy, by their policy alone.
+// check refuses hosts that would refuse: what is no deploy is refused by their policy, and where
+// nothing was deployed.
 func (r *Rollout) check(deploy bool) error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
 		for _, p := range m.host.Problems {
@@ -267,6 +269,9 @@ func (r *Rollout) check(deploy bool) error {
 				continue
 			}
 			return m.fail(Failed, "", &release.Error{Code: p.Code, Text: p.Text, Hint: p.Hint})
+		}
+		if !deploy && m.host.Current == "" && len(m.host.Releases) == 0 {
+			return m.fail(Failed, "", &release.Error{Code: release.None, Text: "nothing was deployed to " + m.host.To})
 		}
 		return nil
 	})

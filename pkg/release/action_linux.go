@@ -106,6 +106,10 @@ func (r *run) restart(ctx context.Context) (string, error) {
 	a := r.Config.Restart
 	switch a.Kind {
 	case "systemd":
+		// Of a unit that has crashed too often systemd refuses a start, and what is put back is one.
+		forget := r.service(PhaseRestart, a.Timeout, "systemctl", "reset-failed", "--", a.Arg)
+		forget.line = nil // it complains of what is not loaded
+		_, _ = forget.run(ctx)
 		return r.service(PhaseRestart, a.Timeout, "systemctl", "restart", "--", a.Arg).named(ctx)
 	case "supervisor":
 		return r.service(PhaseRestart, a.Timeout, "supervisorctl", "restart", a.Arg).named(ctx)
@@ -138,13 +142,13 @@ func (r *run) pm2(ctx context.Context, a *Action) (string, error) {
 		return "", fmt.Errorf("pm2 %s: the release has no ecosystem.config.js, and no script is named", name)
 	}
 	argv := []string{"pm2", "start", filepath.Join(current, script)}
-	if strings.Contains(path.Base(script), ".config.") {
+	if pm2Config.MatchString(path.Base(script)) { // --name would start all that is in it
 		argv = append(argv, "--only", name)
 	} else {
 		argv = append(argv, "--name", name, "--cwd", current)
 	}
 	j := r.job(PhaseRestart, a.Timeout, "pm2", "delete", name)
-	j.dir, j.line = current, nil // it complains of what is not there
+	j.dir, j.line = r.s.hello.To, nil // where pm2's daemon stays, if this starts it; and it complains of what is not there
 	if _, err := j.run(ctx); errors.Is(err, errTimeout) || ctx.Err() != nil {
 		return "", fmt.Errorf("pm2 delete %s: %w", name, err)
 	}
@@ -152,6 +156,9 @@ func (r *run) pm2(ctx context.Context, a *Action) (string, error) {
 	j.dir, j.env = current, append(j.env, "PWD="+current)
 	return j.named(ctx)
 }
+
+// pm2Config is what pm2 itself takes for a file of apps.
+var pm2Config = regexp.MustCompile(`\.(json|yml|yaml|config\.[cm]?js)`)
 
 // call asks an address, for "[METHOD] URL".
 func call(ctx context.Context, timeout time.Duration, arg string) error {
@@ -240,14 +247,20 @@ func maintenance(ctx context.Context, a *Action, off bool, id string) error {
 	return nil
 }
 
-// runningPID is how supervisorctl tells of a process.
-var runningPID = regexp.MustCompile(`(?m)^\S+\s+RUNNING\s+pid (\d+),`)
+// How supervisorctl tells of a process that runs, and of one that it starts no more.
+var (
+	runningPID = regexp.MustCompile(`(?m)^\S+\s+RUNNING\s+pid (\d+),`)
+	fatal      = regexp.MustCompile(`(?m)^\S+\s+FATAL\s`)
+)
 
 // A process is one that may be the instance.
 type process struct {
 	pid   int
 	paths []string // what its supervisor says of it
 }
+
+// errGivenUp: its supervisor does nothing more, and so there is nothing to wait for.
+var errGivenUp = errors.New("it is not started again")
 
 // supervised are the processes of what was restarted. known is false where nobody says.
 func (r *run) supervised(ctx context.Context) (all []process, known bool, err error) {
@@ -262,9 +275,9 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 	}
 	switch a.Kind {
 	case "systemd":
-		out, err := quiet("systemctl", "show", "-p", "MainPID", "--value", "--", a.Arg)
-		if pid, _ := strconv.Atoi(strings.TrimSpace(out)); pid > 0 {
-			all = append(all, process{pid: pid})
+		out, err := quiet("systemctl", "show", "-p", "MainPID,ActiveState,Result", "--", a.Arg)
+		if err == nil {
+			all, err = systemdPID(out)
 		}
 		return all, true, err
 	case "supervisor":
@@ -285,13 +298,34 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 	return nil, false, nil
 }
 
+// systemdPID reads "systemctl show".
+func systemdPID(out string) ([]process, error) {
+	said := map[string]string{}
+	for line := range strings.Lines(out) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		said[key] = value
+	}
+	if pid, _ := strconv.Atoi(said["MainPID"]); pid > 0 {
+		return []process{{pid: pid}}, nil
+	}
+	err := fmt.Errorf("the unit is %s (%s)", said["ActiveState"], said["Result"])
+	if said["ActiveState"] == "failed" {
+		err = fmt.Errorf("%w: %w", errGivenUp, err)
+	}
+	return nil, err
+}
+
 func supervisorPIDs(out string) (all []process, err error) {
 	for _, m := range runningPID.FindAllStringSubmatch(out, -1) {
 		pid, _ := strconv.Atoi(m[1])
 		all = append(all, process{pid: pid})
 	}
 	if lines := len(strings.Split(strings.TrimSpace(out), "\n")); len(all) < lines {
-		return nil, fmt.Errorf("not running: %s", strings.TrimSpace(out))
+		err = fmt.Errorf("not running: %s", strings.TrimSpace(out))
+		if fatal.MatchString(out) {
+			err = fmt.Errorf("%w: %w", errGivenUp, err)
+		}
+		return nil, err
 	}
 	return all, nil
 }
@@ -322,9 +356,16 @@ func pm2PIDs(out, name string) (all []process, err error) {
 			continue
 		}
 		if p.Env.Status != "online" || p.PID <= 0 {
-			return nil, fmt.Errorf("pm2 %s is %s", name, p.Env.Status)
+			err := fmt.Errorf("pm2 %s is %s", name, p.Env.Status)
+			if p.Env.Status == "errored" {
+				err = fmt.Errorf("%w: %w", errGivenUp, err)
+			}
+			return nil, err
 		}
 		all = append(all, process{p.PID, []string{p.Env.Script}})
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("%w: pm2 has no %s", errGivenUp, name)
 	}
 	return all, nil
 }

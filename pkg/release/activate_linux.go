@@ -306,7 +306,7 @@ func (s *session) restart(ctx context.Context) (Result, error) {
 	}
 	id, link := s.current()
 	if link == "" {
-		return Result{}, errorf(None, "nothing is current in %s", s.hello.To)
+		return Result{}, s.nothing()
 	}
 	if s.hello.Config.Restart == nil {
 		return Result{}, errorf(Misused, "nothing says how %s is restarted", s.hello.App)
@@ -409,7 +409,12 @@ func (s *session) inTheWay() error {
 
 // adopt makes a release of a folder that is in current's place.
 func adopt(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", to)
+	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", word(to))
+}
+
+// adoptAll makes a release of all that is in the app's folder.
+func adoptAll(to string) string {
+	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", word(to))
 }
 
 // choose is what activate would go back to.

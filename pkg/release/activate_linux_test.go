@@ -333,7 +333,7 @@ func TestPreflight(t *testing.T) {
 		}
 	}
 	c, _ := y.wire()
-	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Misused || !strings.Contains(err.Error(), "version") {
+	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Mismatch || !strings.Contains(err.Error(), "version") {
 		t.Error(err)
 	}
 	// a missing file of shared/ is not made up
@@ -703,8 +703,18 @@ func TestSupervisorsSay(t *testing.T) {
 		t.Error(all, err)
 	}
 	for _, out := range []string{"shop   STARTING\n", "shop: ERROR (no such process)\n", "", "a RUNNING pid 1, uptime 0:00:01\nb FATAL Exited too quickly\n"} {
-		if all, err := supervisorPIDs(out); err == nil {
-			t.Errorf("%q: %v", out, all)
+		if all, err := supervisorPIDs(out); err == nil || errors.Is(err, errGivenUp) != strings.Contains(out, "FATAL") {
+			t.Errorf("%q: %v, %v", out, all, err)
+		}
+	}
+	all, err = systemdPID("MainPID=12\nResult=success\nActiveState=active\n")
+	if err != nil || len(all) != 1 || all[0].pid != 12 {
+		t.Error(all, err)
+	}
+	for state, over := range map[string]bool{"failed": true, "activating": false} {
+		all, err := systemdPID("MainPID=0\nResult=exit-code\nActiveState=" + state + "\n")
+		if err == nil || errors.Is(err, errGivenUp) != over || !strings.Contains(err.Error(), state+" (exit-code)") {
+			t.Errorf("%s: %v, %v", state, all, err)
 		}
 	}
 	list := "In-memory PM2 is out-of-date, do:\n>>>> $ pm2 update\n" + `[{"pid":7,"name":"shop","pm2_env":{"status":"online","pm_exec_path":"/a/server.js"}},{"pid":8,"name":"other","pm2_env":{"status":"errored"}}]` + "\nand more\n"
@@ -712,8 +722,10 @@ func TestSupervisorsSay(t *testing.T) {
 	if err != nil || len(all) != 1 || all[0].pid != 7 || all[0].paths[0] != "/a/server.js" {
 		t.Error(all, err)
 	}
-	if _, err := pm2PIDs(list, "other"); err == nil {
-		t.Error("it is errored")
+	for _, name := range []string{"other", "stranger"} {
+		if _, err := pm2PIDs(list, name); !errors.Is(err, errGivenUp) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 	if _, err := pm2PIDs("nonsense", "shop"); err == nil {
 		t.Error("it is nonsense")

@@ -41,6 +41,9 @@ func ticks() int64 {
 	return t.Nano() / (int64(time.Second) / hertz)
 }
 
+// errYoung: who has just come up may go again, and no other word is asked of it.
+var errYoung = errors.New("it has just come up")
+
 // gate waits until the instance is healthy, and is that of the release. The error is what the
 // last look said.
 func (r *run) gate(ctx context.Context) (string, error) {
@@ -58,11 +61,18 @@ func (r *run) gate(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("not healthy within %v", within))
 	defer cancel()
 	var last error
+	var seen []process
 	output, told := "", ""
 	for {
-		out, err := r.look(ctx, h)
-		if err == nil {
+		all, out, err := r.look(ctx, h)
+		if err == nil && h.Kind == "" && !slices.EqualFunc(all, seen, func(a, b process) bool { return a.pid == b.pid }) {
+			err = errYoung
+		}
+		if seen = all; err == nil {
 			return "", nil
+		}
+		if errors.Is(err, errGivenUp) {
+			return out, err
 		}
 		if errors.Is(err, errUnseen) && errors.Is(last, errUnseen) {
 			r.s.note(PhaseHealth, "which process answers could not be looked at")
@@ -72,7 +82,7 @@ func (r *run) gate(ctx context.Context) (string, error) {
 			return output, fmt.Errorf("%w: %w", context.Cause(ctx), last)
 		}
 		last, output = err, out
-		if text := err.Error(); text != told {
+		if text := err.Error(); text != told && !errors.Is(err, errYoung) {
 			told = text
 			r.s.note(PhaseHealth, text)
 		}
@@ -93,8 +103,8 @@ func cut(ctx context.Context) bool {
 	return ctx.Err() != nil
 }
 
-// look asks once.
-func (r *run) look(ctx context.Context, h *Health) (output string, err error) {
+// look asks once. It returns what a supervisor runs, too.
+func (r *run) look(ctx context.Context, h *Health) (all []process, output string, err error) {
 	switch h.Kind {
 	case "http":
 		err = probeHTTP(ctx, h, r.id)
@@ -103,10 +113,14 @@ func (r *run) look(ctx context.Context, h *Health) (output string, err error) {
 	case "cmd":
 		output, err = r.probeCommand(ctx, h)
 	}
-	if err == nil {
-		err = r.instance(ctx, h)
+	all, known, err2 := r.supervised(ctx)
+	switch {
+	case err == nil && err2 == nil:
+		err = r.instance(ctx, h, all, known)
+	case err == nil, errors.Is(err2, errGivenUp):
+		err = err2
 	}
-	return output, err
+	return all, output, err
 }
 
 func probeHTTP(ctx context.Context, h *Health, id string) error {
@@ -146,15 +160,8 @@ func (r *run) probeCommand(ctx context.Context, h *Health) (string, error) {
 
 // instance tells whether what runs is the new one. Of what a supervisor runs, all have to be;
 // of what listens, one: a server that hands its socket on is there for a while yet.
-func (r *run) instance(ctx context.Context, h *Health) error {
-	all, known, err := r.supervised(ctx)
-	if err != nil {
-		return err
-	}
+func (r *run) instance(ctx context.Context, h *Health, all []process, known bool) error {
 	if known {
-		if len(all) == 0 {
-			return fmt.Errorf("%s has no process", r.Config.Restart)
-		}
 		for _, p := range all {
 			if err := r.judge(p); err != nil {
 				return err
@@ -170,7 +177,7 @@ func (r *run) instance(ctx context.Context, h *Health) error {
 		r.s.note(PhaseHealth, "health names no address of this host: which process answers is not looked at")
 		return nil
 	}
-	err = errUnseen
+	err := errUnseen
 	for _, pid := range pids {
 		if err = r.judge(process{pid: pid}); err == nil {
 			return nil

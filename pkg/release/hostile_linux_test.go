@@ -339,7 +339,7 @@ dir=`+dir+`
 echo "$1 $(id -u) $(pwd)" >>$dir/asked
 case "$*" in
 *LoadState*) echo loaded ;;
-*MainPID*) cat $dir/pid ;;
+*MainPID*) echo MainPID=$(cat $dir/pid) ;;
 restart*)
 	[ ! -e $dir/pid ] || kill "$(cat $dir/pid)"
 	tail -f /dev/null >/dev/null 2>&1 &
@@ -351,7 +351,7 @@ esac
 	y.config.Restart = &Action{Kind: "systemd", Arg: "shop"}
 	y.good("a", first)
 	text, err := os.ReadFile(filepath.Join(dir, "asked"))
-	if err != nil || string(text) != "show 0 /\nrestart 0 /\nshow 0 /\n" {
+	if err != nil || string(text) != "show 0 /\nreset-failed 0 /\nrestart 0 /\nshow 0 /\nshow 0 /\n" {
 		t.Errorf("%s, %v", text, err)
 	}
 }

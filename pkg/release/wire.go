@@ -2,6 +2,7 @@ package release
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -173,6 +174,7 @@ func unpack(k kind, payload []byte) (m message, err error) {
 // Words of Error.Code.
 const (
 	Refused  = "refused"  // the host's policy does not allow it
+	Mismatch = "version"  // the ends speak different versions of the wire
 	Held     = "held"     // another deploy has the lock
 	Space    = "space"    // the disk is full, or would be
 	Manifest = "manifest" // the tree is not one that a host takes
@@ -275,15 +277,15 @@ type Hooks struct {
 
 // Host is the answer to Hello.
 type Host struct {
-	Version  int       `json:"version"`
-	Host     string    `json:"host"` // its own name
-	To       string    `json:"to"`
-	Time     time.Time `json:"time"`              // its clock
-	Free     int64     `json:"free"`              // bytes on the disk that To is on, or will be; -1: not known
-	Current  string    `json:"current,omitempty"` // the release, "" for none
-	Releases []Release `json:"releases,omitempty"`
-	Problems []Problem `json:"problems,omitempty"`
-	Holder   *Holder   `json:"holder,omitempty"` // of the lock
+	Version  int           `json:"version"`
+	Host     string        `json:"host"` // its own name
+	To       string        `json:"to"`
+	Time     time.Time     `json:"time"`              // its clock
+	Free     int64         `json:"free"`              // bytes on the disk that To is on, or will be; -1: not known
+	Current  string        `json:"current,omitempty"` // the release, "" for none
+	Releases list[Release] `json:"releases,omitempty"`
+	Problems list[Problem] `json:"problems,omitempty"`
+	Holder   *Holder       `json:"holder,omitempty"` // of the lock
 	// Interrupted is a release that was being activated when its apply was killed. Lock
 	// repairs that.
 	Interrupted string `json:"interrupted,omitempty"`
@@ -446,5 +448,33 @@ type exited struct {
 }
 
 type listed struct {
-	Releases []Release `json:"releases"`
+	Releases list[Release] `json:"releases"`
+}
+
+// maxListed is how many of something a host may say that it has. In memory one may be a
+// hundred times as long as in JSON.
+const maxListed = 100_000
+
+// A list is a slice that is counted while it is read.
+type list[T any] []T
+
+func (l *list[T]) UnmarshalJSON(text []byte) error {
+	*l = nil
+	if string(text) == "null" {
+		return nil
+	}
+	in := json.NewDecoder(bytes.NewReader(text))
+	if open, err := in.Token(); err != nil || open != json.Delim('[') {
+		return errors.New("it is not a list")
+	}
+	for in.More() {
+		var one T
+		if err := in.Decode(&one); err != nil {
+			return err
+		}
+		if *l = append(*l, one); len(*l) > maxListed {
+			return fmt.Errorf("a list of more than %d", maxListed)
+		}
+	}
+	return nil
 }

@@ -167,7 +167,7 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 			return err
 		}
 	}
-	steps.Begin(fmt.Sprintf("ask %d hosts", len(p.hosts)))
+	steps.Begin("ask " + count(len(p.hosts), "host"))
 	r, err := a.open(ctx, o.options, p, a.teller(len(p.hosts)))
 	if r != nil {
 		defer r.Close()
@@ -182,7 +182,7 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 		}
 		return a.conclude(ctx, o.options, p, r.Report(action, err), err)
 	}
-	steps.Done(fmt.Sprintf("%d hosts answer", len(p.hosts)))
+	steps.Done("asked " + count(len(p.hosts), "host"))
 	if o.plan {
 		if plan, err = r.Plan(ctx, tree, o.commit); err != nil {
 			return a.conclude(ctx, o.options, p, r.Report(onlyPlan, err), err)
@@ -192,7 +192,7 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 	if plan == nil {
 		plan = r.Draft(tree, o.commit)
 	}
-	steps.Begin(fmt.Sprintf("deploy %s to %d hosts", p.file.App, len(p.hosts)))
+	steps.Begin(fmt.Sprintf("deploy %s to %s", p.file.App, count(len(p.hosts), "host")))
 	report, err := r.Deploy(ctx, tree, plan)
 	return a.conclude(ctx, o.options, p, report, err)
 }
@@ -257,9 +257,9 @@ func done(report *deploy.Report) string {
 	case report.Action == onlyPlan:
 		return fmt.Sprintf("%s: nothing was changed", what)
 	case changed == 0:
-		return fmt.Sprintf("%s: all %d hosts run it already", what, len(report.Hosts))
+		return fmt.Sprintf("%s: runs on %s already", what, count(len(report.Hosts), "host"))
 	case report.Action == "restart":
-		return fmt.Sprintf("%s: %d hosts restarted", what, changed)
+		return fmt.Sprintf("%s: %s restarted", what, count(changed, "host"))
 	}
-	return fmt.Sprintf("%s: %d hosts switched", what, changed)
+	return fmt.Sprintf("%s: %s switched", what, count(changed, "host"))
 }
