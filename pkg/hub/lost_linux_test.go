@@ -230,7 +230,7 @@ func (w *way) login(y *yard, name string) {
 	cmd := exec.CommandContext(ctx, one.Path, one.Args[1:]...)
 	cmd.Env = append(os.Environ(), "CULVERT_HUB_TEST="+y.dir)
 	cmd.WaitDelay = time.Second // nc outlives a hub that it goes through, and waits for its own side
-	var said strings.Builder // by ssh, and by whatever a shell of this machine begins with
+	var said strings.Builder    // by ssh, and by whatever a shell of this machine begins with
 	cmd.Stderr = &said
 	out, err := cmd.Output()
 	w.mu.Lock()
