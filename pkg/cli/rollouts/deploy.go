@@ -103,7 +103,7 @@ func (a *app) deploy(ctx context.Context, o deployOptions, env string) error {
 		return err
 	}
 	if p.settings.K8s != nil {
-		return a.deployK8s(ctx, o, p)
+		return a.deployK8s(ctx, o, p, plan)
 	}
 	return a.ship(ctx, o, p, plan)
 }
@@ -198,6 +198,18 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 }
 
 func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
+	if err := o.write(plan); err != nil {
+		return err
+	}
+	print := func() error { return printPlan(a.Out, plan) }
+	if o.json {
+		print = func() error { return printJSON(a.Out, plan) }
+	}
+	return errors.Join(print(), plan.Ready())
+}
+
+// write writes a plan where that was asked for.
+func (o *deployOptions) write(plan *deploy.Plan) error {
 	if o.out != "" {
 		f, err := os.OpenFile(o.out, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 		if err != nil {
@@ -207,11 +219,7 @@ func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
 			return fmt.Errorf("write the plan: %w", err)
 		}
 	}
-	print := func() error { return printPlan(a.Out, plan) }
-	if o.json {
-		print = func() error { return printJSON(a.Out, plan) }
-	}
-	return errors.Join(print(), plan.Ready())
+	return nil
 }
 
 // onlyPlan is the action of a report of nothing that was done, of which nobody else is told.

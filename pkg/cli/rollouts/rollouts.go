@@ -25,14 +25,15 @@ import (
 type app struct {
 	*talk.Person
 	cluster Cluster
+	image   string // of a shadow
 }
 
 // A Cluster is loaded by the name of a context and a namespace, where no flag names others.
 type Cluster func(context, namespace string) (*kube.Cluster, error)
 
-// Commands are the verbs.
-func Commands(p *talk.Person, cluster Cluster) []*cobra.Command {
-	a := &app{p, cluster}
+// Commands are the verbs. The image is that of the shadow that a restart's gate goes by.
+func Commands(p *talk.Person, cluster Cluster, image string) []*cobra.Command {
+	a := &app{p, cluster, image}
 	return []*cobra.Command{a.deployCommand(), a.rollbackCommand(), a.restartCommand(), a.releasesCommand(), a.execCommand(), a.applyCommand()}
 }
 

@@ -100,7 +100,10 @@ func (a *app) change(ctx context.Context, o options, env, verb, what string, do 
 }
 
 const restartLong = `Restart what hosts run, one host after the other: out of traffic, restarted, in again once its
-gate is passed. The first that is not healthy again is the last one. Nothing is sent.`
+gate is passed. The first that is not healthy again is the last one. Nothing is sent.
+
+The pods of a workload are asked from within its namespace, by a shadow of $CULVERT_IMAGE that is
+removed again, or by port-forward where there can be none.`
 
 func (a *app) restartCommand() *cobra.Command {
 	var o options
