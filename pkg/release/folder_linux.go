@@ -1,6 +1,7 @@
 package release
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -315,15 +316,22 @@ func (s *session) records() ([]record, error) {
 	return parseLog(text), err
 }
 
-// record adds a line to the log, and returns when it is on the disk.
-func (s *session) record(r record) error {
-	r.Time, r.Who = time.Now().UTC(), s.hello.Who
-	r.Commit, r.Phase, r.Error = shorten(r.Commit), shorten(r.Phase), shorten(r.Error)
-	line, err := json.Marshal(r)
-	if err != nil {
-		return err
+// record adds lines to the log, and returns when they are on the disk.
+func (s *session) record(all ...record) error {
+	var lines [][]byte
+	for _, r := range all {
+		r.Time, r.Who = time.Now().UTC(), s.hello.Who
+		r.Commit, r.Phase, r.Error = shorten(r.Commit), shorten(r.Phase), shorten(r.Error)
+		line, err := json.Marshal(r)
+		if err != nil {
+			return err
+		}
+		lines = append(lines, line)
 	}
-	if err := s.disk.appendLine(logFile, line); err != nil {
+	if len(lines) == 0 {
+		return nil
+	}
+	if err := s.disk.appendLine(logFile, bytes.Join(lines, []byte{'\n'})); err != nil {
 		return fmt.Errorf("write %s: %w", logFile, err)
 	}
 	return nil
@@ -345,17 +353,19 @@ func (s *session) here() ([]Release, error) {
 	}
 	current, _ := s.current()
 	var all []Release
-	known := history(log)
+	var logged []Release
+	known := map[string]bool{}
+	for _, r := range history(log) {
+		if _, is := slices.BinarySearch(names, r.ID); is {
+			logged, known[r.ID] = append(logged, r), true
+		}
+	}
 	for _, name := range names {
-		if CheckID(name) == nil && !slices.ContainsFunc(known, func(r Release) bool { return r.ID == name }) {
+		if CheckID(name) == nil && !known[name] {
 			all = append(all, Release{ID: name, State: StateUnknown})
 		}
 	}
-	for _, r := range known {
-		if slices.Contains(names, r.ID) {
-			all = append(all, r)
-		}
-	}
+	all = append(all, logged...)
 	for _, name := range names {
 		if id, ok := strings.CutPrefix(name, incoming); ok && CheckID(id) == nil {
 			r := Release{ID: id, State: StateIncoming}
@@ -433,14 +443,16 @@ func (s *session) prune(spare string) ([]string, error) {
 	}
 	gone := prunable(all, keep, spare)
 	var errs []error
+	var pruned []record
 	for _, id := range gone {
 		if err := s.disk.rename(releaseDir(id), releaseDir(goneMark+id)); err != nil { // half a release is none
 			errs = append(errs, err)
 			continue
 		}
-		errs = append(errs, s.disk.unlink(manifestFile(id)), s.record(record{Event: eventPruned, Release: id}))
+		errs = append(errs, s.disk.unlink(manifestFile(id)))
+		pruned = append(pruned, record{Event: eventPruned, Release: id})
 	}
-	return gone, errors.Join(append(errs, s.sweep())...)
+	return gone, errors.Join(append(errs, s.record(pruned...), s.sweep())...)
 }
 
 // sweep removes what nobody goes on with.

@@ -837,7 +837,7 @@ func killedAtEachChange(t *testing.T, edit ...func(*exec.Cmd)) {
 			break
 		}
 	}
-	if n < 30 {
+	if n < 25 {
 		t.Errorf("only %d changes", n)
 	}
 	t.Logf("killed before each of %d changes", n-1)
