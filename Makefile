@@ -47,7 +47,7 @@ images:
 cluster-up: $(CLUSTER) images
 	$(CLUSTER) up
 
-# What the cluster and the tests need: Debian packages, Kubernetes, images.
+# What the cluster and the tests need: Debian packages, Kubernetes, images, Consul.
 prepare: $(CLUSTER)
 	$(CLUSTER) build
 
@@ -61,8 +61,9 @@ demo: build $(CLUSTER) images
 # wireguard-go and culvert's data path in namespaces; kubectl port-forward, a bare
 # upgraded stream and culvert on a cluster that is up; names a second, beside dnsmasq
 # and CoreDNS; a session at rest among 10,000 Services; a host behind a hub, and a
-# thousand; then what an exchange costs on the cluster. Needs iperf3, openssh-server,
-# sshuttle, nftables and dnsmasq-base of Debian.
+# thousand; a release that goes to a host, beside scp, rsync and tar; then what an
+# exchange costs on the cluster. Needs iperf3, openssh-server, sshuttle, nftables,
+# dnsmasq-base and rsync of Debian.
 # BENCH has flags: see bin/bench -h.
 bench: build bin/bench $(CLUSTER) images
 	@if $(CLUSTER) status >/dev/null 2>&1; then $(CLUSTER) load dist/culvert-shadow.tar; fi

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -114,7 +115,7 @@ func anotherTag(t testing.TB) {
 func TestRollOut(t *testing.T) {
 	check := workloadsBefore(t)
 	t.Cleanup(func() { check(60 * time.Second) })
-	allow(t, []string{"--for", "deploy"}, "culvert-rollout")
+	allow(t, []string{"--for", "deploy"}, "culvert-rollout", "culvert-inside")
 	anotherTag(t)
 	var all []*rollingWorkload
 	for _, kind := range []string{"deployment", "statefulset", "daemonset"} {
@@ -144,11 +145,12 @@ func TestRollOut(t *testing.T) {
 	}
 
 	const image2 = "image: localhost/kit:2"
-	step("a plan", 0, func(w *rollingWorkload) *running { return w.culvert("deploy", image2, "--plan") }, func(w *rollingWorkload, said string) {
+	plan := func(w *rollingWorkload) string { return filepath.Join(w.dir, "plan.json") }
+	step("a plan", 0, func(w *rollingWorkload) *running { return w.culvert("deploy", image2, "--plan", "-o", plan(w)) }, func(w *rollingWorkload, said string) {
 		says(w, said, "localhost/kit:1", "localhost/kit:2")
 		w.has("localhost/kit:1", "original")
 	})
-	step("a good image", 0, func(w *rollingWorkload) *running { return w.culvert("deploy", image2) }, func(w *rollingWorkload, said string) {
+	step("a good image, as it was planned", 0, func(w *rollingWorkload) *running { return w.culvert("deploy", image2, "--apply", plan(w)) }, func(w *rollingWorkload, said string) {
 		says(w, said, "deployed", "was localhost/kit:1", "available")
 		w.has("localhost/kit:2", "original")
 	})
@@ -164,6 +166,10 @@ func TestRollOut(t *testing.T) {
 		says(w, said, "deployed")
 		w.has("localhost/kit:2", "third")
 		comes(t, "third", at(w.name))
+	})
+	step("what was planned before that", 1, func(w *rollingWorkload) *running { return w.culvert("deploy", image2, "--apply", plan(w)) }, func(w *rollingWorkload, said string) {
+		says(w, said, "is not what it was when that was planned")
+		w.has("localhost/kit:2", "third")
 	})
 	step("a rollback", 0, func(w *rollingWorkload) *running { return w.culvert("rollback", image2) }, func(w *rollingWorkload, said string) {
 		says(w, said, "rolled-back")
@@ -181,7 +187,7 @@ func TestRollOut(t *testing.T) {
 		before[w.name] = w.uids()
 		return w.culvert("restart", image2)
 	}, func(w *rollingWorkload, said string) {
-		says(w, said, "restarted")
+		says(w, said, "wire open", "restarted")
 		w.whole()
 		w.replaced(before[w.name], 0)
 	})
@@ -190,7 +196,7 @@ func TestRollOut(t *testing.T) {
 // One by one, no request is lost; a disruption budget is kept; and the first pod that is
 // not well is the last.
 func TestRollOutRestartLosesNothing(t *testing.T) {
-	allow(t, []string{"--for", "deploy"}, "culvert-rollout")
+	allow(t, []string{"--for", "deploy"}, "culvert-rollout", "culvert-inside")
 	w := startRolling(t, "deployment")
 	apply(t, here(`
 apiVersion: policy/v1
@@ -222,4 +228,55 @@ spec: {minAvailable: 1, selector: {matchLabels: {app: roll-deployment}}}
 		t.Errorf("culvert ended with %d\n%s", code, s.talk.String())
 	}
 	w.replaced(before, 1)
+}
+
+// The gate of a restart goes by a shadow, to whom a pod that listens on its loopback only is
+// not well; where there can be none it goes by port-forward, and says so. Whatever ends it,
+// nothing of the shadow is left.
+func TestRollOutRestartGate(t *testing.T) {
+	allow(t, []string{"--for", "deploy"}, "culvert-rollout", "culvert-inside")
+	w := &rollingWorkload{t: t, kind: "deployment", name: "roll-inside", dir: t.TempDir(), health: `{get: "http://localhost:8080/ready", within: 10s}`}
+	manifest := strings.NewReplacer("replicas: 2", "replicas: 1", "args: [serve]", "args: [serve, -host, 127.0.0.1, -linger, 0s]").Replace(alone(w.name, ""))
+	apply(t, strings.Replace(manifest, "readinessProbe:", "# readinessProbe:", 1)) // the kubelet would ask at the pod's address
+	t.Cleanup(func() { kubectl(t, "delete", "deployment,svc", "-n", namespace, w.name) })
+	w.whole()
+	check := workloadsBefore(t)
+	const kit, other = "image: localhost/kit:1", "the gate goes by port-forward"
+	ends := func(s *running, code int, parts ...string) {
+		t.Helper()
+		if got := s.wait(patience); got != code {
+			t.Errorf("culvert ended with %d, want %d\n%s", got, code, s.talk.String())
+		}
+		for _, part := range parts {
+			if !strings.Contains(s.talk.String(), part) {
+				t.Errorf("not said: %s\n%s", part, s.talk.String())
+			}
+		}
+		check(30 * time.Second)
+	}
+	ends(w.culvert("restart", kit), 1, "wire open", "it listens on 127.0.0.1 of the pod only")
+
+	begun := func() *running {
+		s := w.culvert("restart", kit)
+		s.says("1 of 1: pod roll-inside-")
+		return s
+	}
+	s := begun()
+	s.interrupt()
+	ends(s, 1, "interrupted")
+	s = begun()
+	pid, err := strconv.Atoi(laptop(t, "pgrep", "-f", "^"+culvertBin+" restart"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kill9(t, pid)
+	s.wait(10 * time.Second)
+	laptop(t, culvertBin, "clean", "-n", namespace)
+	check(30 * time.Second)
+
+	noImage := culvert([]string{"CULVERT_IMAGE=localhost/culvert-shadow:none"}, "restart", "-f", w.file(kit))
+	ends(startAs(t, noImage), 0, other, "localhost/culvert-shadow:none", "restarted")
+	apply(t, without(t, rbac(t, "-n", namespace, "--for", "deploy"), "  - apiGroups: [batch]\n    resources: [jobs]\n    verbs: [create, delete, get, patch]\n"))
+	check = workloadsBefore(t) // the Role is another one
+	ends(w.culvert("restart", kit), 0, other, "not permitted: to create jobs.batch", "restarted")
 }

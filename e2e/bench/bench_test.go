@@ -325,3 +325,36 @@ func TestRush(t *testing.T) {
 		}
 	}
 }
+
+func TestPlant(t *testing.T) {
+	tree := t.TempDir()
+	seen := map[string]bool{}
+	for season, files := range []int{shipFiles, shipChanged, shipChanged} {
+		if err := plant(tree, season, files); err != nil {
+			t.Fatal(err)
+		}
+		print, err := fingerprint(tree)
+		if err != nil || seen[print] {
+			t.Errorf("season %d: nothing has changed, or %v", season, err)
+		}
+		seen[print] = true
+	}
+	for n := range shipFiles {
+		if text := prose(0, n); len(text) != shipSize {
+			t.Errorf("file %d has %d bytes", n, len(text))
+		}
+	}
+	if n := squeezed(); n < shipFiles*shipSize/10 || n > shipFiles*shipSize/2 {
+		t.Errorf("text that is compressed to %d bytes is none", n)
+	}
+}
+
+func TestParseDeploys(t *testing.T) {
+	o, err := parseOptions([]string{"-links", "", "-deploys", "0,100ms"})
+	if err != nil || len(o.conditions) != 0 || len(o.ships) != 2 || o.ships[1].RTT != 100*time.Millisecond {
+		t.Errorf("%+v, %v", o, err)
+	}
+	if _, err := parseOptions([]string{"-deploys", "far"}); err == nil {
+		t.Error("far is no link")
+	}
+}

@@ -7,7 +7,8 @@
 // Laptop, far end and service are network namespaces of the bench's own, and
 // need no cluster. culvert's data path is put together there of the product's
 // rooms (ends.go): what a wire, a netstack and a TUN cost, without Kubernetes. So are
-// a hub and a host behind it (hub.go), and many hosts (agents.go).
+// a hub and a host behind it (hub.go), and many hosts (agents.go). The product itself brings
+// a release to a host, beside scp, rsync and tar (ship.go).
 // With a cluster that is up, culvert itself is then measured on its laptop
 // beside kubectl port-forward (cluster.go), and at rest among the Services of a large one
 // (crowd.go). In both, names are asked of culvert's server, dnsmasq and, through the
@@ -68,6 +69,7 @@ type options struct {
 	cluster    bool
 	crowd      bool
 	hosts      int
+	ships      []condition
 }
 
 func parseOptions(args []string) (o options, err error) {
@@ -77,6 +79,7 @@ func parseOptions(args []string) (o options, err error) {
 	f.BoolVar(&o.cluster, "cluster", true, "measure on a cluster that is up, too")
 	f.BoolVar(&o.crowd, "crowd", true, "measure among 10,000 Services of it, too, which takes minutes")
 	f.IntVar(&o.hosts, "hosts", 1000, "`number` of hosts at one hub, which takes minutes; 0 is none")
+	ships := f.String("deploys", "0,100ms", "`links` over which a release goes to a host, by comma; empty is none")
 	f.Float64Var(&o.seconds, "seconds", 2, "`length` of one load, in whole seconds")
 	f.IntVar(&o.rounds, "rounds", 1, "`number` of rounds that medians are taken of")
 	f.StringVar(&o.base, "base", "ssh", "`path` that ratios are to")
@@ -91,14 +94,22 @@ func parseOptions(args []string) (o options, err error) {
 	if o.paths, err = known(*names); err != nil {
 		return o, err
 	}
-	for text := range strings.FieldsFuncSeq(*links, func(r rune) bool { return r == ',' }) {
+	if o.conditions, err = parseConditions(*links); err != nil {
+		return o, err
+	}
+	o.ships, err = parseConditions(*ships)
+	return o, err
+}
+
+func parseConditions(texts string) (all []condition, err error) {
+	for text := range strings.FieldsFuncSeq(texts, func(r rune) bool { return r == ',' }) {
 		c, err := parseCondition(text)
 		if err != nil {
-			return o, err
+			return nil, err
 		}
-		o.conditions = append(o.conditions, c)
+		all = append(all, c)
 	}
-	return o, nil
+	return all, nil
 }
 
 func usage(f *flag.FlagSet) {
@@ -111,7 +122,9 @@ func usage(f *flag.FlagSet) {
 	}
 }
 
-func allPaths() []path { return slices.Concat(paths, hubPaths, agentPaths(0), namePaths, clusterPaths) }
+func allPaths() []path {
+	return slices.Concat(paths, hubPaths, agentPaths(0), namePaths, carrierPaths(), clusterPaths)
+}
 
 // known are names of paths, of which there is each.
 func known(names string) (all []string, err error) {
@@ -179,14 +192,23 @@ func measureAll(ctx context.Context, b *bench, o options) error {
 	if err := errors.Join(allowFiles(), os.MkdirAll(scratch, 0o700)); err != nil {
 		return err
 	}
-	wanted := choose(slices.Concat(clusterPaths, namesOfCluster), o.paths, condition{})
+	var wanted []path
+	if o.cluster || o.crowd {
+		wanted = choose(slices.Concat(clusterPaths, namesOfCluster), o.paths, condition{})
+	}
 	for _, c := range o.conditions {
 		wanted = append(wanted, choose(slices.Concat(paths, hubPaths, namePaths), o.paths, c)...)
+	}
+	if len(wanted) > 0 {
+		wanted = append(wanted, path{needs: []string{"iperf3"}})
+	}
+	if len(o.ships) > 0 {
+		wanted = append(wanted, choose(carrierPaths(), o.paths, condition{})...)
 	}
 	if err := missing(wanted); err != nil {
 		return err
 	}
-	if len(o.conditions)+o.hosts > 0 {
+	if len(o.conditions)+len(o.ships)+o.hosts > 0 {
 		if err := b.inNamespaces(ctx, o); err != nil {
 			return err
 		}
@@ -210,6 +232,9 @@ func (b *bench) inNamespaces(ctx context.Context, o options) error {
 		if err := b.onLink(ctx, c, o); err != nil {
 			return fmt.Errorf("link %v: %w", c, err)
 		}
+	}
+	if err := b.onShips(ctx, o); err != nil {
+		return err
 	}
 	if o.hosts == 0 {
 		return nil

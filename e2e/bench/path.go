@@ -52,7 +52,7 @@ const sshd = "/usr/sbin/sshd" // by its whole path, for it starts itself again
 var openSSHTools = []string{"ssh", sshd}
 
 // tools are needed by the bench itself.
-var tools = []string{"ip", "nsenter", "ss", "sysctl", "iperf3"}
+var tools = []string{"ip", "nsenter", "ss", "sysctl"}
 
 // missing are the programs that are not there.
 func missing(paths []path) error {
@@ -69,7 +69,7 @@ func missing(paths []path) error {
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("no %s here (apt-get install iproute2 procps iperf3 openssh-server sshuttle nftables dnsmasq-base)", strings.Join(names, ", "))
+	return fmt.Errorf("no %s here (apt-get install iproute2 procps iperf3 openssh-server sshuttle nftables dnsmasq-base rsync)", strings.Join(names, ", "))
 }
 
 // paths are in the order of the table. A wire more is a line more here, and one
@@ -112,7 +112,7 @@ func openDirect(congestion string) func(context.Context, string) (*tunnel, error
 // The files of sshd and ssh: their own, and nothing of this machine's.
 func inScratch(name string) string { return filepath.Join(scratch, name) }
 
-func startSSHD(at place, ip string) (*process, error) {
+func startSSHD(at place, ip string, more ...string) (*process, error) {
 	config := strings.NewReplacer("SCRATCH", scratch, "LISTEN", address(ip, sshdPort)).Replace(`
 ListenAddress LISTEN
 HostKey SCRATCH/far
@@ -124,6 +124,7 @@ StrictModes no
 UsePAM no
 PidFile none
 `)
+	config += strings.Join(more, "\n") + "\n"
 	if err := os.WriteFile(inScratch("sshd_config"), []byte(config), 0o600); err != nil {
 		return nil, err
 	}

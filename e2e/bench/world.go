@@ -102,7 +102,7 @@ func clean(self string) error {
 	for _, path := range paths {
 		errs = append(errs, killAll(path), run("ip", "netns", "del", filepath.Base(path)))
 	}
-	return errors.Join(append(errs, cleanCluster(self), os.RemoveAll(scratch))...)
+	return errors.Join(append(errs, cleanCluster(self), os.RemoveAll(scratch), os.RemoveAll(hostDisk))...)
 }
 
 // commands runs a command a line.

@@ -137,7 +137,8 @@ func removePolicy() {
 }
 
 // installPM2 brings pm2 into the cache, as its lock file has it. Debian has no
-// pm2, and its npm is hundreds of packages: without one, tests of pm2 are skipped.
+// pm2, and its npm is hundreds of packages: without one, or its registry, tests of
+// pm2 are skipped.
 func installPM2(p paths) error {
 	from, to := filepath.Join(p.root, "e2e", "cluster", "pm2"), filepath.Join(p.cache, "pm2")
 	lock, err := os.ReadFile(filepath.Join(from, "package-lock.json"))
@@ -160,7 +161,8 @@ func installPM2(p paths) error {
 		return err
 	}
 	if err := command("npm", "ci", "--prefix="+to, "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--no-update-notifier"); err != nil {
-		return err
+		log.Printf("  no pm2: %v", err)
+		return nil
 	}
 	return os.WriteFile(done, lock, 0o644)
 }

@@ -8,10 +8,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -187,21 +185,13 @@ func (a *app) reach(cfg *session.TunnelConfig, run func() error) error {
 		return err
 	}
 	defer cluster.Close()
-	defer outliveReaders()()
+	defer talk.OutliveReaders()()
 	steps := a.Steps()
 	cfg.Cluster, cfg.Reporter, cfg.Log = cluster, steps, a.Logger()
 	if err = run(); err != nil {
 		steps.Fail()
 	}
 	return err
-}
-
-// outliveReaders lets writes to a closed pipe fail like any other: of "culvert
-// connect | tee log" Ctrl-C ends tee first, and there is much to put back.
-func outliveReaders() (stop func()) {
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGPIPE)
-	return func() { signal.Stop(signals) }
 }
 
 // cluster is the one that the flags name.

@@ -58,7 +58,7 @@ func (a *app) doctor(c *cobra.Command, o doctorOptions) error {
 	if err != nil {
 		return err
 	}
-	defer outliveReaders()()
+	defer talk.OutliveReaders()()
 	steps, t := a.Steps(), typed{verb: "connect", line: "connect" + a.clusterFlags(), flags: a.clusterFlags()}
 	all := []finding{}
 	cfg.Reporter, cfg.Log = steps, a.Logger()

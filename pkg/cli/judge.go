@@ -61,7 +61,7 @@ func (t typed) need() string {
 		return strings.Contains(strings.ReplaceAll(t.line, "=", " "), "--method "+name)
 	}
 	switch {
-	case t.verb == "deploy", t.verb == "rollback", t.verb == "restart":
+	case t.rolls():
 		return " --for deploy"
 	case t.verb == "forward", t.verb == "expose":
 		return " --for " + t.verb
@@ -73,6 +73,11 @@ func (t typed) need() string {
 		return " --for exchange"
 	}
 	return ""
+}
+
+// rolls tells of the verbs that may be of a workload.
+func (t typed) rolls() bool {
+	return slices.Contains([]string{"deploy", "rollback", "restart", "releases"}, t.verb)
 }
 
 // rootHelps tells of the verbs that have a child as root.
@@ -118,6 +123,8 @@ func judge(err error, t typed) (code int, hint string) {
 		return ended.Code, ""
 	case errors.As(err, &held):
 		return talk.ExitFailed, "culvert " + t.with("--take") + "  # takes it from " + held.Holder + "; or match other requests with --header, or ask them to leave"
+	case errors.Is(err, kube.ErrNoTarget) && t.rolls():
+		return talk.ExitFailed, "kubectl get deployments,statefulsets,daemonsets" + t.flags
 	case errors.Is(err, kube.ErrSeveral), errors.Is(err, kube.ErrNoTarget):
 		return talk.ExitFailed, "kubectl get services" + t.flags
 	case errors.Is(err, kube.ErrExchanged):

@@ -93,7 +93,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(a.connectCommand(), a.disconnectCommand(), a.runCommand(), a.forwardCommand(), a.proxyCommand(), a.exchangeCommand(), a.exposeCommand(), a.leaveCommand(), a.statusCommand(), a.doctorCommand(), a.rbacCommand(), a.cleanCommand(),
 		a.versionCommand(), a.privilegedCommand(), a.sandboxCommand())
 	root.AddCommand(hubs.Commands(&a.Person)...)
-	root.AddCommand(rollouts.Commands(&a.Person, a.clusterAt)...)
+	root.AddCommand(rollouts.Commands(&a.Person, a.clusterAt, a.defaultImage())...)
 	a.completions(root)
 	return root
 }

@@ -114,7 +114,7 @@ func (a *app) connectVia(c *cobra.Command, o connectOptions, ranges []string) er
 		})
 	}
 	cfg.HowToEnd, cfg.Up = a.stay(detach)
-	defer outliveReaders()()
+	defer talk.OutliveReaders()()
 	steps := a.Steps()
 	cfg.Reporter, cfg.Stderr, cfg.Log = steps, a.Err, a.Logger()
 	err = session.NewVia(cfg).Run(c.Context())

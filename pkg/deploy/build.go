@@ -31,7 +31,7 @@ func (f *File) Build(ctx context.Context, s Settings, env, commit string, out io
 			Env: append(os.Environ(), "CULVERT_APP="+f.App, "CULVERT_ENV="+env, "CULVERT_COMMIT="+commit),
 		})
 		if err != nil {
-			return fmt.Errorf("%s: %w", step.name, err)
+			return fmt.Errorf("%s: %w", step.name, mere(err))
 		}
 	}
 	return nil

@@ -26,14 +26,16 @@ type Plan struct {
 	Commit   string       `json:"commit,omitempty"`
 	Who      string       `json:"who,omitempty"`
 	When     time.Time    `json:"when"`
-	Tree     release.Hash `json:"tree"`     // of what is shipped
-	Settings release.Hash `json:"settings"` // of all that the file says of the environment
-	Files    int          `json:"files"`
-	Bytes    int64        `json:"bytes"`
-	Hosts    []PlanHost   `json:"hosts"`
-	Batches  [][]string   `json:"batches"`
-	OnFail   string       `json:"on_fail"`
+	Tree     release.Hash `json:"tree,omitzero"` // of what is shipped
+	Settings release.Hash `json:"settings"`      // of all that the file says of the environment
+	Files    int          `json:"files,omitzero"`
+	Bytes    int64        `json:"bytes,omitzero"`
+	Hosts    []PlanHost   `json:"hosts,omitempty"`
+	Batches  [][]string   `json:"batches,omitempty"`
+	OnFail   string       `json:"on_fail,omitempty"`
 	Does     []string     `json:"does,omitempty"` // what is run on each host, in that order
+
+	Workload *PlanWorkload `json:"workload,omitempty"` // in place of hosts and a tree
 
 	// Binding is one that was read from a file.
 	Binding bool `json:"-"`
@@ -50,7 +52,31 @@ type PlanHost struct {
 	Holder    string            `json:"holder,omitempty"` // of another deploy, just now
 }
 
+// A PlanWorkload is what it would do to a workload of Kubernetes.
+type PlanWorkload struct {
+	Workload  string   `json:"workload"`
+	Namespace string   `json:"namespace"`
+	Container string   `json:"container"`
+	Sets      string   `json:"sets"` // image, or the name of a variable
+	From      string   `json:"from"`
+	Set       bool     `json:"set"` // it has a From: a variable need not be there
+	To        string   `json:"to"`
+	Unchanged bool     `json:"unchanged,omitempty"`
+	Runs      string   `json:"runs,omitempty"` // the revision
+	Base      string   `json:"base"`           // a digest of all that is to stay
+	Pods      int      `json:"pods"`
+	Notices   []string `json:"notices,omitempty"`
+}
+
 const planVersion = 1
+
+// DraftWorkload is a plan of a workload's, of what is known without asking for it.
+func DraftWorkload(app, env string, s Settings, id, commit string, w PlanWorkload) *Plan {
+	return &Plan{
+		Version: planVersion, App: app, Env: env, Release: id, Commit: commit, Who: Who(), When: time.Now().UTC().Truncate(time.Second),
+		Settings: settingsHash(s), Workload: &w,
+	}
+}
 
 // Draft is a plan of what is known already: all of it but what hosts lack.
 func (r *Rollout) Draft(tree *Tree, commit string) *Plan {
@@ -164,14 +190,14 @@ func (p *Plan) Picks(all []Host) ([]Host, error) {
 	return picked, nil
 }
 
-// Holds tells whether a plan is of this file and this tree.
+// Holds tells whether a plan is of this file and this tree, nil for a workload.
 func (p *Plan) Holds(app string, s Settings, tree *Tree) error {
 	switch {
 	case p.App != app:
 		return fmt.Errorf("the plan is of %s, not of %s", p.App, app)
-	case p.Settings != settingsHash(s):
+	case p.Settings != settingsHash(s), (p.Workload == nil) != (tree != nil):
 		return fmt.Errorf("what %s says has changed since the plan was made: plan again", FileName)
-	case p.Tree != tree.Hash:
+	case tree != nil && p.Tree != tree.Hash:
 		return fmt.Errorf("what would be shipped is not what was planned: %d files of %d bytes then, %d of %d now: plan again", p.Files, p.Bytes, tree.Files, tree.Bytes)
 	}
 	return nil

@@ -111,7 +111,11 @@ func (r *Rollout) stopped() error {
 	return fmt.Errorf("%d of %d hosts are done: %w", done, len(r.members), ErrStopped)
 }
 
+// activate has a host that nobody will revert mark the release as good by itself.
 func (r *Rollout) activate(ctx context.Context, m *member) (release.Result, error) {
+	if r.cfg.Settings.OnFail != RollbackAll {
+		return m.wire.ActivateForGood(ctx, r.events(m))
+	}
 	return m.wire.Activate(ctx, r.events(m))
 }
 
@@ -134,7 +138,7 @@ func (m *member) conclude(result release.Result) error {
 	why := errors.New(result.Error)
 	switch result.State {
 	case release.StateActive:
-		m.row.State, m.switched = Deployed, m.want != "" // a restart is good as it is
+		m.row.State, m.switched = Deployed, m.want != "" && !result.Finished // a restart is good as it is
 		m.row.Output = ""
 		return nil
 	case release.StateRestored:
@@ -254,7 +258,7 @@ func (r *Rollout) rollback(ctx context.Context, id string) error {
 	if err := r.check(false); err != nil {
 		return err
 	}
-	if err := r.lock(ctx, id); err != nil {
+	if err := r.lock(ctx, id, nil); err != nil {
 		return err
 	}
 	err := r.each(ctx, r.members, func(ctx context.Context, m *member) error {
@@ -298,7 +302,7 @@ func (r *Rollout) restart(ctx context.Context) error {
 	if err := r.check(false); err != nil {
 		return err
 	}
-	if err := r.lock(ctx, ""); err != nil {
+	if err := r.lock(ctx, "", nil); err != nil {
 		return err
 	}
 	var steps []Step

@@ -32,7 +32,7 @@ type Config struct {
 
 	// Bring, if set, is asked when a host has not answered: whether it has what it lacked now,
 	// and is to be dialled again.
-	Bring func(ctx context.Context, h Host, why error) (bool, error)
+	Bring func(ctx context.Context, h Host, why error, tell func(string)) (bool, error)
 
 	// Tell, if set, is told how it goes, one event after the other.
 	Tell func(Event)
@@ -146,9 +146,12 @@ func Open(ctx context.Context, cfg Config) (*Rollout, error) {
 	return r, r.each(ctx, r.members, r.open)
 }
 
-// Close hangs up.
+// Close hangs up. Nobody is waiting for a host any more: who can be left is not waited for.
 func (r *Rollout) Close() error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
+		if l, ok := m.under.(interface{ Leave() }); ok {
+			l.Leave()
+		}
 		m.hangUp()
 		return nil
 	})
@@ -166,12 +169,13 @@ func (m *member) hangUp() {
 func (r *Rollout) open(ctx context.Context, m *member) error {
 	err := r.hello(ctx, m)
 	if err != nil && r.cfg.Bring != nil && ctx.Err() == nil {
-		brought, failed := r.cfg.Bring(ctx, m.Host, err)
+		brought, failed := r.cfg.Bring(ctx, m.Host, err, func(text string) {
+			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: text}})
+		})
 		if failed != nil {
 			return m.fail(Unreachable, "", failed)
 		}
 		if brought {
-			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "has culvert now, in ~/.cache/culvert"}})
 			err = r.hello(ctx, m)
 		}
 	}
@@ -256,7 +260,8 @@ func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
 }
 
-// check refuses hosts that would refuse: for what is no deploy, by their policy alone.
+// check refuses hosts that would refuse: what is no deploy is refused by their policy, and where
+// nothing was deployed.
 func (r *Rollout) check(deploy bool) error {
 	return r.each(context.Background(), r.members, func(_ context.Context, m *member) error {
 		for _, p := range m.host.Problems {
@@ -265,15 +270,25 @@ func (r *Rollout) check(deploy bool) error {
 			}
 			return m.fail(Failed, "", &release.Error{Code: p.Code, Text: p.Text, Hint: p.Hint})
 		}
+		if !deploy && m.host.Current == "" && len(m.host.Releases) == 0 {
+			return m.fail(Failed, "", &release.Error{Code: release.None, Text: "nothing was deployed to " + m.host.To})
+		}
 		return nil
 	})
 }
 
 // lock takes all hosts, and looks again what is there where somebody may just have left. Who waits
-// does so in one order, so that two never wait for each other.
-func (r *Rollout) lock(ctx context.Context, id string) error {
-	take := func(ctx context.Context, m *member) error {
-		locked, err := m.wire.Lock(ctx, release.Lock{Wait: r.cfg.Wait, Release: id}, r.events(m))
+// does so in one order, so that two never wait for each other; who does not may have a release
+// offered at once to those that do not run it.
+func (r *Rollout) lock(ctx context.Context, id string, ahead *release.Offer) error {
+	take := func(ctx context.Context, m *member) (err error) {
+		var locked release.Locked
+		l := release.Lock{Wait: r.cfg.Wait, Release: id}
+		if ahead != nil && l.Wait == 0 && !m.runs(ahead.ID) {
+			locked, err = m.wire.LockFor(ctx, l, *ahead, r.events(m))
+		} else {
+			locked, err = m.wire.Lock(ctx, l, r.events(m))
+		}
 		if err != nil {
 			return m.fail(Failed, "lock", m.because(err))
 		}
@@ -316,7 +331,8 @@ func (m *member) runs(id string) bool {
 }
 
 // choose is the id of this tree of this commit: that of the last try, else one that no host has.
-// What is no id is not let near the other hosts.
+// What is no id is not let near the other hosts. Asked again it is the same, if hosts have not
+// changed; who has waited for others comes after them.
 func (r *Rollout) choose(tree *Tree, commit string) string {
 	id, taken := "", map[string]bool{}
 	for _, m := range r.members {
@@ -329,7 +345,11 @@ func (r *Rollout) choose(tree *Tree, commit string) string {
 			}
 		}
 	}
-	for now := r.cfg.Now(); id == "" || taken[id] && !r.same(id, tree); now = now.Add(time.Second) {
+	now := r.began
+	if r.cfg.Wait > 0 {
+		now = r.cfg.Now()
+	}
+	for ; id == "" || taken[id] && !r.same(id, tree); now = now.Add(time.Second) {
 		id = NewID(now, cmp.Or(commit, tree.Hash.String()))
 	}
 	return id
@@ -355,10 +375,15 @@ func (r *Rollout) deploy(ctx context.Context, tree *Tree, plan *Plan, report *Re
 	if err := r.check(true); err != nil {
 		return err
 	}
-	if err := r.lock(ctx, plan.Release); err != nil {
-		return err
+	if plan.Binding {
+		if err := r.held(plan); err != nil {
+			return err
+		}
 	}
 	id := plan.Release
+	if err := r.lock(ctx, id, &release.Offer{ID: id, Commit: plan.Commit, Entries: tree.Manifest}); err != nil {
+		return err
+	}
 	if !plan.Binding {
 		id = r.choose(tree, plan.Commit)
 		report.Release = id

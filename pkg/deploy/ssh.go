@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/process"
+	"github.com/culvert-dev/culvert/pkg/release"
 )
 
 // SSH reaches hosts by the user's own ssh: its configuration, agent and known hosts count.
@@ -34,19 +35,23 @@ type SSH struct {
 	err  error
 }
 
+// Ready begins with what Dial needs and takes a moment: the hash of our own program.
+func (s *SSH) Ready() { go s.once.Do(s.hash) }
+
 // exitMissing is what a shell says of a command that is not there.
 const exitMissing = 127
 
 // Dial runs "culvert apply" on a host: the one that was brought, or the one that is
-// installed. A key with a forced command always runs that.
+// installed. A key with a forced command always runs that. The folder of the one that was
+// brought has the time of its last use, see bring.
 func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 	s.once.Do(s.hash)
 	if s.err != nil {
 		return nil, s.err
 	}
-	own := fmt.Sprintf(`"$HOME/.cache/culvert/%s/culvert"`, s.sum)
+	own := fmt.Sprintf(`"$HOME/.cache/culvert/%s"`, s.sum)
 	w, err := startWire(s.args(h, "exec sh -c "+quoted(strings.Join([]string{
-		fmt.Sprintf("if [ -x %s ]; then exec %s apply --app %s; fi", own, own, s.App),
+		fmt.Sprintf("if [ -x %s/culvert ]; then touch -c %s; exec %s/culvert apply --app %s; fi", own, own, own, s.App),
 		fmt.Sprintf("if culvert apply --help >/dev/null 2>&1; then exec culvert apply --app %s; fi", s.App),
 		fmt.Sprintf("echo %s$(uname -s) $(uname -m) >&2; exit %d", lackMark, exitMissing),
 	}, "; "))))
@@ -56,17 +61,24 @@ func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 	return w, nil
 }
 
-// Bring puts our own program on a host where a wire has ended for lack of one; it stays in
-// ~/.cache/culvert/SHA256. It tells whether that is so, and is for Config.
-func (s *SSH) Bring(ctx context.Context, h Host, why error) (bool, error) {
+// Bring puts our own program on a host where a wire has ended for lack of one, or where the
+// one that is installed speaks another version of the wire; it stays in ~/.cache/culvert/SHA256.
+// It tells whether that is so, and is for Config.
+func (s *SSH) Bring(ctx context.Context, h Host, why error, tell func(string)) (bool, error) {
 	var lacks *lackError
-	if !errors.As(why, &lacks) {
+	var theirs *release.Error
+	switch {
+	case errors.As(why, &theirs) && theirs.Code == release.Mismatch:
+		if err := s.bring(ctx, h, tell); err != nil { // a forced command takes nothing
+			return false, fmt.Errorf("%w, and the one that deploys could not be brought there (%v): install it there, or deploy by one of the host's version", theirs, err)
+		}
+		return true, nil
+	case !errors.As(why, &lacks):
 		return false, nil
-	}
-	if lacks.system != runtime.GOOS || lacks.machine != runtime.GOARCH {
+	case lacks.system != runtime.GOOS || lacks.machine != runtime.GOARCH:
 		return false, fmt.Errorf("there is no culvert, and this one, for %s/%s, does not run on %s/%s: install one there", runtime.GOOS, runtime.GOARCH, lacks.system, lacks.machine)
 	}
-	if err := s.bring(ctx, h); err != nil {
+	if err := s.bring(ctx, h, tell); err != nil {
 		return false, fmt.Errorf("bring culvert there: %w", err)
 	}
 	return true, nil
@@ -116,17 +128,24 @@ func quoted(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\
 // lackMark is said on stderr where there is no culvert, with the system and the machine.
 const lackMark = "culvert is missing on "
 
-// bring puts our own program where apply looks for it.
-func (s *SSH) bring(ctx context.Context, h Host) error {
+// bring puts our own program where Dial looks for it, if it runs there. Those that nobody has
+// used for a month go: who runs one still has it.
+func (s *SSH) bring(ctx context.Context, h Host, tell func(string)) error {
 	f, err := os.Open(s.Program)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	tell(fmt.Sprintf("is sent culvert, %d MB, to ~/.cache/culvert", info.Size()>>20))
 	script := strings.Join([]string{
 		"umask 077", fmt.Sprintf(`d="$HOME/.cache/culvert/%s"`, s.sum), `t="$d/.incoming.$$"`, `mkdir -p "$d"`, `trap 'rm -f "$t"' EXIT`, `cat >"$t"`,
 		fmt.Sprintf(`[ "$(sha256sum <"$t" | cut -c1-64)" = %s ] || { echo "not all of it has come" >&2; exit 1; }`, s.sum),
-		`chmod 700 "$t"`, `mv -f "$t" "$d/culvert"`,
+		`chmod 700 "$t"`, `"$t" version >/dev/null || { echo "it does not run there ($(uname -s) $(uname -m))" >&2; exit 1; }`, `mv -f "$t" "$d/culvert"`,
+		`find "$HOME/.cache/culvert" -mindepth 1 -maxdepth 1 -type d -name "` + strings.Repeat("?", len(s.sum)) + `" -mtime +30 -exec rm -rf {} + 2>/dev/null || :`,
 	}, "; ")
 	var said talk
 	err = process.Run(ctx, process.Config{
@@ -135,7 +154,7 @@ func (s *SSH) bring(ctx context.Context, h Host) error {
 	if words := said.conclude(); err != nil && words != "" {
 		return errors.New(words)
 	}
-	return err
+	return mere(err)
 }
 
 // A lackError is of a host without culvert.
@@ -171,15 +190,33 @@ func startWire(args []string) (*sshWire, error) {
 		in.Close()
 		return nil, err
 	}
+	words, said, err := os.Pipe()
+	if err != nil {
+		for _, f := range []*os.File{theirs, in, out, ours} {
+			f.Close()
+		}
+		return nil, err
+	}
 	life, end := context.WithCancel(context.Background())
 	w := &sshWire{in: in, out: out, end: end, ended: make(chan struct{})}
 	go func() {
 		defer close(w.ended)
 		defer ours.Close()
 		defer theirs.Close()
+		defer words.Close()
+		heard := make(chan struct{})
+		go func() {
+			defer close(heard)
+			_, _ = io.Copy(&w.said, words)
+		}()
 		w.err = process.Run(life, process.Config{
-			Args: append([]string{"ssh"}, args...), Stdin: theirs, Stdout: ours, Stderr: &w.said, Patience: toHangUp,
+			Args: append([]string{"ssh"}, args...), Stdin: theirs, Stdout: ours, Stderr: said, Patience: toHangUp,
 		})
+		said.Close()
+		select {
+		case <-heard:
+		case <-life.Done(): // a master of ssh holds it for a round trip more
+		}
 	}()
 	return w, nil
 }
@@ -194,6 +231,12 @@ func (w *sshWire) Write(p []byte) (int, error) { return w.in.Write(p) }
 func (w *sshWire) Close() error {
 	time.AfterFunc(toHangUp, w.end)
 	return errors.Join(w.in.Close(), w.out.Close())
+}
+
+// Leave has ssh end without its last round trip. The host sees no more of that than of Close.
+func (w *sshWire) Leave() {
+	_ = w.in.Close()
+	w.end()
 }
 
 // Why is what ssh, or what it ran, has said last, where it did not end well.
@@ -214,7 +257,16 @@ func (w *sshWire) Why() error {
 	case errors.As(w.err, &exit) && words != "":
 		return errors.New(words)
 	}
-	return w.err
+	return mere(w.err)
+}
+
+// mere is an error without the exit status that it may be of, which would become ours.
+func mere(err error) error {
+	var exit *process.ExitError
+	if errors.As(err, &exit) {
+		return errors.New(err.Error())
+	}
+	return err
 }
 
 // A talk is what a program has said on stderr, its end.

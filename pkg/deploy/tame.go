@@ -11,9 +11,19 @@ import (
 	"github.com/culvert-dev/culvert/pkg/release"
 )
 
+// What a host says is no longer than this, in bytes: its own bounds are narrower.
+const (
+	mostText     = 8 << 10 // of one text
+	mostOutput   = 192 << 10
+	mostProblems = 200
+)
+
 // tame is a text of a host's as a part of one line: there is nothing in it that a terminal
 // obeys, or that a log takes for a line of its own.
 func tame(text string) string {
+	if len(text) > mostText {
+		text = text[:mostText] + " …"
+	}
 	text = strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) && r != '\t' || r == '\u2028' || r == '\u2029' {
 			return ' '
@@ -41,8 +51,9 @@ func uncommanding(text string) string {
 	return strings.ReplaceAll(text, "##[", "## [")
 }
 
-// tameLines is likewise, of a text that has several.
+// tameLines is likewise, of the end of a text that has several.
 func tameLines(text string) string {
+	text = text[max(0, len(text)-mostOutput):]
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
 		lines[i] = tame(line)
@@ -98,6 +109,7 @@ func (c *client) Hello(ctx context.Context, hello release.Hello) (*release.Host,
 	h, err := c.wire.Hello(ctx, hello)
 	tameAll(&h.Host, &h.To, &h.Current, &h.Interrupted)
 	tameReleases(h.Releases)
+	h.Problems = h.Problems[:min(len(h.Problems), mostProblems)]
 	for i := range h.Problems {
 		p := &h.Problems[i]
 		tameAll(&p.Code, &p.Text, &p.Hint)
@@ -108,6 +120,12 @@ func (c *client) Hello(ctx context.Context, hello release.Hello) (*release.Host,
 
 func (c *client) Lock(ctx context.Context, l release.Lock, events func(release.Event)) (release.Locked, error) {
 	locked, err := c.wire.Lock(ctx, l, events)
+	tameAll(&locked.Repaired, &locked.Current)
+	return locked, refused(err)
+}
+
+func (c *client) LockFor(ctx context.Context, l release.Lock, o release.Offer, events func(release.Event)) (release.Locked, error) {
+	locked, err := c.wire.LockFor(ctx, l, o, events)
 	tameAll(&locked.Repaired, &locked.Current)
 	return locked, refused(err)
 }
@@ -129,6 +147,10 @@ func (c *client) Ship(ctx context.Context, from io.Reader) error {
 
 func (c *client) Activate(ctx context.Context, events func(release.Event)) (release.Result, error) {
 	return tameResult(c.wire.Activate(ctx, events))
+}
+
+func (c *client) ActivateForGood(ctx context.Context, events func(release.Event)) (release.Result, error) {
+	return tameResult(c.wire.ActivateForGood(ctx, events))
 }
 
 func (c *client) Revert(ctx context.Context, events func(release.Event)) (release.Result, error) {

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
+	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -92,6 +95,55 @@ func TestImposter(t *testing.T) {
 		t.Fatal(err)
 	}
 	y.is("result", result.State+"|"+result.Error+"|"+result.Output, "active |e |1 \n2")
+}
+
+// Nor does it say more than anybody wants to read.
+func TestTalkative(t *testing.T) {
+	y := newYard(t, 1)
+	long := strings.Repeat("é", 1<<20)
+	hello := release.Host{Version: release.Version, Current: long, Problems: slices.Repeat([]release.Problem{{Text: long[:10000]}}, 300)}
+	cfg := y.config()
+	cfg.Dial = func(context.Context, Host) (io.ReadWriteCloser, error) {
+		ours, theirs := net.Pipe()
+		y.serving.Go(func() {
+			imposter(theirs, []map[string]any{{"answer": hello}}, []map[string]any{
+				{"event": release.Event{Kind: "output", Text: long}}, {"answer": release.Result{State: "active", Output: strings.Repeat(long, 2), Error: long}},
+			}, []map[string]any{{"error": release.Error{Code: "none", Text: long, Hint: long}}})
+		})
+		return ours, nil
+	}
+	r, err := Open(t.Context(), cfg)
+	defer y.serving.Wait()
+	defer r.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	short := func(what, text string, most int) {
+		t.Helper()
+		if len(text) == 0 || len(text) > most || !utf8.ValidString(text) {
+			t.Errorf("%s has %d bytes", what, len(text))
+		}
+	}
+	m := r.members[0]
+	short("current", m.row.Release, mostText+4)
+	if n := len(m.host.Problems); n != mostProblems {
+		t.Errorf("%d problems", n)
+	}
+	short("a problem", m.host.Problems[7].Text, mostText+4)
+	result, err := m.wire.Activate(t.Context(), r.events(m))
+	if err != nil {
+		t.Fatal(err)
+	}
+	short("an event", y.events[0].Text, mostText+4)
+	short("output", result.Output, mostOutput)
+	short("why", result.Error, mostText+4)
+	_, err = m.wire.List(t.Context())
+	var theirs *release.Error
+	if !errors.As(err, &theirs) {
+		t.Fatal(err)
+	}
+	short("an error", theirs.Text, mostText+4)
+	short("a hint", theirs.Hint, mostText+4)
 }
 
 // GitHub's runner takes lines of a log for commands, also behind blanks.

@@ -82,6 +82,19 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// A deploy has a wire for each of its hosts, all with one key.
+func TestManyWires(t *testing.T) {
+	y := newYard(t, map[string]string{"ci": `permitopen="db-*:22"`})
+	for range 100 {
+		hosts := y.hostsFor("ci", "127.0.0.1:"+y.port)
+		ctx, cancel := context.WithTimeout(t.Context(), soon)
+		if err := hosts.Ready(ctx); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+	}
+}
+
 // Nobody uses more than he may, nor takes it from others.
 func TestLimits(t *testing.T) {
 	l := ledger{limits: Limits{Wires: 2, Streams: 3, Dials: 5}.withDefaults()}

@@ -16,7 +16,7 @@ import (
 
 // Limits bound what one key may use, of all of a hub; and, of who shows none, one address.
 type Limits struct {
-	Wires   int     // zero means 64
+	Wires   int     // zero means 1,024: a deploy has one for each host
 	Ports   int     // that it is as a host, or as several; zero means 4,096
 	Streams int     // open at a time; zero means 4,096
 	Share   int     // of those to one host; zero means 1,024
@@ -28,7 +28,7 @@ type Limits struct {
 
 func (l Limits) withDefaults() Limits {
 	if l.Wires <= 0 {
-		l.Wires = 64
+		l.Wires = 1024
 	}
 	if l.Ports <= 0 {
 		l.Ports = 4096

@@ -29,7 +29,11 @@ type RestartConfig struct {
 }
 
 // A RunningPod is one that is ready.
-type RunningPod struct{ Name, UID, Address, Node string }
+type RunningPod struct {
+	Name, UID, Node string
+	Address         string   // the first of Addresses, as its Services have it
+	Addresses       []string // at most one of IPv4 and one of IPv6
+}
 
 // A RestartPlan is what a restart would do.
 type RestartPlan struct {
@@ -78,6 +82,16 @@ func (c *Cluster) planRestart(ctx context.Context, t Target) (*RestartPlan, erro
 		plan.Notices = append(plan.Notices, "it has one pod only: nothing answers while that is replaced")
 	}
 	return plan, nil
+}
+
+// Ready are the pods of a plan that are ready now.
+func (p *RestartPlan) Ready() (all []RunningPod) {
+	for i := range p.pods {
+		if isReady(&p.pods[i]) {
+			all = append(all, asRunning(&p.pods[i]))
+		}
+	}
+	return all
 }
 
 func (p *RestartPlan) evicts() bool { return p.rights.may("create", "", "pods/eviction") }
@@ -259,7 +273,11 @@ func (c *Cluster) EndPod(ctx context.Context, t Target, address string) error {
 }
 
 func asRunning(p *corev1.Pod) RunningPod {
-	return RunningPod{Name: p.Name, UID: string(p.UID), Address: p.Status.PodIP, Node: p.Spec.NodeName}
+	r := RunningPod{Name: p.Name, UID: string(p.UID), Node: p.Spec.NodeName, Address: p.Status.PodIP}
+	for _, a := range p.Status.PodIPs {
+		r.Addresses = append(r.Addresses, a.IP)
+	}
+	return r
 }
 
 // look tells whether as many new pods are well as have had their end, and none of the

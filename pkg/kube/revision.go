@@ -13,6 +13,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -78,7 +79,18 @@ func (n tally) words() string {
 	return fmt.Sprintf("%d of %d pods are new, %d available", n.updated, n.turn, n.available)
 }
 
+// getRolled tells whether it is the namespace that is not there.
 func (c *Cluster) getRolled(ctx context.Context, t Target) (*rolled, error) {
+	w, err := c.getOne(ctx, t)
+	if apierrors.IsNotFound(err) {
+		if _, asked := c.client.CoreV1().Namespaces().Get(ctx, c.Namespace, metav1.GetOptions{}); apierrors.IsNotFound(asked) {
+			err = fmt.Errorf("%w: %q: %w", ErrNamespace, c.Namespace, err)
+		}
+	}
+	return w, err
+}
+
+func (c *Cluster) getOne(ctx context.Context, t Target) (*rolled, error) {
 	apps, opts := c.client.AppsV1(), metav1.GetOptions{}
 	switch t.Kind {
 	case "deployment":

@@ -41,6 +41,9 @@ const (
 
 	// Rolling is to roll out, to roll back and to restart workloads.
 	Rolling Need = "rollout"
+
+	// Inside is to dial as pods do, for a while: from a shadow that holds no right.
+	Inside Need = "inside"
 )
 
 // Rights are what the user may do, as far as the need asks for it.
@@ -246,9 +249,21 @@ func restartRights(kind string) []right {
 	}
 }
 
-// gateRights are those to ask at a port of a pod.
-func gateRights() []right {
+// portRights are those to ask at a port of a pod.
+func portRights() []right {
 	return []right{{group: "", resource: "pods/portforward", verbs: []string{"create", "get"}, purpose: way}}
+}
+
+// insideRights are those to make a shadow by a Job, and to reach it.
+func insideRights() []right {
+	return append(portRights(), []right{
+		{group: "", resource: "secrets", verbs: []string{"create"}, purpose: always},
+		{group: "", resource: "pods", verbs: []string{"get", "list", "watch"}, purpose: always},
+		{group: "batch", resource: "jobs", verbs: []string{"create", "delete", "get", "patch"}, purpose: always},
+		{group: "", resource: "pods/proxy", verbs: []string{"get"}, purpose: way},
+		{group: "coordination.k8s.io", resource: "leases", verbs: []string{"create", "patch"}, purpose: optional, without: "other machines do not see whether this session lives"},
+		{group: "", resource: "events", verbs: []string{"list"}, purpose: optional, without: "why a pod does not start is told less clearly"},
+	}...)
 }
 
 // rollOutRights are those that the user has for one kind, an error where one is missing.
@@ -285,7 +300,10 @@ func rightsFor(needs []Need) []right {
 		all = append(all, ephemeralRights()...)
 	}
 	if slices.Contains(needs, Rolling) {
-		all = append(all, slices.Concat(rollingRights("deployment", "statefulset", "daemonset"), restartRights("deployment"), gateRights())...)
+		all = append(all, slices.Concat(rollingRights("deployment", "statefulset", "daemonset"), restartRights("deployment"), portRights())...)
+	}
+	if slices.Contains(needs, Inside) {
+		all = append(all, insideRights()...)
 	}
 	return all
 }
@@ -522,7 +540,7 @@ func RBAC(namespace string, cluster bool, needs ...Need) (string, error) {
 		files = append(files, "rbac-ephemeral.yaml")
 	}
 	if slices.Contains(needs, Rolling) {
-		files = append(files, "rbac-rollout.yaml")
+		files = append(files, "rbac-rollout.yaml", "rbac-inside.yaml")
 	}
 	if cluster {
 		files = append(files, "rbac-cluster.yaml")

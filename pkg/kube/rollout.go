@@ -3,6 +3,9 @@ package kube
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -28,6 +31,10 @@ type RollOutConfig struct {
 	Within    time.Duration // for all the new pods to be available, and as long again to go back; 0 is 5 minutes
 	As, By    string        // the release's name and who rolls it out, to be written on the revision; may be ""
 	Say       func(string)  // is told what happens, a line at a time; may be nil
+
+	// Planned, if set, was made before, perhaps elsewhere: this rollout has to be that. Of it
+	// Base, What, From, To and Set are asked.
+	Planned *RollOutPlan
 }
 
 // A RollOutPlan is what a rollout would change. Making it changes nothing.
@@ -40,6 +47,7 @@ type RollOutPlan struct {
 	Same      bool // To is what it has already
 	Pods      int  // that would be new
 	Revision  string
+	Base      string   // a digest of the workload and all of its template but From
 	Notices   []string // a line for each thing that will be less good
 
 	before *rolled
@@ -80,6 +88,12 @@ func (c *Cluster) planRollOut(ctx context.Context, cfg RollOutConfig) (*RollOutP
 	if err := plan.change(cfg); err != nil {
 		return nil, err
 	}
+	if plan.Base, err = plan.base(cfg.Image != ""); err != nil {
+		return nil, err
+	}
+	if err := plan.is(cfg.Planned); err != nil {
+		return nil, err
+	}
 	if before.frozen != "" && !plan.Same {
 		return nil, fmt.Errorf("%s: its pods would stay as they are", before.frozen)
 	}
@@ -101,7 +115,7 @@ func (c *Cluster) planRollOut(ctx context.Context, cfg RollOutConfig) (*RollOutP
 
 // noTarget is sorted, for a call that asks for one thing by its name.
 func noTarget(err error) error {
-	if apierrors.IsNotFound(err) {
+	if apierrors.IsNotFound(err) && !errors.Is(err, ErrNamespace) {
 		return fmt.Errorf("%w: %w", ErrNoTarget, err)
 	}
 	return sorted(err)
@@ -143,6 +157,43 @@ func (p *RollOutPlan) changeEnv(path string, have []corev1.EnvVar) error {
 		p.ops = []heal.Op{{Op: "add", Path: path + "/env/-", Value: set}}
 	}
 	return nil
+}
+
+// base is the same before a rollout and after it, for as long as nobody changes anything
+// else of the template.
+func (p *RollOutPlan) base(ofImage bool) (string, error) {
+	template := p.before.template.DeepCopy()
+	_, container, err := rolledContainer(&template.Spec, p.Container)
+	if err != nil {
+		return "", err
+	}
+	if ofImage {
+		container.Image = ""
+	} else {
+		container.Env = slices.DeleteFunc(container.Env, func(v corev1.EnvVar) bool { return v.Name == p.What })
+	}
+	text, err := json.Marshal(template)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s %s %s", p.before.uid, p.Container, text))
+	return hex.EncodeToString(sum[:]), nil
+}
+
+// is tells whether a plan is what another was, nil for none. That was begun already where
+// the workload has what it would set.
+func (p *RollOutPlan) is(other *RollOutPlan) error {
+	switch {
+	case other == nil:
+		return nil
+	case p.What != other.What || p.To != other.To:
+		return fmt.Errorf("%s=%s was planned, and not %s=%s: plan again", other.What, other.To, p.What, p.To)
+	case p.Base != other.Base:
+		return errors.New("its template is not what it was when that was planned: plan again")
+	case p.Same, p.From == other.From && p.Set == other.Set:
+		return nil
+	}
+	return fmt.Errorf("its %s was %s when that was planned, and is %s now: plan again", p.What, quoted(other), quoted(p))
 }
 
 // rolledContainer finds one by name, and where a JSON patch finds it.

@@ -64,6 +64,7 @@ func newRollWorld(t *testing.T, kind string, n int32) *rollWorld {
 			Status: appsv1.DaemonSetStatus{DesiredNumberScheduled: n},
 		})
 	}
+	w.check(w.client.Tracker().Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "dev"}}))
 	w.client.PrependReactor("create", "selfsubjectaccessreviews", func(a clienttesting.Action) (bool, runtime.Object, error) {
 		r := a.(clienttesting.CreateAction).GetObject().(*authv1.SelfSubjectAccessReview)
 		at := r.Spec.ResourceAttributes
@@ -527,10 +528,14 @@ func TestPlanRollOut(t *testing.T) {
 		{name: "may not patch", cfg: RollOutConfig{Image: "a"}, denied: []string{"patch deployments"}, err: ErrForbidden, says: "to patch deployments.apps in namespace dev"},
 		{name: "may not mark", cfg: RollOutConfig{Image: "a"}, denied: []string{"patch replicasets", "watch events"}, want: "image shop:1 a", notice: "which revisions were good is not written down"},
 		{name: "is not there", cfg: RollOutConfig{Image: "a", Target: Target{"statefulset", "web"}}, err: ErrNoTarget},
+		{name: "no namespace", cfg: RollOutConfig{Image: "a"}, err: ErrNamespace, says: "no such namespace"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := newRollWorld(t, "deployment", 2)
 			w.denied = test.denied
+			if test.says == "no such namespace" {
+				w.c.Namespace = "elsewhere"
+			}
 			if test.change != nil {
 				d, err := w.client.AppsV1().Deployments("dev").Get(w.t.Context(), "web", metav1.GetOptions{})
 				w.check(err)
@@ -686,24 +691,31 @@ func TestRestartEvicts(t *testing.T) {
 	}
 }
 
-// What is asked for and what `culvert rbac --for deploy` prints is the same.
+// What is asked for and what `culvert rbac --for deploy` prints is the same: a Role to
+// deploy, and one beside it for a gate that goes by a shadow.
 func TestRBACToRoll(t *testing.T) {
 	text, err := RBAC("dev", false, Rolling)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var role rbacv1.Role
-	if err := yaml.UnmarshalStrict([]byte(text), &role); err != nil {
-		t.Fatal(err)
+	docs := strings.Split(text, "\n---\n")
+	if len(docs) != 2 {
+		t.Fatalf("%d documents", len(docs))
 	}
-	var asked []string
-	for _, r := range rightsFor([]Need{Rolling}) {
-		for _, verb := range r.verbs {
-			asked = append(asked, strings.Join([]string{verb, r.group, r.resource, r.name}, " "))
+	for i, need := range []Need{Rolling, Inside} {
+		var role rbacv1.Role
+		if err := yaml.UnmarshalStrict([]byte(docs[i]), &role); err != nil {
+			t.Fatal(err)
 		}
+		var asked []string
+		for _, r := range rightsFor([]Need{need}) {
+			for _, verb := range r.verbs {
+				asked = append(asked, strings.Join([]string{verb, r.group, r.resource, r.name}, " "))
+			}
+		}
+		slices.Sort(asked)
+		same(t, "Role "+role.Name, slices.Compact(asked), ruleLines(role.Rules))
 	}
-	slices.Sort(asked)
-	same(t, "Role", slices.Compact(asked), ruleLines(role.Rules))
 }
 
 func TestParseWorkload(t *testing.T) {

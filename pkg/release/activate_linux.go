@@ -42,7 +42,7 @@ func (f *step) Error() string { return f.phase + ": " + f.err.Error() }
 func (f *step) Unwrap() error { return f.err }
 
 // activate goes to what was shipped or chosen. If that fails the host is put back.
-func (s *session) activate(ctx context.Context) (Result, error) {
+func (s *session) activate(ctx context.Context, a activation) (Result, error) {
 	if s.next == nil {
 		return Result{}, errorf(Misused, "activate before ship or rollback")
 	}
@@ -59,9 +59,16 @@ func (s *session) activate(ctx context.Context) (Result, error) {
 		return Result{}, err
 	}
 	result := r.forward(ctx)
-	if result.State == StateActive {
-		p.run = r
-		s.last = p
+	if result.State != StateActive {
+		return result, nil
+	}
+	p.run, s.last = r, p
+	if a.Finish {
+		if _, err := r.good(); err != nil { // the deployer asks for it by itself then, and is told
+			s.opts.Log.Warn("cannot mark as good", "err", err)
+		} else {
+			p.run, result.Finished = nil, true
+		}
 	}
 	return result, nil
 }
@@ -299,7 +306,7 @@ func (s *session) restart(ctx context.Context) (Result, error) {
 	}
 	id, link := s.current()
 	if link == "" {
-		return Result{}, errorf(None, "nothing is current in %s", s.hello.To)
+		return Result{}, s.nothing()
 	}
 	if s.hello.Config.Restart == nil {
 		return Result{}, errorf(Misused, "nothing says how %s is restarted", s.hello.App)
@@ -402,7 +409,12 @@ func (s *session) inTheWay() error {
 
 // adopt makes a release of a folder that is in current's place.
 func adopt(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", to)
+	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", word(to))
+}
+
+// adoptAll makes a release of all that is in the app's folder.
+func adoptAll(to string) string {
+	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", word(to))
 }
 
 // choose is what activate would go back to.

@@ -333,7 +333,7 @@ func TestPreflight(t *testing.T) {
 		}
 	}
 	c, _ := y.wire()
-	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Misused || !strings.Contains(err.Error(), "version") {
+	if _, err := asked[Host](limit(t), c, "hello", Hello{Version: Version + 1, App: "shop", To: y.to}, nil); code(err) != Mismatch || !strings.Contains(err.Error(), "version") {
 		t.Error(err)
 	}
 	// a missing file of shared/ is not made up
@@ -729,42 +729,5 @@ func TestSupervisorsSay(t *testing.T) {
 	}
 	if _, err := pm2PIDs("nonsense", "shop"); err == nil {
 		t.Error("it is nonsense")
-	}
-}
-
-// Drained and undrained through a local agent, which stands for Consul's: two calls of its API.
-func TestDrainConsul(t *testing.T) {
-	var calls []string
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/v1/agent/services" {
-			fmt.Fprint(w, `{"shop-1":{"ID":"shop-1","Service":"shop"},"db":{"ID":"db","Service":"db"}}`)
-			return
-		}
-		calls = append(calls, r.Method+" "+r.URL.Path+" "+r.URL.Query().Get("enable"))
-	})}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_ = agent.Serve(l)
-	}()
-	defer func() {
-		agent.Close()
-		<-done
-	}()
-	t.Setenv("CONSUL_HTTP_ADDR", l.Addr().String())
-	y := newYard(t)
-	y.config.Drain = &Action{Kind: "consul", Arg: "shop"}
-	y.good("a", first)
-	y.good("b", second)
-	if got := strings.Join(calls, ", "); got != "PUT /v1/agent/service/maintenance/shop-1 true, PUT /v1/agent/service/maintenance/shop-1 false" {
-		t.Error(got)
-	}
-	y.config.Drain.Arg = "nothing"
-	if r := y.deploy("c", first); r.Phase != PhaseDrain || y.current() != "b" {
-		t.Errorf("%+v", r)
 	}
 }

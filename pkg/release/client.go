@@ -27,6 +27,7 @@ type Client struct {
 	all  sync.WaitGroup
 
 	offer []Piece // what was missing of the last one
+	ahead string  // the id of an offer that was sent with lock, and is not answered yet
 }
 
 // NewClient takes a wire over. Close gives it up.
@@ -123,14 +124,37 @@ func asked[T any](ctx context.Context, c *Client, what string, with any, events 
 	return answer, err
 }
 
-func (c *Client) send(what string, with any) error {
+func (c *Client) send(what string, with any) error { return c.request(c.out.frame, what, with) }
+
+// request has a request go its way.
+func (c *Client) request(how func(kind, []byte) error, what string, with any) error {
+	if err := c.drop(); err != nil {
+		return err
+	}
 	text, err := json.Marshal(with)
 	if err != nil {
 		return err
 	}
-	if err := c.out.message(message{Ask: what, With: text}); err != nil {
+	k, payload, err := pack(message{Ask: what, With: text})
+	if err != nil {
+		return err
+	}
+	if err := how(k, payload); err != nil {
 		c.fail(err)
 		return c.why()
+	}
+	return nil
+}
+
+// drop takes the answer to what was sent ahead, which nobody has asked for after all.
+func (c *Client) drop() error {
+	if c.ahead == "" {
+		return nil
+	}
+	c.ahead = ""
+	var theirs *Error
+	if err := c.answer(nil, nil); err != nil && !errors.As(err, &theirs) {
+		return err
 	}
 	return nil
 }
@@ -171,6 +195,33 @@ func (c *Client) Lock(ctx context.Context, l Lock, events func(Event)) (Locked, 
 	return asked[Locked](ctx, c, "lock", l, events)
 }
 
+// LockFor is Lock with an offer sent ahead, which Offer of the same ID then takes the answer
+// to: the two are one round trip. A host that refuses the lock refuses the offer. What is too long
+// for one message is not sent ahead.
+func (c *Client) LockFor(ctx context.Context, l Lock, o Offer, events func(Event)) (locked Locked, err error) {
+	if weight(o.Entries) >= partOf {
+		return c.Lock(ctx, l, events)
+	}
+	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	if err := c.request(c.out.ahead, "lock", l); err != nil {
+		return locked, err
+	}
+	if err := c.send("offer", o); err != nil {
+		return locked, err
+	}
+	c.ahead = o.ID
+	err = c.answer(&locked, events)
+	return locked, err
+}
+
+// weight is about how many bytes of JSON entries are.
+func weight(entries []Entry) (n int) {
+	for i := range entries {
+		n += 200 + len(entries[i].Path) + len(entries[i].Target) + 100*len(entries[i].Chunks)
+	}
+	return n
+}
+
 // partOf is about how many bytes of a manifest are sent in one message. However much of it JSON
 // has to escape, a message may be as long.
 const partOf = 1 << 20
@@ -180,21 +231,10 @@ const partOf = 1 << 20
 // mean that the release is there already; Ship is asked in any case.
 func (c *Client) Offer(ctx context.Context, o Offer) (missing []Piece, err error) {
 	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
-	for rest := o.Entries; ; {
-		n, weight := 0, 0
-		for n < len(rest) && weight < partOf {
-			weight += 200 + len(rest[n].Path) + len(rest[n].Target) + 100*len(rest[n].Chunks)
-			n++
-		}
-		part := o
-		part.Entries, part.More = rest[:n], n < len(rest)
-		rest = rest[n:]
-		if err := c.send("offer", part); err != nil {
-			return nil, err
-		}
-		if !part.More {
-			break
-		}
+	if c.ahead != "" && c.ahead == o.ID && !o.Plan {
+		c.ahead = ""
+	} else if err := c.sendOffer(o); err != nil {
+		return nil, err
 	}
 	var answer offered
 	if err := c.answer(&answer, nil); err != nil {
@@ -211,6 +251,21 @@ func (c *Client) Offer(ctx context.Context, o Offer) (missing []Piece, err error
 	return missing, nil
 }
 
+func (c *Client) sendOffer(o Offer) error {
+	for rest := o.Entries; ; {
+		n := 0
+		for sum := 0; n < len(rest) && sum < partOf; n++ {
+			sum += weight(rest[n : n+1])
+		}
+		part := o
+		part.Entries, part.More = rest[:n], n < len(rest)
+		rest = rest[n:]
+		if err := c.send("offer", part); err != nil || !part.More {
+			return err
+		}
+	}
+}
+
 // Ship sends what Offer said to be missing: from is all these pieces, one behind the other.
 // When it returns the release is whole, verified and on the disk. An error of from is
 // returned as it is; what has come until then stays for the next Offer.
@@ -220,7 +275,7 @@ func (c *Client) Ship(ctx context.Context, from io.Reader) error {
 	for _, p := range c.offer {
 		bytes += p.Size
 	}
-	if err := c.send("ship", struct{}{}); err != nil {
+	if err := c.request(c.out.ahead, "ship", struct{}{}); err != nil {
 		return err
 	}
 	refused := make(chan error, 1) // the answer, which may come before all is sent
@@ -273,7 +328,7 @@ func (d *dataWriter) Write(p []byte) (n int, err error) {
 		default:
 		}
 		part := p[n:min(n+maxData, len(p))]
-		if err := d.c.out.frame(kindData, part); err != nil {
+		if err := d.c.out.ahead(kindData, part); err != nil {
 			d.c.fail(err)
 			return n, err
 		}
@@ -285,7 +340,13 @@ func (d *dataWriter) Write(p []byte) (n int, err error) {
 // Activate switches to what was shipped, or what Rollback chose. The error is only about
 // the asking: what became of the host is the Result.
 func (c *Client) Activate(ctx context.Context, events func(Event)) (Result, error) {
-	return asked[Result](ctx, c, "activate", struct{}{}, events)
+	return asked[Result](ctx, c, "activate", activation{}, events)
+}
+
+// ActivateForGood is Activate with a Finish that the host does by itself if it comes to that; the
+// Result tells whether it has.
+func (c *Client) ActivateForGood(ctx context.Context, events func(Event)) (Result, error) {
+	return asked[Result](ctx, c, "activate", activation{Finish: true}, events)
 }
 
 // Finish marks what was activated as good, and prunes.

@@ -196,6 +196,7 @@ func (d *disk) moveNew(dir, from, to string) error {
 		if err := unix.Mkdirat(fd, to, 0o755); err != nil {
 			return fmt.Errorf("%s: %w", path.Join(dir, to), err)
 		}
+		d.changes("replace", path.Join(dir, to))
 		err = unix.Renameat(fd, from, fd, to)
 	}
 	if err != nil {

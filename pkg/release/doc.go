@@ -19,13 +19,17 @@
 //	lock       until the wire is gone; what a killed apply has left is repaired first
 //	offer      a manifest -> the pieces that are not here; with plan nothing is changed
 //	ship       those, as data; then the release is verified, and in releases/
-//	activate   drain, pre_release, switch, restart, gate, undrain, post_release; or all of it put back
+//	activate   drain, pre_release, switch, restart, gate, undrain, post_release; or all of it put back.
+//	           It finishes by itself if that is asked
 //	finish     the release is good; old ones are pruned
 //	revert     back to the release before
 //	rollback   which one would be gone back to; activate then does it
 //	restart    drain, restart, gate, undrain
 //	list       the releases
 //	exec       a command, in current
+//
+// What takes no decision between is asked together, a deploy is four round trips: hello, lock
+// with offer, ship, and activate that finishes. Hosts far away answer no sooner.
 //
 // When the wire is gone the host ends by itself what activate has begun: it marks the
 // release good, or puts the one before back. Before that it leaves nothing but a folder

@@ -150,7 +150,7 @@ func (s *session) foreign() *Problem {
 			}
 			return &Problem{
 				Code: Failed, Text: fmt.Sprintf("%s can be changed by others than root, who deploys to it for %s", at, s.as.name),
-				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", at, all),
+				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", word(at), all),
 			}
 		}
 	}

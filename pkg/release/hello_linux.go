@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,7 +24,7 @@ func (s *session) greet(h Hello) (Host, error) {
 		return Host{}, errorf(Misused, "hello for the second time")
 	}
 	if h.Version != Version {
-		return Host{}, errorf(Misused, "the deployer speaks version %d of the wire, the culvert of this host version %d", h.Version, Version)
+		return Host{}, errorf(Mismatch, "the deployer speaks version %d of the wire, the culvert of this host version %d", h.Version, Version)
 	}
 	if err := s.admit(&h); err != nil {
 		return Host{}, err
@@ -37,7 +38,11 @@ func (s *session) greet(h Hello) (Host, error) {
 		s.refused = append(s.refused, Problem{Code: Failed, Text: s.nobody.Error()})
 	}
 	if err := s.open(); err != nil {
-		s.refused = append(s.refused, Problem{Code: Failed, Text: err.Error()})
+		problem := &Problem{Code: Failed, Text: err.Error()}
+		if p := s.access(); p != nil { // which says more
+			problem = p
+		}
+		s.refused = append(s.refused, *problem)
 	}
 	if problem := s.foreign(); problem != nil { // nor does lock take it
 		s.refused = append(s.refused, *problem)
@@ -82,8 +87,12 @@ func (s *session) host() (Host, error) {
 	h.Free, _, _ = space(s.hello.To)
 	var err error
 	if h.Releases, err = s.here(); err != nil && len(s.refused) == 0 { // else that says more
+		if p := s.access(); p != nil {
+			return h, &Error{Code: p.Code, Text: p.Text, Hint: p.Hint}
+		}
 		return h, err
 	}
+	h.Problems = append(slices.Clone(s.refused), s.preflight()...)
 	slices.Reverse(h.Releases)
 	h.Releases = fit(h.Releases)
 	id, link := s.current()
@@ -93,8 +102,6 @@ func (s *session) host() (Host, error) {
 	if r, _, err := s.interrupted(); err == nil && r != nil && h.Holder == nil {
 		h.Interrupted = r.Release
 	}
-	h.Problems = append(h.Problems, s.refused...)
-	h.Problems = append(h.Problems, s.preflight()...)
 	h.Problems = h.Problems[:min(len(h.Problems), maxProblems)]
 	for i := range h.Problems {
 		h.Problems[i].Text = shorten(h.Problems[i].Text)
@@ -109,31 +116,106 @@ func (s *session) preflight() []Problem {
 		all = append(all, Problem{Code: Failed, Text: fmt.Sprintf(format, args...), Hint: hint})
 	}
 	to := s.hello.To
-	parent := path.Dir(to)
-	switch info, err := os.Stat(to); {
-	case errors.Is(err, fs.ErrNotExist):
-		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
-			add("mkdir -p "+parent, "%s is not there", parent)
-		} else if unix.Access(parent, unix.W_OK) != nil {
-			add(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), to), "%s is not there, and user %d may not make it in %s", to, os.Geteuid(), parent)
-		}
-	case err != nil:
-		add("", "%v", err)
-	case !info.IsDir():
-		add("", "%s is not a folder", to)
-	case unix.Access(to, unix.W_OK) != nil:
-		add(fmt.Sprintf("chown %d %s", os.Geteuid(), to), "user %d may not write to %s", os.Geteuid(), to)
+	if p := s.access(); p != nil && !slices.Contains(s.refused, *p) {
+		all = append(all, *p)
 	}
 	if info, err := os.Lstat(filepath.Join(to, currentLink)); err == nil && info.Mode()&fs.ModeSymlink == 0 {
 		add(adopt(to), "%s is not a link", path.Join(to, currentLink))
+	} else if name := s.unmanaged(); name != "" {
+		add(adoptAll(to), "%s is no folder of releases: %s is in it", to, name)
 	}
 	for _, p := range s.hello.Config.Shared {
 		at := filepath.Join(to, sharedDir, strings.TrimSuffix(p, "/"))
 		if _, err := os.Stat(at); err != nil && !isFolder(p) {
-			add("install -D /dev/null "+at, "%s is not there, and each release links to it", at)
+			add("install -D /dev/null "+word(at), "%s is not there, and each release links to it", at)
 		}
 	}
 	return append(all, s.preflightTools()...)
+}
+
+// access is what keeps us from the app's folder.
+func (s *session) access() *Problem {
+	problem := func(hint, format string, args ...any) *Problem {
+		return &Problem{Code: Failed, Text: fmt.Sprintf(format, args...), Hint: hint}
+	}
+	to, parent := s.hello.To, path.Dir(s.hello.To)
+	switch info, err := os.Stat(to); {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
+			return problem("mkdir -p "+word(parent), "%s is not there", parent)
+		} else if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
+			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), word(to)), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
+		}
+	case errors.Is(err, fs.ErrPermission):
+		at := closed(parent)
+		return problem("chmod o+x "+word(at), "%s cannot be reached: %s", to, mayNot("enter", at, err))
+	case err != nil:
+		return problem("", "%v", err)
+	case !info.IsDir():
+		return problem("", "%s is not a folder", to)
+	}
+	for _, dir := range []string{".", releasesDir, ownDir, manifestsDir} {
+		at := path.Join(to, dir)
+		if _, err := os.Lstat(at); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if info, err := os.Stat(at); err == nil && !info.IsDir() || errors.Is(err, fs.ErrNotExist) { // or a link to nowhere
+			return problem("mv "+word(at)+" "+word(at+".before"), "%s is not a folder", at)
+		}
+		if err := unix.Access(at, unix.R_OK|unix.W_OK|unix.X_OK); err != nil {
+			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), word(at)), "%s", mayNot("write to", at, err))
+		}
+	}
+	return nil
+}
+
+// word is a path as a shell reads it.
+func word(p string) string {
+	if plainWord.MatchString(p) {
+		return p
+	}
+	return "'" + strings.ReplaceAll(p, "'", `'\''`) + "'"
+}
+
+var plainWord = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
+
+// mayNot says who may not do something to a folder, and whose that is; err is the kernel's reason.
+func mayNot(what, at string, err error) string {
+	info, failed := os.Stat(at)
+	if failed != nil || !errors.Is(err, fs.ErrPermission) {
+		return fmt.Sprintf("%s: %v", at, err)
+	}
+	return fmt.Sprintf("user %d may not %s %s, which is user %d's and has mode %04o", os.Geteuid(), what, at, owner(info), info.Mode().Perm())
+}
+
+// closed is the highest folder of a path that we may not enter.
+func closed(at string) string {
+	for at != "/" && unix.Access(path.Dir(at), unix.X_OK) != nil {
+		at = path.Dir(at)
+	}
+	return at
+}
+
+// unmanaged names something that is in an app's folder where there are no releases yet: it would
+// stay what is served.
+func (s *session) unmanaged() string {
+	entries, err := os.ReadDir(s.hello.To)
+	if err != nil {
+		return ""
+	}
+	found := ""
+	for _, e := range entries {
+		switch name := e.Name(); name {
+		case releasesDir, currentLink, ownDir, ".ssh": // which is somebody's home
+			return ""
+		case sharedDir, "lost+found":
+		default:
+			if !strings.HasPrefix(name, ".") {
+				found = name
+			}
+		}
+	}
+	return found
 }
 
 var toolOf = map[string]string{"systemd": "systemctl", "supervisor": "supervisorctl", "pm2": "pm2"}
@@ -174,6 +256,10 @@ func (s *session) preflightTools() []Problem {
 	return []Problem{{Code: Failed, Text: "restart: " + text, Hint: hint}}
 }
 
+func (s *session) nothing() error {
+	return errorf(None, "nothing is current in %s", s.hello.To)
+}
+
 // exec runs a command in the current release, while the deployer listens.
 func (s *session) exec(ctx context.Context, c command) (exited, error) {
 	if len(c.Argv) == 0 || c.Argv[0] == "" {
@@ -185,13 +271,12 @@ func (s *session) exec(ctx context.Context, c command) (exited, error) {
 	if s.nobody != nil {
 		return exited{}, s.nobody
 	}
-	dir := s.hello.To
 	id, link := s.current()
-	if link != "" {
-		dir = filepath.Join(dir, currentLink)
+	if link == "" {
+		return exited{}, s.nothing()
 	}
 	j := job{
-		argv: c.Argv, dir: dir, as: s.as, env: s.env(id), timeout: DefaultTimeout,
+		argv: c.Argv, dir: filepath.Join(s.hello.To, currentLink), as: s.as, env: s.env(id), timeout: DefaultTimeout,
 		line: func(text string) { s.wire.tell(Event{Kind: "output", Phase: PhaseExec, Text: text}) },
 	}
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,14 +24,17 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 // The test binary is apply, too, and dies before the change that it is told.
 const (
 	applyVariable = "CULVERT_RELEASE_TEST"
 	dieVariable   = "CULVERT_RELEASE_DIE"
+	oldVariable   = "CULVERT_RELEASE_OLD" // its file system has no RENAME_NOREPLACE
 )
 
 func TestMain(m *testing.M) {
@@ -55,6 +60,11 @@ type stdio struct {
 func (s stdio) Close() error { return errors.Join(os.Stdin.Close(), s.WriteCloser.Close()) }
 
 func apply() error {
+	if os.Getenv(oldVariable) != "" {
+		if err := withoutNoReplace(); err != nil {
+			return err
+		}
+	}
 	var changes atomic.Int64
 	die, _ := strconv.ParseInt(os.Getenv(dieVariable), 10, 64)
 	opts := Options{before: func(string) {
@@ -64,6 +74,29 @@ func apply() error {
 		}
 	}}
 	return Serve(context.Background(), stdio{os.Stdin, os.Stdout}, opts)
+}
+
+// withoutNoReplace has renames with flags fail as they do on a file system that has none.
+func withoutNoReplace() error {
+	const nr, flags = 0, 16 + 3*8 // in struct seccomp_data; of flags the low half, of little-endian machines
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_RENAMEAT2, Jf: 3},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: flags},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: 0, Jt: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EINVAL)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // A tree is what a test deploys: contents by path. "x:" before a path is an executable, "l:" a link.
@@ -692,11 +725,14 @@ type program struct {
 }
 
 // process starts one, which dies before its nth change of the disk; 0: not.
-func (y *yard) process(die int) *program {
+func (y *yard) process(die int, edit ...func(*exec.Cmd)) *program {
 	y.t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), applyVariable+"=apply", dieVariable+"="+strconv.Itoa(die))
 	cmd.Stderr = os.Stderr
+	for _, e := range edit {
+		e(cmd)
+	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		y.t.Fatal(err)
@@ -741,15 +777,13 @@ func (p pipes) Close() error                { return errors.Join(p.in.Close(), p
 func (y *yard) killed(p *program, id string, tr tree) (finished bool) {
 	y.t.Helper()
 	return y.killedAt(p, func(ctx context.Context) error {
-		_, err := p.Lock(ctx, Lock{Wait: time.Minute}, nil)
+		entries, _ := tr.entries()
+		_, err := p.LockFor(ctx, Lock{Wait: time.Minute}, Offer{ID: id, Commit: "c-" + id, Entries: entries}, nil)
 		if err == nil {
 			_, err = ship(ctx, p.Client, id, tr)
 		}
 		if err == nil {
-			_, err = p.Activate(ctx, nil)
-		}
-		if err == nil {
-			_, err = p.Finish(ctx)
+			_, err = p.ActivateForGood(ctx, nil)
 		}
 		return err
 	})
@@ -759,6 +793,13 @@ func (y *yard) killed(p *program, id string, tr tree) (finished bool) {
 // moment, and the same deploy made again ends well.
 func TestKilledAtEachChange(t *testing.T) {
 	t.Parallel()
+	t.Run("here", func(t *testing.T) { killedAtEachChange(t) })
+	t.Run("without RENAME_NOREPLACE", func(t *testing.T) {
+		killedAtEachChange(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, oldVariable+"=1") })
+	})
+}
+
+func killedAtEachChange(t *testing.T, edit ...func(*exec.Cmd)) {
 	y := newYard(t)
 	y.service()
 	y.good("0-a", first)
@@ -770,18 +811,17 @@ func TestKilledAtEachChange(t *testing.T) {
 		n++
 		id, tr := fmt.Sprintf("1-%03d", n), tree{"version": fmt.Sprint("version ", n), "lib/same": "the same", "lib/new": "new", "l:link": "lib/new"}
 		before := y.current()
-		finished = y.killed(y.process(n), id, tr)
+		finished = y.killed(y.process(n, edit...), id, tr)
 		if now := y.current(); now != before && now != id {
 			t.Fatalf("change %d: %q is current, which was %q", n, now, before)
 		}
 		c, locked := y.locked()
 		y.serves(fmt.Sprintf("change %d: %q", n, locked.Repaired))
 		if !finished && y.current() != id {
-			y.ship(c, id, tr)
-			if r := y.activate(c); r.State != StateActive {
-				t.Fatalf("change %d: %+v", n, r)
+			c.Close()
+			if !y.killed(y.process(0, edit...), id, tr) {
+				t.Fatalf("change %d: it was not made again", n)
 			}
-			y.finish(c)
 		}
 		c.Close()
 		if y.current() != id {
@@ -984,18 +1024,16 @@ func (y *yard) cutAtEachFrame(cut cutter) {
 		c := NewClient(&cutter{ReadWriteCloser: here, writes: cut.writes, left: n})
 		ctx := limit(t)
 		id := "a"
+		entries, _ := tr.entries()
 		_, err := c.Hello(ctx, y.hello())
 		if err == nil {
-			_, err = c.Lock(ctx, Lock{Wait: time.Minute}, nil)
+			_, err = c.LockFor(ctx, Lock{Wait: time.Minute}, Offer{ID: id, Commit: "c-" + id, Entries: entries}, nil)
 		}
 		if err == nil {
 			_, err = ship(ctx, c, id, tr)
 		}
 		if err == nil {
-			_, err = c.Activate(ctx, nil)
-		}
-		if err == nil {
-			_, err = c.Finish(ctx)
+			_, err = c.ActivateForGood(ctx, nil)
 		}
 		c.Close()
 		if served := <-done; err == nil {
@@ -1020,7 +1058,7 @@ func (y *yard) cutAtEachFrame(cut cutter) {
 	y.check(filepath.Join(y.to, "current"), tr)
 }
 
-// A cutter hangs up in place of its last frame but one byte.
+// A cutter hangs up in place of the last byte of a frame, also of one that goes with others.
 type cutter struct {
 	io.ReadWriteCloser
 	writes bool
@@ -1041,12 +1079,57 @@ func (c *cutter) Write(p []byte) (int, error) {
 	if !c.writes {
 		return c.ReadWriteCloser.Write(p)
 	}
-	if c.left--; c.left == 0 {
-		n, _ := c.ReadWriteCloser.Write(p[:len(p)-1])
-		c.Close()
-		return n, io.ErrClosedPipe
+	for n := 0; n < len(p); {
+		next := n + 5 + int(binary.BigEndian.Uint32(p[n:]))
+		if c.left--; c.left == 0 {
+			n, _ := c.ReadWriteCloser.Write(p[:next-1])
+			c.Close()
+			return n, io.ErrClosedPipe
+		}
+		n = next
 	}
 	return c.ReadWriteCloser.Write(p)
+}
+
+// What was offered with a lock that somebody else has is refused with it, and neither answer is
+// taken for another.
+func TestOfferedAhead(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	one, _ := y.locked()
+	two, _ := y.wire()
+	y.greet(two)
+	tr := tree{"version": "one"}
+	entries, _ := tr.entries()
+	ahead := Offer{ID: "a", Commit: "c-a", Entries: entries}
+	if _, err := two.LockFor(limit(t), Lock{}, ahead, nil); code(err) != Held {
+		t.Fatal(err)
+	}
+	if all, err := two.List(limit(t)); err != nil || len(all) != 0 {
+		t.Fatal(all, err)
+	}
+	one.Close()
+	if _, err := two.LockFor(limit(t), Lock{Wait: time.Minute}, ahead, nil); err != nil {
+		t.Fatal(err)
+	}
+	if sent, err := ship(limit(t), two, "b", tr); err != nil || sent != 3 { // something else after all
+		t.Fatal(sent, err)
+	}
+	r, err := two.ActivateForGood(limit(t), nil)
+	if err != nil || r.State != StateActive || !r.Finished {
+		t.Fatal(r, err)
+	}
+	if _, err := two.Finish(limit(t)); code(err) != Misused {
+		t.Error(err)
+	}
+	if _, err := two.Revert(limit(t), nil); code(err) != Misused {
+		t.Error(err)
+	}
+	two.Close()
+	if got := y.states(); got != "b good current" {
+		t.Error(got)
+	}
+	y.tidy()
 }
 
 // What arrived whole is not sent again.

@@ -140,7 +140,7 @@ func (s *session) answer(ctx context.Context, m message) (any, error) {
 	case "ship":
 		return with(m, func(struct{}) (struct{}, error) { return struct{}{}, s.ship(ctx) })
 	case "activate":
-		return with(m, func(struct{}) (Result, error) { return s.activate(ctx) })
+		return with(m, func(a activation) (Result, error) { return s.activate(ctx, a) })
 	case "finish":
 		return with(m, func(struct{}) (Finished, error) { return s.finish() })
 	case "revert":

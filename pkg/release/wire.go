@@ -2,6 +2,7 @@ package release
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -85,15 +86,29 @@ func newFrameWriter(w io.Writer) *frameWriter {
 	return &frameWriter{w: bufio.NewWriterSize(w, maxData+5)}
 }
 
+// frame sends a frame, and what was put before it.
 func (f *frameWriter) frame(k kind, payload []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	_ = f.put(k, payload) // the writer keeps its error
+	return f.w.Flush()
+}
+
+// ahead has a frame go with the next one: two writes may be two packets, of which the second
+// waits until the first has come.
+func (f *frameWriter) ahead(k kind, payload []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.put(k, payload)
+}
+
+func (f *frameWriter) put(k kind, payload []byte) error {
 	var head [5]byte
 	binary.BigEndian.PutUint32(head[:], uint32(len(payload)))
 	head[4] = byte(k)
-	_, _ = f.w.Write(head[:]) // the writer keeps its error
-	_, _ = f.w.Write(payload)
-	return f.w.Flush()
+	_, _ = f.w.Write(head[:])
+	_, err := f.w.Write(payload)
+	return err
 }
 
 func (f *frameWriter) message(m message) error {
@@ -159,6 +174,7 @@ func unpack(k kind, payload []byte) (m message, err error) {
 // Words of Error.Code.
 const (
 	Refused  = "refused"  // the host's policy does not allow it
+	Mismatch = "version"  // the ends speak different versions of the wire
 	Held     = "held"     // another deploy has the lock
 	Space    = "space"    // the disk is full, or would be
 	Manifest = "manifest" // the tree is not one that a host takes
@@ -214,7 +230,7 @@ type Action struct {
 	//	            release. It is deleted and started, for pm2 keeps the folder it once resolved
 	//	http        Arg is "[METHOD] URL"; POST if not said
 	//	cmd         Arg is for sh -ec
-	//	consul      of Drain: Arg is a service's name or id at the local agent (CONSUL_HTTP_ADDR)
+	//	consul      of Drain: Arg is a service's name or id at the local agent (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN)
 	Kind string `json:"kind"`
 	Arg  string `json:"arg"`
 	// Undo takes a drain back: of http and cmd, in the form of Arg.
@@ -261,15 +277,15 @@ type Hooks struct {
 
 // Host is the answer to Hello.
 type Host struct {
-	Version  int       `json:"version"`
-	Host     string    `json:"host"` // its own name
-	To       string    `json:"to"`
-	Time     time.Time `json:"time"`              // its clock
-	Free     int64     `json:"free"`              // bytes on the disk that To is on, or will be; -1: not known
-	Current  string    `json:"current,omitempty"` // the release, "" for none
-	Releases []Release `json:"releases,omitempty"`
-	Problems []Problem `json:"problems,omitempty"`
-	Holder   *Holder   `json:"holder,omitempty"` // of the lock
+	Version  int           `json:"version"`
+	Host     string        `json:"host"` // its own name
+	To       string        `json:"to"`
+	Time     time.Time     `json:"time"`              // its clock
+	Free     int64         `json:"free"`              // bytes on the disk that To is on, or will be; -1: not known
+	Current  string        `json:"current,omitempty"` // the release, "" for none
+	Releases list[Release] `json:"releases,omitempty"`
+	Problems list[Problem] `json:"problems,omitempty"`
+	Holder   *Holder       `json:"holder,omitempty"` // of the lock
 	// Interrupted is a release that was being activated when its apply was killed. Lock
 	// repairs that.
 	Interrupted string `json:"interrupted,omitempty"`
@@ -365,6 +381,8 @@ type Result struct {
 	Phase    string `json:"phase,omitempty"` // what failed
 	Error    string `json:"error,omitempty"` // why, unless active
 	Output   string `json:"output,omitempty"`
+	// Finished: what is active is good already, as by finish.
+	Finished bool `json:"finished,omitempty"`
 }
 
 // States of a Result.
@@ -413,6 +431,10 @@ const (
 	PhaseExec        = "exec"
 )
 
+type activation struct {
+	Finish bool `json:"finish,omitempty"` // if it is active, at once
+}
+
 type rollback struct {
 	Release string `json:"release,omitempty"`
 }
@@ -426,5 +448,33 @@ type exited struct {
 }
 
 type listed struct {
-	Releases []Release `json:"releases"`
+	Releases list[Release] `json:"releases"`
+}
+
+// maxListed is how many of something a host may say that it has. In memory one may be a
+// hundred times as long as in JSON.
+const maxListed = 100_000
+
+// A list is a slice that is counted while it is read.
+type list[T any] []T
+
+func (l *list[T]) UnmarshalJSON(text []byte) error {
+	*l = nil
+	if string(text) == "null" {
+		return nil
+	}
+	in := json.NewDecoder(bytes.NewReader(text))
+	if open, err := in.Token(); err != nil || open != json.Delim('[') {
+		return errors.New("it is not a list")
+	}
+	for in.More() {
+		var one T
+		if err := in.Decode(&one); err != nil {
+			return err
+		}
+		if *l = append(*l, one); len(*l) > maxListed {
+			return fmt.Errorf("a list of more than %d", maxListed)
+		}
+	}
+	return nil
 }

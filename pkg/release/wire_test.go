@@ -146,6 +146,20 @@ func FuzzClient(f *testing.F) {
 	})
 }
 
+// A list that is short on the wire must not become a long one.
+func TestLongLists(t *testing.T) {
+	for text, ok := range map[string]bool{
+		`{}`: true, `{"releases":null,"problems":[]}`: true, `{"releases":[{"id":"a"},{"id":"b"}]}`: true, `{"releases":7}`: false, `{"releases":[7]}`: false,
+		`{"releases":[` + strings.Repeat("{},", maxListed) + `{}]}`: false, `{"problems":[` + strings.Repeat("null,", maxListed) + `null]}`: false,
+		`{"releases":[` + strings.Repeat("1,", maxListed) + `{}]}`: false, // which encoding/json would go on with
+	} {
+		var h Host
+		if err := json.Unmarshal([]byte(text), &h); (err == nil) != ok || len(h.Releases) > maxListed+1 {
+			t.Errorf("%.40s: %d releases, %v", text, len(h.Releases), err)
+		}
+	}
+}
+
 // A host that has gone is noticed, and so is who closes the wire in the middle.
 func TestClientErrors(t *testing.T) {
 	here, there := net.Pipe()

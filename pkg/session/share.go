@@ -88,7 +88,7 @@ func (t *tunnel) makeShadow(ctx context.Context) error {
 		return err
 	}
 	made := t.cfg.Cluster.NewShadow(kube.ShadowConfig{
-		Session: t.id, Image: t.cfg.Image, PullSecrets: t.cfg.PullSecrets, Grace: t.cfg.Grace, Path: t.path,
+		Session: t.id, Image: t.cfg.Image, PullSecrets: t.cfg.PullSecrets, Grace: t.cfg.Grace, Mode: t.mode, Path: t.path,
 		HostKey: k.shadowKey, AuthorizedKey: k.laptopPublic,
 	}, t.rights)
 	t.foothold.Store(&foothold{Shadow: made, keys: k})

@@ -58,6 +58,7 @@ type tunnel struct {
 	course
 	cfg  TunnelConfig
 	need kube.Need
+	mode kube.Mode // of a shadow that it makes; "" is what the rights allow
 	path kube.Path
 
 	rights   *kube.Rights

@@ -76,13 +76,14 @@ func serveAll(args []string) error {
 	s := newServer("")
 	flags.StringVar(&s.name, "name", ownName(), "who it says it is")
 	flags.DurationVar(&s.linger, "linger", 2*time.Second, "go on serving after SIGTERM")
+	host := flags.String("host", "", "address to listen at")
 	offset := flags.Int("offset", 0, "is added to every port")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	failed := make(chan error, len(doors))
 	for _, d := range doors {
-		run, err := s.open(d.name, fmt.Sprintf(":%d", d.listen+*offset))
+		run, err := s.open(d.name, fmt.Sprintf("%s:%d", *host, d.listen+*offset))
 		if err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func Run(t *testing.T, open Open) {
 		{"pending by wire", testPendingWire},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			noLeak(t)
+			NoLeak(t)
 			test.run(t, open)
 		})
 	}
@@ -96,13 +96,14 @@ type networkTest struct {
 func run(t *testing.T, open func(*testing.T) channel.Network, tests []networkTest) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			noLeak(t)
+			NoLeak(t)
 			test.run(t, open(t))
 		})
 	}
 }
 
-func noLeak(t *testing.T) {
+// NoLeak fails a test that leaves a goroutine.
+func NoLeak(t *testing.T) {
 	now := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, now) })
 }
@@ -144,7 +145,7 @@ func testRefused(t *testing.T, n channel.Network) {
 // testHalfCloseNear: the far end answers only after the near end's FIN.
 func testHalfCloseNear(t *testing.T, n channel.Network) {
 	answer := random(10 << 20)
-	c := dial(t, n, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, n, "tcp", ServeTCP(t, func(c net.Conn) {
 		io.Copy(io.Discard, c)
 		c.Write(answer)
 	}))
@@ -164,9 +165,9 @@ func testHalfCloseNear(t *testing.T, n channel.Network) {
 // testHalfCloseFar: the near end goes on writing after the far end's FIN.
 func testHalfCloseFar(t *testing.T, n channel.Network) {
 	got := make(chan []byte, 1)
-	c := dial(t, n, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, n, "tcp", ServeTCP(t, func(c net.Conn) {
 		c.Write([]byte("greeting"))
-		c.CloseWrite()
+		c.(*net.TCPConn).CloseWrite()
 		b, _ := io.ReadAll(c)
 		got <- b
 	}))
@@ -185,9 +186,9 @@ func testHalfCloseFar(t *testing.T, n channel.Network) {
 
 // testReset: what a peer broke off cannot be taken for the whole.
 func testReset(t *testing.T, n channel.Network) {
-	c := dial(t, n, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, n, "tcp", ServeTCP(t, func(c net.Conn) {
 		io.ReadFull(c, make([]byte, 1))
-		c.SetLinger(0)
+		c.(*net.TCPConn).SetLinger(0)
 		c.Close()
 	}))
 	c.Write([]byte("x"))
@@ -199,7 +200,7 @@ func testReset(t *testing.T, n channel.Network) {
 // testCloseWithData: Close lets arrive what was written before.
 func testCloseWithData(t *testing.T, n channel.Network) {
 	got := make(chan []byte, 1)
-	c := dial(t, n, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, n, "tcp", ServeTCP(t, func(c net.Conn) {
 		b, _ := io.ReadAll(c)
 		got <- b
 	}))
@@ -217,11 +218,11 @@ func testLarge(t *testing.T, n channel.Network) {
 	const size = 16 << 20
 	down := random(size)
 	up := make(chan [32]byte, 1)
-	c := dial(t, n, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, n, "tcp", ServeTCP(t, func(c net.Conn) {
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			c.Write(down)
-			c.CloseWrite()
+			c.(*net.TCPConn).CloseWrite()
 		})
 		up <- hashAll(c)
 		wg.Wait()
@@ -267,7 +268,7 @@ func testMany(t *testing.T, n channel.Network) {
 
 // testSlowReader: one connection that nobody reads does not stop the others.
 func testSlowReader(t *testing.T, n channel.Network) {
-	flood := serveTCP(t, func(c *net.TCPConn) {
+	flood := ServeTCP(t, func(c net.Conn) {
 		buf := make([]byte, 1<<20)
 		for {
 			if _, err := c.Write(buf); err != nil {
@@ -317,7 +318,7 @@ func testReadDeadline(t *testing.T, c net.Conn) {
 
 func testWriteDeadline(t *testing.T, n channel.Network) {
 	release := make(chan struct{})
-	silent := serveTCP(t, func(*net.TCPConn) { <-release })
+	silent := ServeTCP(t, func(net.Conn) { <-release })
 	t.Cleanup(func() { close(release) })
 	for _, late := range []bool{false, true} {
 		c := dial(t, n, "tcp", silent)
@@ -344,7 +345,7 @@ func flood(c net.Conn) error {
 
 func testCloseUnblocks(t *testing.T, n channel.Network) {
 	release := make(chan struct{})
-	silent := serveTCP(t, func(*net.TCPConn) { <-release })
+	silent := ServeTCP(t, func(net.Conn) { <-release })
 	t.Cleanup(func() { close(release) })
 	c := dial(t, n, "tcp", silent)
 	res := make(chan error, 2)

@@ -107,7 +107,7 @@ func testAfterClose(t *testing.T, ch channel.Channel, c net.Conn) {
 func testCloseEndsFar(t *testing.T, open Open) {
 	got := make(chan error, 1)
 	ch := open(t, &channel.Host{})
-	c := dial(t, ch, "tcp", serveTCP(t, func(c *net.TCPConn) {
+	c := dial(t, ch, "tcp", ServeTCP(t, func(c net.Conn) {
 		c.Write([]byte("x"))
 		_, err := io.ReadAll(c)
 		got <- err

@@ -12,9 +12,9 @@ import (
 	"github.com/culvert-dev/culvert/pkg/channel"
 )
 
-// serveTCP serves with a handler, on a port of the loopback; connections are
+// ServeTCP serves with a handler, on a port of the loopback; connections are
 // closed after it, and both are gone before the test is.
-func serveTCP(t *testing.T, handle func(*net.TCPConn)) (address string) {
+func ServeTCP(t testing.TB, handle func(net.Conn)) (address string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -29,7 +29,7 @@ func serveTCP(t *testing.T, handle func(*net.TCPConn)) (address string) {
 			}
 			wg.Go(func() {
 				defer c.Close()
-				handle(c.(*net.TCPConn))
+				handle(c)
 			})
 		}
 	})
@@ -40,8 +40,11 @@ func serveTCP(t *testing.T, handle func(*net.TCPConn)) (address string) {
 	return l.Addr().String()
 }
 
+// Echo answers with what comes, until that ends.
+func Echo(c net.Conn) { io.Copy(c, c) }
+
 func echoTCP(t *testing.T) (address string) {
-	return serveTCP(t, func(c *net.TCPConn) { io.Copy(c, c) })
+	return ServeTCP(t, Echo)
 }
 
 func echoUDP(t *testing.T) (address string) {

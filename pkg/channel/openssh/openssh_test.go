@@ -22,8 +22,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 )
@@ -173,11 +171,6 @@ func freePort(t *testing.T) string {
 	return port
 }
 
-func noLeak(t *testing.T) {
-	now := goleak.IgnoreCurrent()
-	t.Cleanup(func() { goleak.VerifyNone(t, now) })
-}
-
 // dial opens a wire that is closed after the test, when neither its ssh nor a folder
 // may be left.
 func dial(t *testing.T, cfg Config) *Channel {
@@ -231,7 +224,7 @@ func TestStreams(t *testing.T) {
 
 func TestDial(t *testing.T) {
 	newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := dial(t, Config{Destination: "far", Keepalive: 100 * time.Millisecond})
 	var name *net.DNSError
 	if _, err := ch.DialContext(t.Context(), "tcp", "no-such-host.invalid:1"); !errors.As(err, &name) {
@@ -255,7 +248,7 @@ func TestDial(t *testing.T) {
 // A server may be there for forwarding only: then nobody is asked for signs of life.
 func TestNoSessions(t *testing.T) {
 	newSite(t, "MaxSessions 0")
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := dial(t, Config{Destination: "far", Keepalive: 20 * time.Millisecond})
 	time.Sleep(400 * time.Millisecond) // more than seven beats
 	if _, err := ch.DialContext(t.Context(), "tcp", "127.0.0.1:"+freePort(t)); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -266,7 +259,7 @@ func TestNoSessions(t *testing.T) {
 // A server asks, too, on whatever channel is open; who does not answer is put out.
 func TestServerAsks(t *testing.T) {
 	newSite(t, "ClientAliveInterval 1", "ClientAliveCountMax 1")
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := dial(t, Config{Destination: "far", Keepalive: time.Minute})
 	l := must(net.Listen("tcp", "127.0.0.1:0"))(t)
 	defer l.Close()
@@ -285,7 +278,7 @@ func TestServerAsks(t *testing.T) {
 
 func TestAgent(t *testing.T) {
 	s := newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	agent := exec.Command("ssh-agent", "-D", "-a", s.path("agent"))
 	out := must(agent.StdoutPipe())(t)
 	if err := agent.Start(); err != nil {
@@ -305,7 +298,7 @@ func TestAgent(t *testing.T) {
 // What is configured for interactive use, or for other sessions, does not disturb.
 func TestConfigured(t *testing.T) {
 	s := newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s.configure("ControlMaster auto", "ControlPath "+s.path("shared"), "ControlPersist 60", "ForkAfterAuthentication yes", "RequestTTY force",
 		"LocalForward 127.0.0.1:"+s.port+" localhost:1", "ExitOnForwardFailure yes", "LogLevel QUIET", "ServerAliveInterval 77")
 	dial(t, Config{Destination: "far"})
@@ -320,7 +313,7 @@ func TestConfigured(t *testing.T) {
 
 func TestJump(t *testing.T) {
 	s := newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s.write("config", s.read("config")+"Host behind\nHostName 127.0.0.1\nPort "+s.port+"\nProxyJump hop\nIdentityFile "+s.path("key")+
 		"\nUserKnownHostsFile "+s.path("known_hosts")+"\nGlobalKnownHostsFile none\nStrictHostKeyChecking yes\n")
 	ch := dial(t, Config{Destination: "behind"})
@@ -401,7 +394,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			noLeak(t)
+			channeltest.NoLeak(t)
 			test.spoil(s)
 			var h heard
 			ch, err := Dial(t.Context(), Config{Destination: "far", Batch: true, Say: h.say})
@@ -422,7 +415,7 @@ func TestRefused(t *testing.T) {
 
 func TestCancelled(t *testing.T) {
 	s := newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	l := must(net.Listen("tcp", "127.0.0.1:0"))(t) // accepts and says nothing
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
@@ -452,7 +445,7 @@ func TestDeath(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			noLeak(t)
+			channeltest.NoLeak(t)
 			ch := dial(t, Config{Destination: "far", Keepalive: 200 * time.Millisecond})
 			kill(t, s)
 			began := time.Now()
@@ -465,7 +458,7 @@ func TestDeath(t *testing.T) {
 
 func TestWorn(t *testing.T) {
 	newSite(t)
-	noLeak(t)
+	channeltest.NoLeak(t)
 	told := make(chan struct{})
 	ch := dial(t, Config{Destination: "far", OnWorn: func() { close(told) }})
 	closed := "127.0.0.1:" + freePort(t)
@@ -485,7 +478,7 @@ func TestKilled(t *testing.T) {
 	for _, name := range []string{"open", "opening"} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t)
-			noLeak(t)
+			channeltest.NoLeak(t)
 			if name == "opening" {
 				l := must(net.Listen("tcp", "127.0.0.1:0"))(t)
 				defer l.Close()

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
@@ -25,7 +26,7 @@ func (f to) DialContext(ctx context.Context, network, _ string) (net.Conn, error
 // TestStockClientRemoteRefused: an OpenSSH that cannot reach its target refuses
 // the channel, and so it does with a name that only it knows.
 func TestStockClientRemoteRefused(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	n := &announced{at: make(chan string, 1)}
 	cmd := s.ssh(t, s.serveStock(t, n), "-N", "-R", "web:80:127.0.0.1:"+freePort(t))
@@ -38,10 +39,10 @@ func TestStockClientRemoteRefused(t *testing.T) {
 
 // TestStockClientRemoteTaken: the same, when somebody is there.
 func TestStockClientRemoteTaken(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	n := &announced{at: make(chan string, 1)}
-	cmd := s.ssh(t, s.serveStock(t, n), "-N", "-R", "web:80:"+serveTCP(t, echo))
+	cmd := s.ssh(t, s.serveStock(t, n), "-N", "-R", "web:80:"+channeltest.ServeTCP(t, channeltest.Echo))
 	run(t, cmd)
 	receive(t, n.at)
 	for range 3 {
@@ -68,7 +69,7 @@ func (a *announced) Listen(ctx context.Context, network, address string) (net.Li
 // TestStockServerForward: a stock server's clients are accepted before anybody
 // is asked; a refusal is a connection that ends.
 func TestStockServerForward(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := newStock(t).dialSSHD(t)
 	l, err := ch.Listen(within(t), "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -110,7 +111,7 @@ func benchForward(b *testing.B, n channel.Network, at string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	address := serveTCP(b, echo)
+	address := channeltest.ServeTCP(b, channeltest.Echo)
 	go relay.Forward(ctx, l, to(func() string { return address }), "tcp", "")
 	c, err := n.DialContext(ctx, "tcp", l.Addr().String())
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/net/proxy"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 )
 
 // stock is a folder with the keys of a stock end and of one of ours.
@@ -172,10 +173,10 @@ func transfer(t *testing.T, c net.Conn) {
 }
 
 func TestStockClientLocal(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	local := freePort(t)
-	echoPort := portText(serveTCP(t, echo))
+	echoPort := portText(channeltest.ServeTCP(t, channeltest.Echo))
 	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-vN", "-L", "127.0.0.1:"+local+":localhost:"+echoPort)
 	await(t, run(t, cmd), `Entering interactive session`)
 	for range 3 {
@@ -194,7 +195,7 @@ func portText(address string) string {
 
 // TestStockClientRefused: OpenSSH tells its user what our far end was told.
 func TestStockClientRefused(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-o", "LogLevel=INFO", "-W", "127.0.0.1:"+freePort(t))
 	out, err := cmd.CombinedOutput()
@@ -204,7 +205,7 @@ func TestStockClientRefused(t *testing.T) {
 }
 
 func TestStockClientSOCKS(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	local := freePort(t)
 	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-vN", "-D", "127.0.0.1:"+local)
@@ -213,7 +214,7 @@ func TestStockClientSOCKS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := socks.Dial("tcp", "localhost:"+portText(serveTCP(t, echo)))
+	c, err := socks.Dial("tcp", "localhost:"+portText(channeltest.ServeTCP(t, channeltest.Echo)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,9 +227,9 @@ func TestStockClientSOCKS(t *testing.T) {
 }
 
 func TestStockClientStdio(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
-	address := serveTCP(t, func(c net.Conn) {
+	address := channeltest.ServeTCP(t, func(c net.Conn) {
 		b, _ := io.ReadAll(c)
 		fmt.Fprintf(c, "%x", sha256.Sum256(b))
 	})
@@ -245,9 +246,9 @@ func TestStockClientStdio(t *testing.T) {
 // TestStockClientRemote: the port that was left open is told, and connections
 // to it arrive.
 func TestStockClientRemote(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
-	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-N", "-R", "127.0.0.1:0:"+serveTCP(t, echo))
+	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-N", "-R", "127.0.0.1:0:"+channeltest.ServeTCP(t, channeltest.Echo))
 	port := await(t, run(t, cmd), `Allocated port (\d+) for remote forward`)[1]
 	for range 3 {
 		c, err := net.Dial("tcp", "127.0.0.1:"+port)
@@ -274,10 +275,10 @@ func (n *named) Listen(ctx context.Context, network, address string) (net.Listen
 
 // TestStockClientName: ssh -NR db-01:22:... becomes db-01.
 func TestStockClientName(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
 	n := &named{got: make(chan string, 1), at: make(chan net.Listener, 1)}
-	cmd := s.ssh(t, s.serveStock(t, n), "-N", "-R", "db-01:22:"+serveTCP(t, echo))
+	cmd := s.ssh(t, s.serveStock(t, n), "-N", "-R", "db-01:22:"+channeltest.ServeTCP(t, channeltest.Echo))
 	run(t, cmd)
 	if got := receive(t, n.got); got != "db-01:22" {
 		t.Errorf("listen at %q", got)
@@ -291,9 +292,9 @@ func TestStockClientName(t *testing.T) {
 
 // TestStockClientTaken: a listener that cannot be had is an error of ssh.
 func TestStockClientTaken(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := newStock(t)
-	echo := serveTCP(t, echo)
+	echo := channeltest.ServeTCP(t, channeltest.Echo)
 	cmd := s.ssh(t, s.serveStock(t, &channel.Host{}), "-N", "-R", echo+":"+echo)
 	out, err := cmd.CombinedOutput()
 	if err == nil || !bytes.Contains(out, []byte("remote port forwarding failed")) {
@@ -304,7 +305,7 @@ func TestStockClientTaken(t *testing.T) {
 // TestStockClientStranger: with a key that we do not know, and towards a key
 // that it does not know.
 func TestStockClientStranger(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s, other := newStock(t), newStock(t)
 	port := s.serveStock(t, &channel.Host{})
 	s.write(t, "known_hosts", "far "+readFile(t, other.path("authorized_keys")))
@@ -383,11 +384,11 @@ func (s *stock) dialSSHD(t *testing.T) *Channel {
 }
 
 func TestStockServer(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := newStock(t).dialSSHD(t)
 	ctx := context.Background()
 	for range 3 {
-		c, err := ch.DialContext(ctx, "tcp", serveTCP(t, echo))
+		c, err := ch.DialContext(ctx, "tcp", channeltest.ServeTCP(t, channeltest.Echo))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -415,7 +416,7 @@ func TestStockServer(t *testing.T) {
 }
 
 func TestStockServerListen(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := newStock(t).dialSSHD(t)
 	for _, address := range []string{"127.0.0.1:0", "localhost:0", "127.0.0.1:" + freePort(t)} {
 		l, err := ch.Listen(context.Background(), "tcp", address)
@@ -437,14 +438,14 @@ func TestStockServerListen(t *testing.T) {
 		go func() {
 			defer close(done)
 			defer near.Close()
-			echo(near)
+			channeltest.Echo(near)
 			near.(channel.CloseWriter).CloseWrite()
 		}()
 		transfer(t, far)
 		<-done
 		l.Close()
 	}
-	if _, err := ch.Listen(context.Background(), "tcp", serveTCP(t, echo)); err == nil {
+	if _, err := ch.Listen(context.Background(), "tcp", channeltest.ServeTCP(t, channeltest.Echo)); err == nil {
 		t.Error("listening at a taken port succeeded")
 	}
 }

@@ -2,26 +2,18 @@ package sshchan
 
 import (
 	"context"
-	"io"
-	"net"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 )
 
 // patience is for what must happen.
 const patience = 20 * time.Second
-
-func noLeak(t *testing.T) {
-	now := goleak.IgnoreCurrent()
-	t.Cleanup(func() { goleak.VerifyNone(t, now) })
-}
 
 // receive waits for what must come.
 func receive[T any](t *testing.T, from <-chan T) (v T) {
@@ -34,38 +26,9 @@ func receive[T any](t *testing.T, from <-chan T) (v T) {
 	return v
 }
 
-// serveTCP is a listener on the loopback, and what it does with connections.
-func serveTCP(t testing.TB, handle func(net.Conn)) (address string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() {
-				defer c.Close()
-				handle(c)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		wg.Wait()
-	})
-	return l.Addr().String()
-}
-
-func echo(c net.Conn) { io.Copy(c, c) }
-
 // TestStrangers: each end talks to exactly the key it was told of.
 func TestStrangers(t *testing.T) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	stranger, _ := pair(t)
 	for _, test := range []struct {
 		name   string

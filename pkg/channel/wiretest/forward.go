@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
@@ -43,7 +44,7 @@ func (f to) DialContext(ctx context.Context, network, _ string) (net.Conn, error
 // testForwardRefused: a dial that is refused at the one end is refused at the
 // other, before a byte was taken, in the time of a round trip.
 func testForwardRefused(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	n := &memchan.Network{}
 	var mu sync.Mutex
 	address := "127.0.0.1:" + freePort(t)
@@ -62,7 +63,7 @@ func testForwardRefused(t *testing.T, sites NewSite) {
 		}
 	}
 	mu.Lock()
-	address = serveTCP(t, echo)
+	address = channeltest.ServeTCP(t, channeltest.Echo)
 	mu.Unlock()
 	c, err := n.DialContext(within(t), "tcp", "web:80")
 	if err != nil {
@@ -73,10 +74,10 @@ func testForwardRefused(t *testing.T, sites NewSite) {
 
 // testForwardBurst: many that come at once are all answered.
 func testForwardBurst(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	n := &memchan.Network{}
 	k, _ := keep(t, sites, n, channel.KeepConfig{})
-	local := serveTCP(t, echo)
+	local := channeltest.ServeTCP(t, channeltest.Echo)
 	forwarded(t, k, func() string { return local })
 	var all sync.WaitGroup
 	start := make(chan struct{})
@@ -98,11 +99,11 @@ func testForwardBurst(t *testing.T, sites NewSite) {
 // testForwardGivenUp: who dials in vain for too long is gone; what was dialled
 // for it is closed.
 func testForwardGivenUp(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	n := &memchan.Network{}
 	dialling, release := make(chan struct{}), make(chan struct{})
 	ended := make(chan error, 1)
-	local := serveTCP(t, func(c net.Conn) {
+	local := channeltest.ServeTCP(t, func(c net.Conn) {
 		_, err := io.Copy(io.Discard, c)
 		ended <- err
 	})
@@ -128,10 +129,10 @@ func testForwardGivenUp(t *testing.T, sites NewSite) {
 
 // testForwardKept: over a Keep, as a claim is; the wire breaks now and then.
 func testForwardKept(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	n := &memchan.Network{}
 	k, s := keep(t, sites, n, channel.KeepConfig{MinBackoff: time.Millisecond})
-	local := serveTCP(t, echo)
+	local := channeltest.ServeTCP(t, channeltest.Echo)
 	forwarded(t, k, func() string { return local })
 	for range 3 {
 		transfer(t, eventually(t, n))
@@ -153,7 +154,7 @@ func eventually(t *testing.T, n *memchan.Network) net.Conn {
 
 // testForwardUDP: a flow is taken when the near end has it.
 func testForwardUDP(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	n := &memchan.Network{}
 	ch := reach(t, sites, Beats{}, Way{}, n)
 	l, err := ch.Listen(within(t), "udp", "dns:53")

@@ -33,10 +33,10 @@ func within(t *testing.T) context.Context {
 
 // testKeepReopens: flows end with their wire, dials wait for the next.
 func testKeepReopens(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	states := make(chan channel.KeepState, 100)
 	k, s := keep(t, sites, &channel.Host{}, channel.KeepConfig{MinBackoff: time.Millisecond, OnState: func(st channel.KeepState) { states <- st }})
-	address := serveTCP(t, echo)
+	address := channeltest.ServeTCP(t, channeltest.Echo)
 	for i := range 3 {
 		c, err := k.DialContext(within(t), "tcp", address)
 		if err != nil {
@@ -58,7 +58,7 @@ func testKeepReopens(t *testing.T, sites NewSite) {
 
 // testKeepListens: a listener lives on over wires, at its address.
 func testKeepListens(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	k, s := keep(t, sites, &channel.Host{}, channel.KeepConfig{MinBackoff: time.Millisecond})
 	l, err := k.Listen(within(t), "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -84,7 +84,7 @@ func testKeepListens(t *testing.T, sites NewSite) {
 }
 
 // echoAll serves a listener until that ends.
-func echoAll(l net.Listener) error { return serveAll(l, echo) }
+func echoAll(l net.Listener) error { return serveAll(l, channeltest.Echo) }
 
 func serveAll(l net.Listener, handle func(net.Conn)) error {
 	var wg sync.WaitGroup

@@ -10,20 +10,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 	"github.com/culvert-dev/culvert/pkg/channel/memchan"
 )
 
 // patience is for what must happen.
 const patience = 20 * time.Second
-
-func noLeak(t *testing.T) {
-	now := goleak.IgnoreCurrent()
-	t.Cleanup(func() { goleak.VerifyNone(t, now) })
-}
 
 // receive waits for what must come.
 func receive[T any](t *testing.T, from <-chan T) (v T) {
@@ -111,14 +105,14 @@ func testSilence(t *testing.T, ends NewEnds) {
 
 // testBroken: what was read from a wire that broke is not taken for the whole.
 func testBroken(t *testing.T, ends NewEnds) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	a, b := tcpPipe(t)
 	ch := connect(t, ends, a, b, &channel.Host{})
 	want := ""
 	if ends(t, Beats{}).Rest {
 		want = "lf"
 	}
-	address := serveTCP(t, func(c net.Conn) {
+	address := channeltest.ServeTCP(t, func(c net.Conn) {
 		c.Write([]byte("half"))
 		io.Copy(io.Discard, c)
 	})
@@ -154,7 +148,7 @@ func testBroken(t *testing.T, ends NewEnds) {
 
 // testDiesBusy: whatever goes on when a wire breaks ends with it, at both ends.
 func testDiesBusy(t *testing.T, ends NewEnds) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	far := &memchan.Network{}
 	serve := func(name string, handle func(net.Conn)) {
 		l, err := far.Listen(t.Context(), "tcp", name)
@@ -164,7 +158,7 @@ func testDiesBusy(t *testing.T, ends NewEnds) {
 		t.Cleanup(func() { l.Close() })
 		go serveAll(l, handle)
 	}
-	serve("echo:7", echo)
+	serve("echo:7", channeltest.Echo)
 	serve("source:19", pour)
 	serve("deaf:9", func(c net.Conn) {
 		c.(channel.Pending).Answer(nil)
@@ -241,39 +235,10 @@ func (n neverThere) Listen(ctx context.Context, network, address string) (net.Li
 	return n.Network.Listen(ctx, network, address)
 }
 
-// serveTCP is a listener on the loopback, and what it does with connections.
-func serveTCP(t *testing.T, handle func(net.Conn)) (address string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Go(func() {
-				defer c.Close()
-				handle(c)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		wg.Wait()
-	})
-	return l.Addr().String()
-}
-
-func echo(c net.Conn) { io.Copy(c, c) }
-
 // testHandshakeBounded: on connections without deadlines, towards a peer that
 // says nothing.
 func testHandshakeBounded(t *testing.T, ends NewEnds) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	e := ends(t, Beats{})
 	for _, shake := range []func(context.Context, net.Conn) error{
 		func(ctx context.Context, c net.Conn) error { _, err := e.Dial(ctx, c); return err },
@@ -292,7 +257,7 @@ func testHandshakeBounded(t *testing.T, ends NewEnds) {
 // testHushed: a wire that carries nothing any more is dead at both ends after seven
 // beats, and what was read from it is not taken for the whole.
 func testHushed(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	const every = 100 * time.Millisecond
 	s := sites(t, Beats{Every: every}, Way{}, &channel.Host{})
 	ch, err := s.Open(context.Background())
@@ -302,7 +267,7 @@ func testHushed(t *testing.T, sites NewSite) {
 	defer s.End()
 	defer ch.Close()
 	ended := make(chan struct{})
-	c := dialTCP(t, ch, serveTCP(t, func(c net.Conn) {
+	c := dialTCP(t, ch, channeltest.ServeTCP(t, func(c net.Conn) {
 		defer close(ended)
 		c.Write([]byte("half"))
 		io.Copy(io.Discard, c)
@@ -334,14 +299,14 @@ func testHushed(t *testing.T, sites NewSite) {
 
 // testServeEnds: with its context, and with all that ran for it.
 func testServeEnds(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	s := sites(t, Beats{}, Way{}, &channel.Host{})
 	ch, err := s.Open(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ch.Close()
-	if _, err := ch.DialContext(within(t), "tcp", serveTCP(t, echo)); err != nil {
+	if _, err := ch.DialContext(within(t), "tcp", channeltest.ServeTCP(t, channeltest.Echo)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := ch.Listen(within(t), "tcp", "127.0.0.1:0"); err != nil {
@@ -357,7 +322,7 @@ func testServeEnds(t *testing.T, sites NewSite) {
 
 // testSigns: both ends see the other live, and the near end measures.
 func testSigns(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	signs := [2]chan struct{}{make(chan struct{}, 5), make(chan struct{}, 5)}
 	sign := func(to chan struct{}) func() {
 		return func() {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/channel/channeltest"
 	"github.com/culvert-dev/culvert/pkg/channel/internal/wiring"
 	"github.com/culvert-dev/culvert/pkg/relay"
 )
@@ -115,10 +116,10 @@ func testSlowWire(t *testing.T, sites NewSite) {
 		way  Way
 	}{{"up", Way{Up: 50 << 10}}, {"both", Way{Up: 50 << 10, Down: 50 << 10}}} {
 		t.Run(test.name, func(t *testing.T) {
-			noLeak(t)
+			channeltest.NoLeak(t)
 			ch := reach(t, sites, Beats{Every: 300 * time.Millisecond}, test.way, &channel.Host{})
-			sink := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
-			source := serveTCP(t, pour)
+			sink := channeltest.ServeTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
+			source := channeltest.ServeTCP(t, pour)
 			var ups []net.Conn
 			for range 6 {
 				ups = append(ups, dialTCP(t, ch, sink))
@@ -138,11 +139,11 @@ func testSlowWire(t *testing.T, sites NewSite) {
 // testLongPath: CASES 3.D 24. One flow fills a long path: 4 MiB go to and fro in less than
 // half the time that they would take by a window of 64 KiB, as SPDY's, one way.
 func testLongPath(t *testing.T, ends NewEnds) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	const there = 40 * time.Millisecond
 	ch := reach(t, sites(ends), Beats{}, Way{Delay: there}, &channel.Host{})
 	began := time.Now()
-	transfer(t, dialTCP(t, ch, serveTCP(t, echo)))
+	transfer(t, dialTCP(t, ch, channeltest.ServeTCP(t, channeltest.Echo)))
 	took, limit := time.Since(began), (4<<20)/(64<<10)*2*there/2
 	if t.Logf("%v, where a small window would take %v", took, 2*limit); took > limit {
 		t.Error("too slow")
@@ -152,8 +153,8 @@ func testLongPath(t *testing.T, ends NewEnds) {
 // small has small connections, old and new, for a while.
 func small(t *testing.T, ch channel.Channel, while time.Duration) {
 	t.Helper()
-	old := dialTCP(t, ch, serveTCP(t, echo))
-	address := serveTCP(t, hello)
+	old := dialTCP(t, ch, channeltest.ServeTCP(t, channeltest.Echo))
+	address := channeltest.ServeTCP(t, hello)
 	var worst [2]time.Duration
 	for end := time.Now().Add(while); time.Now().Before(end); {
 		began := time.Now()
@@ -206,8 +207,8 @@ func (s stuck) Write(p []byte) (int, error) {
 
 // testStuckWire: closing does not wait for a wire that takes nothing.
 func testStuckWire(t *testing.T, ends NewEnds) {
-	noLeak(t)
-	address := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
+	channeltest.NoLeak(t)
+	address := channeltest.ServeTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 	e := ends(t, Beats{})
 	a, b := tcpPipe(t)
 	cut := make(chan struct{})
@@ -232,27 +233,27 @@ func testStuckWire(t *testing.T, ends NewEnds) {
 
 // testFullWindows: flows that nobody reads do not hold up others.
 func testFullWindows(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := reach(t, sites, Beats{}, Way{}, &channel.Host{})
 	hold := make(chan struct{})
-	deaf := serveTCP(t, func(net.Conn) { <-hold })
+	deaf := channeltest.ServeTCP(t, func(net.Conn) { <-hold })
 	t.Cleanup(func() { close(hold) })
 	for range 2 * wiring.Pieces {
 		c := dialTCP(t, ch, deaf)
 		go pour(c)
 	}
-	c := dialTCP(t, ch, serveTCP(t, echo))
+	c := dialTCP(t, ch, channeltest.ServeTCP(t, channeltest.Echo))
 	transfer(t, c)
 }
 
 // testSignsInUpload: data that comes is a sign of life, while requests are far
 // behind in it; and so are those signs that the other end gives meanwhile.
 func testSignsInUpload(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	const every = 200 * time.Millisecond
 	var gaps [2]gap
 	ch := reach(t, sites, Beats{every, gaps[0].sign, gaps[1].sign}, Way{Up: 400 << 10, Buffer: 512 << 10}, &channel.Host{})
-	c := dialTCP(t, ch, serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) }))
+	c := dialTCP(t, ch, channeltest.ServeTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) }))
 	c.SetWriteDeadline(time.Now().Add(1500 * time.Millisecond))
 	pour(c)
 	for i, end := range []string{"near", "far"} {
@@ -288,9 +289,9 @@ func (g *gap) longest() time.Duration {
 
 // testWriteLate: a write that the wire has no room for ends at its deadline.
 func testWriteLate(t *testing.T, sites NewSite) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	ch := reach(t, sites, Beats{}, Way{Up: 50 << 10}, &channel.Host{})
-	address := serveTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
+	address := channeltest.ServeTCP(t, func(c net.Conn) { io.Copy(io.Discard, c) })
 	c := dialTCP(t, ch, address)
 	for range 4 {
 		other := dialTCP(t, ch, address)
@@ -308,7 +309,7 @@ func testWriteLate(t *testing.T, sites NewSite) {
 
 // testReset: a reset of the wire is none of the connections over it.
 func testReset(t *testing.T, ends NewEnds) {
-	noLeak(t)
+	channeltest.NoLeak(t)
 	a, b := tcpPipe(t)
 	e := ends(t, Beats{})
 	ch := join(t, e, a, b)
@@ -317,7 +318,7 @@ func testReset(t *testing.T, ends NewEnds) {
 		t.Fatal(err)
 	}
 	defer udp.Close()
-	flows := map[string]net.Conn{"tcp": dialTCP(t, ch, serveTCP(t, echo))}
+	flows := map[string]net.Conn{"tcp": dialTCP(t, ch, channeltest.ServeTCP(t, channeltest.Echo))}
 	for network, address := range map[string]string{"udp": udp.LocalAddr().String(), "ping": "127.0.0.1"} {
 		if flows[network], err = ch.DialContext(within(t), network, address); err != nil {
 			t.Fatal(err)

@@ -103,7 +103,7 @@ func (a *app) deploy(ctx context.Context, o deployOptions, env string) error {
 		return err
 	}
 	if p.settings.K8s != nil {
-		return a.deployK8s(ctx, o, p)
+		return a.deployK8s(ctx, o, p, plan)
 	}
 	return a.ship(ctx, o, p, plan)
 }
@@ -156,6 +156,7 @@ func (a *app) build(ctx context.Context, o deployOptions, p *project) error {
 // ship does it, or plans it.
 func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deploy.Plan) error {
 	steps := a.Steps()
+	p.ssh.Ready()
 	tree, err := deploy.ReadTree(ctx, p.file.Dir(), p.settings.From, p.settings.Exclude)
 	if err != nil {
 		return err
@@ -166,7 +167,7 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 			return err
 		}
 	}
-	steps.Begin(fmt.Sprintf("ask %d hosts", len(p.hosts)))
+	steps.Begin("ask " + count(len(p.hosts), "host"))
 	r, err := a.open(ctx, o.options, p, a.teller(len(p.hosts)))
 	if r != nil {
 		defer r.Close()
@@ -181,7 +182,7 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 		}
 		return a.conclude(ctx, o.options, p, r.Report(action, err), err)
 	}
-	steps.Done(fmt.Sprintf("%d hosts answer", len(p.hosts)))
+	steps.Done("asked " + count(len(p.hosts), "host"))
 	if o.plan {
 		if plan, err = r.Plan(ctx, tree, o.commit); err != nil {
 			return a.conclude(ctx, o.options, p, r.Report(onlyPlan, err), err)
@@ -191,12 +192,24 @@ func (a *app) ship(ctx context.Context, o deployOptions, p *project, plan *deplo
 	if plan == nil {
 		plan = r.Draft(tree, o.commit)
 	}
-	steps.Begin(fmt.Sprintf("deploy %s to %d hosts", p.file.App, len(p.hosts)))
+	steps.Begin(fmt.Sprintf("deploy %s to %s", p.file.App, count(len(p.hosts), "host")))
 	report, err := r.Deploy(ctx, tree, plan)
 	return a.conclude(ctx, o.options, p, report, err)
 }
 
 func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
+	if err := o.write(plan); err != nil {
+		return err
+	}
+	print := func() error { return printPlan(a.Out, plan) }
+	if o.json {
+		print = func() error { return printJSON(a.Out, plan) }
+	}
+	return errors.Join(print(), plan.Ready())
+}
+
+// write writes a plan where that was asked for.
+func (o *deployOptions) write(plan *deploy.Plan) error {
 	if o.out != "" {
 		f, err := os.OpenFile(o.out, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 		if err != nil {
@@ -206,11 +219,7 @@ func (a *app) tellPlan(o deployOptions, plan *deploy.Plan) error {
 			return fmt.Errorf("write the plan: %w", err)
 		}
 	}
-	print := func() error { return printPlan(a.Out, plan) }
-	if o.json {
-		print = func() error { return printJSON(a.Out, plan) }
-	}
-	return errors.Join(print(), plan.Ready())
+	return nil
 }
 
 // onlyPlan is the action of a report of nothing that was done, of which nobody else is told.
@@ -256,9 +265,9 @@ func done(report *deploy.Report) string {
 	case report.Action == onlyPlan:
 		return fmt.Sprintf("%s: nothing was changed", what)
 	case changed == 0:
-		return fmt.Sprintf("%s: all %d hosts run it already", what, len(report.Hosts))
+		return fmt.Sprintf("%s: runs on %s already", what, count(len(report.Hosts), "host"))
 	case report.Action == "restart":
-		return fmt.Sprintf("%s: %d hosts restarted", what, changed)
+		return fmt.Sprintf("%s: %s restarted", what, count(changed, "host"))
 	}
-	return fmt.Sprintf("%s: %d hosts switched", what, changed)
+	return fmt.Sprintf("%s: %s switched", what, count(changed, "host"))
 }

@@ -5,26 +5,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
-	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/culvert-dev/culvert/pkg/channel"
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/consul"
 	"github.com/culvert-dev/culvert/pkg/deploy"
 	"github.com/culvert-dev/culvert/pkg/kube"
+	"github.com/culvert-dev/culvert/pkg/session"
 )
 
 const (
 	wholeRollout = 10 * time.Minute // of a workload, where the file does not say
 	onePod       = 2 * time.Minute  // of a restart, likewise
-	oneAsk       = 10 * time.Second // at a pod
 )
 
 // A workload is what an environment has in place of hosts.
@@ -53,35 +49,41 @@ func (w *workload) within() time.Duration { return cmp.Or(time.Duration(w.Within
 func (w *workload) wants() string { return cmp.Or(w.Image, w.Env) }
 
 // fill names the release in the places that ask for it.
-func (w *workload) fill(commit string) (id string, err error) {
+func (w *workload) fill(id, commit string) error {
 	if w.Image == "" && w.Env == "" {
-		return "", talk.Usage(errors.New("k8s names neither an image nor an env to set: there is nothing to deploy"))
+		return talk.Usage(errors.New("k8s names neither an image nor an env to set: there is nothing to deploy"))
 	}
 	if commit == "" && strings.Contains(w.wants(), "${COMMIT") {
-		return "", talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
+		return talk.Usage(errors.New("which commit this is could not be found out: name it with --commit"))
 	}
-	id = strings.TrimSuffix(deploy.NewID(time.Now(), commit), "-")
 	w.K8s = w.Fill(commit, id)
-	return id, nil
+	return nil
 }
 
-func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error {
-	if o.out != "" || o.apply != "" || len(o.to) > 0 {
-		return talk.Usage(errors.New("-o, --apply and --to are of hosts; what would be done to a workload is told by --plan"))
+func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project, planned *deploy.Plan) error {
+	if len(o.to) > 0 {
+		return talk.Usage(errors.New("--to is of hosts"))
 	}
 	w, err := a.workload(p)
 	if err != nil {
 		return err
 	}
 	defer w.cluster.Close()
-	id, err := w.fill(o.commit)
-	if err != nil {
+	defer talk.OutliveReaders()()
+	id := strings.TrimSuffix(deploy.NewID(time.Now(), o.commit), "-")
+	if planned != nil {
+		if err := planned.Holds(p.file.App, p.settings, nil); err != nil {
+			return err
+		}
+		id = planned.Release
+	}
+	if err := w.fill(id, o.commit); err != nil {
 		return err
 	}
 	steps := a.Steps()
 	cfg := kube.RollOutConfig{
 		Target: w.target, Container: w.Container, Image: w.Image, Env: w.Env,
-		Within: w.within(), As: id, By: deploy.Who(), Say: steps.Say,
+		Within: w.within(), As: id, By: deploy.Who(), Say: steps.Say, Planned: rollOutOf(planned),
 	}
 	plan, err := w.cluster.PlanRollOut(ctx, cfg)
 	if err != nil {
@@ -91,7 +93,10 @@ func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error 
 		steps.Warn(line)
 	}
 	if o.plan {
-		return a.tellRollOut(o.options, p, w, plan)
+		return a.tellRollOut(o, deploy.DraftWorkload(p.file.App, p.env, p.settings, id, o.commit, deploy.PlanWorkload{
+			Workload: w.name(), Namespace: w.cluster.Namespace, Container: plan.Container, Sets: plan.What, From: plan.From, Set: plan.Set,
+			To: plan.To, Unchanged: plan.Same, Runs: plan.Revision, Base: plan.Base, Pods: plan.Pods, Notices: plan.Notices,
+		}))
 	}
 	report := a.report(p, "deploy", id, o.commit)
 	steps.Begin(fmt.Sprintf("roll %s out", w.name()))
@@ -101,6 +106,15 @@ func (a *app) deployK8s(ctx context.Context, o deployOptions, p *project) error 
 		row.Release = w.wants()
 	}
 	return a.concludeK8s(ctx, o.options, p, report, row, done.Runs, err)
+}
+
+// rollOutOf is what a plan's file has of a rollout; nil where there is none.
+func rollOutOf(p *deploy.Plan) *kube.RollOutPlan {
+	if p == nil {
+		return nil
+	}
+	w := p.Workload
+	return &kube.RollOutPlan{What: w.Sets, From: w.From, Set: w.Set, To: w.To, Base: w.Base}
 }
 
 // was is what a workload has of what a plan sets.
@@ -128,37 +142,21 @@ func state(done kube.RolledOut, well string, err error) string {
 	return well
 }
 
-// A rollOutPlan is what --plan --json prints.
-type rollOutPlan struct {
-	App       string   `json:"app"`
-	Env       string   `json:"env,omitempty"`
-	Workload  string   `json:"workload"`
-	Namespace string   `json:"namespace"`
-	Container string   `json:"container"`
-	Sets      string   `json:"sets"` // image, or the name of a variable
-	From      string   `json:"from"`
-	To        string   `json:"to"`
-	Unchanged bool     `json:"unchanged,omitempty"`
-	Runs      string   `json:"runs,omitempty"` // the revision
-	Pods      int      `json:"pods"`
-	Notices   []string `json:"notices,omitempty"`
-}
-
 // tellRollOut prints what would be done.
-func (a *app) tellRollOut(o options, p *project, w *workload, plan *kube.RollOutPlan) error {
-	if o.json {
-		return printJSON(a.Out, rollOutPlan{
-			App: p.file.App, Env: p.env, Workload: w.name(), Namespace: w.cluster.Namespace, Container: plan.Container, Sets: plan.What,
-			From: plan.From, To: plan.To, Unchanged: plan.Same, Runs: plan.Revision, Pods: plan.Pods, Notices: plan.Notices,
-		})
+func (a *app) tellRollOut(o deployOptions, plan *deploy.Plan) error {
+	if err := o.write(plan); err != nil {
+		return err
 	}
-	out := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0)
+	if o.json {
+		return printJSON(a.Out, plan)
+	}
+	out, w := tabwriter.NewWriter(a.Out, 0, 0, 3, ' ', 0), plan.Workload
 	fmt.Fprintln(out, "WORKLOAD\tNAMESPACE\tRUNS\tSET\tFROM\tTO\tPODS")
-	to := plan.To
-	if plan.Same {
+	to := w.To
+	if w.Unchanged {
 		to += " (nothing to do)"
 	}
-	fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", w.name(), w.cluster.Namespace, cell(plan.Revision), cell(plan.Container+" "+plan.What), cell(plan.From), cell(to), plan.Pods)
+	fmt.Fprintf(out, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", w.Workload, w.Namespace, cell(w.Runs), cell(w.Container+" "+w.Sets), cell(w.From), cell(to), w.Pods)
 	return out.Flush()
 }
 
@@ -195,6 +193,7 @@ func (a *app) rollbackK8s(ctx context.Context, o options, p *project, id string,
 		return err
 	}
 	defer w.cluster.Close()
+	defer talk.OutliveReaders()()
 	now, then, err := w.cluster.PlanRollBack(ctx, w.target, id)
 	if err != nil {
 		return err
@@ -262,7 +261,8 @@ func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
 		return err
 	}
 	defer w.cluster.Close()
-	ask, err := w.gate(p.settings.Health)
+	defer talk.OutliveReaders()()
+	g, err := w.gate(p.settings.Health)
 	if err != nil {
 		return err
 	}
@@ -274,27 +274,63 @@ func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
 	for _, line := range plan.Notices {
 		steps.Warn(line)
 	}
+	name := fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods))
+	report := a.report(p, "restart", "", "")
+	return a.through(ctx, w, g, plan, name, func(ctx context.Context) error {
+		err := a.restart(ctx, w, p.settings, g)
+		row := deploy.Row{Host: w.name(), State: deploy.Restarted}
+		if err != nil {
+			row.State = deploy.Failed
+		}
+		return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+	})
+}
+
+// through restarts with a gate that is in the cluster's network or, where that cannot be had,
+// asks by port-forward.
+func (a *app) through(ctx context.Context, w *workload, g *gate, plan *kube.RestartPlan, name string, restart func(context.Context) error) error {
+	steps := a.Steps()
+	if g == nil {
+		steps.Begin(name)
+		return restart(ctx)
+	}
+	const other = "the gate goes by port-forward, to which a pod answers that nobody else reaches"
+	far := session.FarEnd{Image: a.image, Grace: time.Minute}
+	began, err := session.Inside(ctx, session.TunnelConfig{Cluster: w.cluster, FarEnd: far, Reporter: steps, Log: a.Logger()}, name, func(ctx context.Context, far channel.Network) error {
+		g.far = far
+		if err := g.shutOff(ctx, plan.Ready()); err != nil {
+			steps.Warn(fmt.Sprintf("%s: %v", other, err))
+			g.far = nil
+		}
+		return restart(ctx)
+	})
+	if began || ctx.Err() != nil || errors.Is(err, session.ErrLeft) {
+		return err
+	}
+	steps.Fail()
+	steps.Warn(fmt.Sprintf("%s: %v", other, err))
+	steps.Begin(name)
+	return restart(ctx)
+}
+
+func (a *app) restart(ctx context.Context, w *workload, s deploy.Settings, g *gate) error {
 	within := onePod
-	if h := p.settings.Health; h != nil && h.Within > 0 {
+	if h := s.Health; h != nil && h.Within > 0 {
 		within = time.Duration(h.Within)
 	}
-	report := a.report(p, "restart", "", "")
-	steps.Begin(fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods)))
-	if d := p.settings.Drain; d != nil {
-		err = a.restartByConsul(ctx, w, d, within, ask)
-	} else {
-		err = w.cluster.RestartPods(ctx, kube.RestartConfig{Target: w.target, Within: within, Gate: ask, Say: steps.Say})
+	var ask func(context.Context, kube.RunningPod) error
+	if g != nil {
+		ask = g.ask
 	}
-	row := deploy.Row{Host: w.name(), State: deploy.Restarted}
-	if err != nil {
-		row.State = deploy.Failed
+	if s.Drain != nil {
+		return a.restartByConsul(ctx, w, s.Drain, within, ask)
 	}
-	return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+	return w.cluster.RestartPods(ctx, kube.RestartConfig{Target: w.target, Within: within, Gate: ask, Say: a.Steps().Say})
 }
 
 // restartByConsul has the instances of Consul's registry restarted, each of which is a
 // pod of the workload.
-func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain, within time.Duration, ask gate) error {
+func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain, within time.Duration, ask func(context.Context, kube.RunningPod) error) error {
 	if d.Consul == "" {
 		return talk.Usage(errors.New("the pods of a workload are drained by consul, or by Kubernetes itself; cmd and http are of hosts"))
 	}
@@ -316,91 +352,4 @@ func (a *app) restartByConsul(ctx context.Context, w *workload, d *deploy.Drain,
 		}
 	}
 	return registry.Roll(ctx, cfg)
-}
-
-// A gate says nil of a pod that is well.
-type gate func(ctx context.Context, pod kube.RunningPod) error
-
-// gate asks what the file says at the pod itself, through the API server: a URL is as the
-// pod sees it. It is nil where the file does not say.
-func (w *workload) gate(h *deploy.Health) (gate, error) {
-	switch {
-	case h == nil:
-		return nil, nil
-	case h.Cmd != "":
-		return nil, talk.Usage(errors.New("the health of a pod is asked by get or tcp; cmd is of hosts"))
-	case h.TCP != "":
-		port, err := portOf(h.TCP, "")
-		return func(ctx context.Context, pod kube.RunningPod) error { return w.accepts(ctx, pod, port) }, err
-	}
-	u, err := url.Parse(h.Get)
-	if err == nil {
-		_, err = portOf(u.Host, u.Scheme)
-	}
-	return func(ctx context.Context, pod kube.RunningPod) error { return w.answers(ctx, pod, h.Get, h.Status) }, err
-}
-
-func portOf(host, scheme string) (int, error) {
-	_, text, err := net.SplitHostPort(host)
-	if err != nil {
-		if known := map[string]int{"http": 80, "https": 443}[scheme]; known > 0 {
-			return known, nil
-		}
-		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
-	}
-	port, err := strconv.ParseUint(text, 10, 16)
-	if err != nil || port == 0 {
-		return 0, talk.Usage(fmt.Errorf("health: %q names no port", host))
-	}
-	return int(port), nil
-}
-
-// answers asks by HTTP, whatever proxies there are here.
-func (w *workload) answers(ctx context.Context, pod kube.RunningPod, page string, status int) error {
-	ctx, cancel := context.WithTimeout(ctx, oneAsk)
-	defer cancel()
-	trip := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-		port, err := portOf(address, "")
-		if err != nil {
-			return nil, err
-		}
-		return w.cluster.DialPort(ctx, pod.Name, port)
-	}}
-	defer trip.CloseIdleConnections()
-	client := http.Client{Transport: trip, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, page, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
-	if well := status == 0 && resp.StatusCode/100 == 2 || resp.StatusCode == status; !well {
-		return fmt.Errorf("%s answers %s", page, resp.Status)
-	}
-	return nil
-}
-
-// quiet is how long a port that accepts may say nothing: one that does not is told of
-// on the connection.
-const quiet = 2 * time.Second
-
-func (w *workload) accepts(ctx context.Context, pod kube.RunningPod, port int) error {
-	ctx, cancel := context.WithTimeout(ctx, oneAsk)
-	defer cancel()
-	conn, err := w.cluster.DialPort(ctx, pod.Name, port)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if err := conn.SetReadDeadline(time.Now().Add(quiet)); err != nil {
-		return err
-	}
-	if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("port %d: %w", port, err)
-	}
-	return nil
 }

@@ -309,7 +309,7 @@ func TestK8sVerbs(t *testing.T) {
 		{name: "plan", args: "deploy --commit 22222222222 --plan", image: "shop:1", says: []string{"app image", "shop:1", "shop:2222222"}},
 		{name: "plan as JSON", args: "deploy --commit 22222222222 --plan --json", image: "shop:1", says: []string{`"from": "shop:1"`, `"to": "shop:2222222"`}},
 		{name: "no commit", args: "deploy", code: 2, image: "shop:1", says: []string{"name it with --commit"}},
-		{name: "a plan's file", args: "deploy --commit 2 --plan -o p", code: 2, image: "shop:1", says: []string{"of hosts"}},
+		{name: "some hosts", args: "deploy --commit 2 --to web-1", code: 2, image: "shop:1", says: []string{"of hosts"}},
 		{name: "deploy", args: "deploy --commit 22222222222", image: "shop:2222222", says: []string{"deployed", "was shop:1", "revision 2 (shop:2222222), 2 of 2 pods are new, 2 available"}},
 		{name: "again", args: "deploy --commit 22222222222", image: "shop:2222222", says: []string{"unchanged", "already: nothing is changed"}},
 		{name: "bad", args: "deploy --commit bad", code: 1, image: "shop:2222222", says: []string{"restored", "InvalidImageName: no such image", "it was put back and runs revision 4 (shop:2222222)"}},
@@ -343,6 +343,56 @@ func TestK8sVerbs(t *testing.T) {
 		t.Errorf("without the right: exit code %d\n%s", code, out)
 	}
 	says(t, out, "not permitted: to patch deployments.apps in namespace dev", "culvert rbac -n dev --for deploy | kubectl apply")
+}
+
+// What is deployed by a plan's file is what was planned, or nothing; and the same again
+// goes on.
+func TestK8sPlanFile(t *testing.T) {
+	w := newStandIn(t)
+	const image, env = "image: \"shop:${COMMIT7}\"", "env: \"AT=${RELEASE}\""
+	file := func(sets string) string {
+		return "k8s: {workload: deployment/shop, namespace: dev, within: 1m, " + sets + "}\n"
+	}
+	step := func(code int, sets, args string, parts ...string) {
+		t.Helper()
+		got, out := w.run(file(sets), strings.Fields(args)...)
+		if got != code {
+			t.Errorf("%s: exit code %d, want %d\n%s", args, got, code, out)
+		}
+		says(t, out, parts...)
+	}
+	is := func(image string) {
+		t.Helper()
+		if got := w.image(); got != image {
+			t.Errorf("image %s, want %s", got, image)
+		}
+	}
+	step(0, image, "deploy --commit 22222222222 --plan -o two")
+	step(0, image, "deploy --commit 33333333333 --plan -o three")
+	is("shop:1")
+	step(1, env, "deploy --apply two", "what culvert.yaml says has changed")
+	step(0, image, "deploy --apply two --wait 10m", "deployed", "was shop:1")
+	is("shop:2222222")
+	step(0, image, "deploy --apply two", "unchanged", "already: nothing is changed")
+	step(1, image, "deploy --apply three", `its image was shop:1 when that was planned, and is shop:2222222 now`)
+	step(0, image, "rollback")
+	is("shop:1")
+	step(0, image, "deploy --apply three", "deployed") // it is as it was, again
+	is("shop:3333333")
+
+	step(0, env, "deploy --commit 4 --plan -o four")
+	step(0, env, "deploy --commit 5 --plan -o five")
+	step(0, env, "deploy --apply four", "deployed")
+	step(1, env, "deploy --apply five", "AT was nothing when that was planned, and is 2")
+	step(0, image, "deploy --commit 66666666666 --plan -o six")
+	step(0, env, "deploy --commit 7")
+	step(1, image, "deploy --apply six", "its template is not what it was")
+	is("shop:3333333")
+
+	w.write("seven", `{"version": 1, "app": "shop", "release": "20260101-000000-2222222", "hosts": [{"host": "web"}]}`)
+	step(1, image, "deploy --apply seven", "web was planned, and is not a host")
+	w.write("eight", `{"version": 1, "app": "shop", "release": "20260101-000000-2222222"}`)
+	step(1, image, "deploy --apply eight", "has changed")
 }
 
 // By Consul's registry each is drained, ended, and replaced by one that passes.

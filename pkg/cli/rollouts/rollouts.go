@@ -25,14 +25,15 @@ import (
 type app struct {
 	*talk.Person
 	cluster Cluster
+	image   string // of a shadow
 }
 
 // A Cluster is loaded by the name of a context and a namespace, where no flag names others.
 type Cluster func(context, namespace string) (*kube.Cluster, error)
 
-// Commands are the verbs.
-func Commands(p *talk.Person, cluster Cluster) []*cobra.Command {
-	a := &app{p, cluster}
+// Commands are the verbs. The image is that of the shadow that a restart's gate goes by.
+func Commands(p *talk.Person, cluster Cluster, image string) []*cobra.Command {
+	a := &app{p, cluster, image}
 	return []*cobra.Command{a.deployCommand(), a.rollbackCommand(), a.restartCommand(), a.releasesCommand(), a.execCommand(), a.applyCommand()}
 }
 
@@ -73,6 +74,7 @@ type project struct {
 	env      string
 	settings deploy.Settings
 	hosts    []deploy.Host
+	ssh      *deploy.SSH
 }
 
 func (o *options) project(env string) (*project, error) {
@@ -90,7 +92,26 @@ func (o *options) project(env string) (*project, error) {
 	if p.hosts, err = deploy.Pick(p.settings.Hosts, o.to); err != nil && p.settings.K8s == nil {
 		return nil, talk.Usage(fmt.Errorf("--to: %w", err))
 	}
-	return p, nil
+	if p.settings.K8s != nil {
+		return p, nil
+	}
+	p.ssh, err = o.ssh(p)
+	return p, err
+}
+
+// ssh is what reaches hosts.
+func (o *options) ssh(p *project) (*deploy.SSH, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	identity := o.identity
+	if identity != "" {
+		if identity, err = filepath.Abs(identity); err != nil {
+			return nil, err
+		}
+	}
+	return &deploy.SSH{App: p.file.App, Hub: p.settings.Hub, Config: o.config, Identity: identity, Program: program}, nil
 }
 
 // args are at most an environment.
@@ -110,22 +131,10 @@ func first(args []string) string {
 
 // open reaches all hosts, which are told of if not all are there.
 func (a *app) open(ctx context.Context, o options, p *project, tell func(deploy.Event)) (*deploy.Rollout, error) {
-	program, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	identity := o.identity
-	if identity != "" {
-		if identity, err = filepath.Abs(identity); err != nil {
-			return nil, err
-		}
-	}
-	ssh := &deploy.SSH{App: p.file.App, Hub: p.settings.Hub, Config: o.config, Identity: identity, Program: program}
-	r, err := deploy.Open(ctx, deploy.Config{
+	return deploy.Open(ctx, deploy.Config{
 		App: p.file.App, Env: p.env, Settings: p.settings, Hosts: p.hosts, Who: deploy.Who(), Wait: o.wait,
-		Dial: ssh.Dial, Bring: ssh.Bring, Tell: tell, Hurry: a.Hurry,
+		Dial: p.ssh.Dial, Bring: p.ssh.Bring, Tell: tell, Hurry: a.Hurry,
 	})
-	return r, err
 }
 
 // teller tells of what hosts are at: what they print as it comes, phases where they are all

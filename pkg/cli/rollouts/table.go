@@ -65,7 +65,11 @@ func orNone(id string) string {
 
 // printPlan prints what would be done.
 func printPlan(out io.Writer, p *deploy.Plan) error {
-	fmt.Fprintf(out, "%s %s: release %s of %s, %d files, %s\n", p.App, p.Env, p.Release, orNone(short(p.Commit)), p.Files, size(p.Bytes))
+	of := ""
+	if p.Commit != "" {
+		of = " of " + short(p.Commit)
+	}
+	fmt.Fprintf(out, "%s: release %s%s, %s, %s\n", strings.TrimSpace(p.App+" "+p.Env), p.Release, of, count(p.Files, "file"), size(p.Bytes))
 	for _, line := range p.Does {
 		fmt.Fprintln(out, "  "+strings.ReplaceAll(strings.TrimSpace(line), "\n", "\n    "))
 	}
@@ -87,6 +91,13 @@ func printPlan(out io.Writer, p *deploy.Plan) error {
 		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\n", h.Host, cell(h.Role), batch, cell(h.Current), send, cell(strings.Join(problems, "; ")))
 	}
 	return w.Flush()
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func short(commit string) string { return commit[:min(7, len(commit))] }

@@ -9,8 +9,10 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/culvert-dev/culvert/pkg/cli/talk"
 	"github.com/culvert-dev/culvert/pkg/deploy"
@@ -82,7 +84,7 @@ func (a *app) change(ctx context.Context, o options, env, verb, what string, do 
 		return k8s(p)
 	}
 	steps := a.Steps()
-	steps.Begin(fmt.Sprintf("%s: %s, %d hosts", p.file.App, what, len(p.hosts)))
+	steps.Begin(fmt.Sprintf("%s: %s, %s", p.file.App, what, count(len(p.hosts), "host")))
 	r, err := a.open(ctx, o, p, a.teller(len(p.hosts)))
 	if r != nil {
 		defer r.Close()
@@ -98,7 +100,10 @@ func (a *app) change(ctx context.Context, o options, env, verb, what string, do 
 }
 
 const restartLong = `Restart what hosts run, one host after the other: out of traffic, restarted, in again once its
-gate is passed. The first that is not healthy again is the last one. Nothing is sent.`
+gate is passed. The first that is not healthy again is the last one. Nothing is sent.
+
+The pods of a workload are asked from within its namespace, by a shadow of $CULVERT_IMAGE that is
+removed again, or by port-forward where there can be none.`
 
 func (a *app) restartCommand() *cobra.Command {
 	var o options
@@ -222,14 +227,23 @@ func (a *app) applyCommand() *cobra.Command {
 				return talk.Usage(errors.New("--app is needed, or a --policy that has it"))
 			}
 			if asked := os.Getenv("SSH_ORIGINAL_COMMAND"); asked != "" && !strings.Contains(asked, "culvert apply") {
-				return &release.Error{Code: release.Refused, Text: fmt.Sprintf("this key is for culvert deploy, not for %q", asked)}
+				return &release.Error{Code: release.Refused, Text: fmt.Sprintf("this key is for culvert deploy, not for %.40q", asked)}
 			}
-			// A deployer who is gone must not end us by the next word to him.
+			if term.IsTerminal(int(os.Stdin.Fd())) {
+				return talk.Usage(errNobody)
+			}
+			// A deployer who is gone must not end us, by the next word to him or by a hangup.
+			signal.Reset(syscall.SIGHUP)
 			gone := make(chan os.Signal, 1)
-			signal.Notify(gone, syscall.SIGPIPE)
+			signal.Notify(gone, syscall.SIGPIPE, syscall.SIGHUP)
 			defer signal.Stop(gone)
 			o.Log = a.Logger()
-			return release.Serve(c.Context(), streams{}, o)
+			in := &streams{wait: time.AfterFunc(toDeployer, func() { fmt.Fprintln(a.Err, "culvert: "+errNobody.Error()) })}
+			err := release.Serve(c.Context(), in, o)
+			if in.wait.Stop() && err == nil {
+				err = errNobody
+			}
+			return err
 		},
 	}
 	f := c.Flags()
@@ -239,9 +253,23 @@ func (a *app) applyCommand() *cobra.Command {
 	return c
 }
 
-// streams are this process's own.
-type streams struct{}
+// errNobody is for a person who tries a key that is a job's.
+var errNobody = errors.New("this is a host's side of culvert deploy, which speaks to it on stdin; there is no shell")
 
-func (streams) Read(p []byte) (int, error)  { return os.Stdin.Read(p) }
-func (streams) Write(p []byte) (int, error) { return os.Stdout.Write(p) }
-func (streams) Close() error                { return errors.Join(os.Stdin.Close(), os.Stdout.Close()) }
+const toDeployer = 5 * time.Second // a deployer says something at once
+
+// streams are this process's own.
+type streams struct {
+	wait *time.Timer // for something to come
+}
+
+func (s *streams) Read(p []byte) (int, error) {
+	n, err := os.Stdin.Read(p)
+	if n > 0 {
+		s.wait.Stop()
+	}
+	return n, err
+}
+
+func (s *streams) Write(p []byte) (int, error) { return os.Stdout.Write(p) }
+func (s *streams) Close() error                { return errors.Join(os.Stdin.Close(), os.Stdout.Close()) }

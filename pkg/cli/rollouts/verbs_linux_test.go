@@ -272,11 +272,13 @@ func TestDeployVerbs(t *testing.T) {
 		return append([]string{verb, "-F", y.path("ssh_config")}, args...)
 	}
 
-	plan := y.does(0, "shop : release ", to("deploy", "--plan", "--commit", "1111111111")...)
-	if got, want := table(plan.out), "shop : release ID of 1111111, 1 files, 8 B\n switch: current\n restart: cmd grep -q good \"$CULVERT_TO/current/page\"\n health: cmd test -s \"$CULVERT_TO/current/page\"\n post_release: echo \"it is $CULVERT_RELEASE\"\n"+
+	plan := y.does(0, "shop: release ", to("deploy", "--plan", "--commit", "1111111111")...)
+	if got, want := table(plan.out), "shop: release ID of 1111111, 1 file, 8 B\n switch: current\n restart: cmd grep -q good \"$CULVERT_TO/current/page\"\n health: cmd test -s \"$CULVERT_TO/current/page\"\n post_release: echo \"it is $CULVERT_RELEASE\"\n"+
 		"HOST ROLE BATCH RUNS SEND PROBLEMS\nweb-1 web 1 - 8 B -\nweb-2 web 2 - 8 B -\nweb-3 web 3 - 8 B -\n"; got != want {
 		t.Errorf("the plan\n%s\nwant\n%s", got, want)
 	}
+	y.does(1, "web-1: nothing was deployed to ", to("rollback")...)
+	y.does(1, "web-1: nothing is current in ", to("exec", "--", "cat", "page")...)
 	one := y.does(0, "3 hosts switched", to("deploy", "--commit", "1111111111")...)
 	if got, want := table(one.out), "HOST ROLE RELEASE STATE WHY\nweb-1 web ID deployed was no release\nweb-2 web ID deployed was no release\nweb-3 web ID deployed was no release\n"; got != want {
 		t.Errorf("the table\n%s\nwant\n%s", got, want)
@@ -308,7 +310,7 @@ func TestDeployVerbs(t *testing.T) {
 		t.Errorf("%+v, %v", report, err)
 	}
 	y.shows("good three", names...)
-	y.does(0, "all 3 hosts run it already", to("deploy", "--commit", "3333333333", "--no-build")...)
+	y.does(0, "runs on 3 hosts already", to("deploy", "--commit", "3333333333", "--no-build")...)
 
 	y.does(0, "good three\n", to("exec", "--to", "web-2", "--", "cat", "page")...)
 	y.does(3, "web-1: ", to("exec", "--", "id")...)
@@ -375,16 +377,38 @@ func TestDeployBringsItself(t *testing.T) {
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nto: "+y.path("srv/shop")+"\nhosts: [plain]\n")
 	y.write("project/dist/page", "good one")
 	y.write("srv/.keep", "")
+	cached := func(name string) string { return y.path("home/.cache/culvert/" + name) }
+	old, younger, other := cached(strings.Repeat("0", 64)), cached(strings.Repeat("1", 64)), cached("other")
+	long := time.Now().Add(-32 * 24 * time.Hour)
+	for dir, used := range map[string]time.Time{old: long, other: long, younger: time.Now().Add(-28 * 24 * time.Hour)} {
+		if err := os.MkdirAll(filepath.Join(dir, "in"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(dir, time.Time{}, used); err != nil {
+			t.Fatal(err)
+		}
+	}
 	args := []string{"deploy", "-F", y.path("ssh_config"), "--commit", "1111111111"}
-	y.does(0, "plain: has culvert now", args...)
+	y.does(0, "plain: is sent culvert, ", args...)
 	y.shows("good one", "srv/shop")
-	brought, err := filepath.Glob(y.path("home/.cache/culvert/*/*"))
-	if err != nil || len(brought) != 1 || filepath.Base(brought[0]) != "culvert" {
+	for dir, stays := range map[string]bool{old: false, younger: true, other: true} {
+		if _, err := os.Stat(dir); (err == nil) != stays {
+			t.Errorf("%s: %v", dir, err)
+		}
+	}
+	brought, err := filepath.Glob(cached(strings.Repeat("?", 64) + "/culvert"))
+	if err != nil || len(brought) != 1 {
 		t.Fatalf("%v, %v", brought, err)
 	}
+	if err := os.Chtimes(filepath.Dir(brought[0]), time.Time{}, long); err != nil {
+		t.Fatal(err)
+	}
 	y.write("project/dist/page", "good two")
-	if again := y.does(0, "1 hosts switched", args...); strings.Contains(again.err, "culvert now") {
+	if again := y.does(0, "1 host switched", args...); strings.Contains(again.err, "is sent culvert") {
 		t.Errorf("it was brought again: %s", again.err)
+	}
+	if info, err := os.Stat(filepath.Dir(brought[0])); err != nil || !info.ModTime().After(long.Add(time.Hour)) {
+		t.Errorf("it is not said that it was used: %v", err)
 	}
 	y.shows("good two", "srv/shop")
 	y.does(0, "good two", "exec", "-F", y.path("ssh_config"), "--", "sh", "-c", "cat page")
@@ -411,7 +435,7 @@ func TestDeployThroughHub(t *testing.T) {
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhub: "+at+"\nhosts: [db-01]\n")
 	y.write("project/dist/page", "good one")
 	args := []string{"-F", y.path("ssh_config"), "-i", y.key("db-01")}
-	y.does(0, "1 hosts switched", append([]string{"deploy", "--commit", "1111111111"}, args...)...)
+	y.does(0, "1 host switched", append([]string{"deploy", "--commit", "1111111111"}, args...)...)
 	y.shows("good one", "db-01")
 	y.write("project/culvert.yaml", "app: shop\nfrom: dist\nhub: "+at+"\nhosts: [db-01, db-02]\n")
 	y.does(1, "db-02: ", append([]string{"deploy", "--commit", "2222222222"}, args...)...)
@@ -432,7 +456,7 @@ func TestDeployerKilled(t *testing.T) {
 	args := []string{"deploy", "-v", "--wait", "1m", "-F", y.path("ssh_config"), "--commit", "1111111111"}
 	y.write("project/dist/page", "first")
 	y.does(0, "2 hosts switched", args...)
-	for _, at := range []string{"… deploy shop", "web-1: switch", "web-1: health", "web-2: switch"} {
+	for _, at := range []string{"… deploy shop", "web-1: pre_release", "web-1: switch", "web-1: restart", "web-1: health", "web-1: post_release", "web-2: switch"} {
 		y.write("project/dist/page", at)
 		cmd := exec.CommandContext(t.Context(), y.culvert, args...)
 		cmd.Dir, cmd.Env = y.path("project"), []string{"PATH=" + os.Getenv("PATH"), "HOME=" + y.path("me")}
@@ -459,5 +483,10 @@ func TestDeployerKilled(t *testing.T) {
 		}
 		y.does(0, "shop ", args...)
 		y.shows(at, "web-1", "web-2")
+	}
+	for until := time.Now().Add(soon); exec.Command("pgrep", "-f", "ssh .*-F "+y.path("ssh_config")).Run() == nil; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("an ssh of a deployer who was killed is still there")
+		}
 	}
 }

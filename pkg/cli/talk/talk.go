@@ -144,3 +144,11 @@ func (p *Person) Interruptible() (ctx context.Context, stop func()) {
 	p.Hurry = again.Done()
 	return ctx, sync.OnceFunc(func() { signal.Stop(signals); close(signals); cancel(); told() })
 }
+
+// OutliveReaders lets writes to a closed pipe fail like any other: of "culvert
+// connect | tee log" Ctrl-C ends tee first, and there is much to put back.
+func OutliveReaders() (stop func()) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGPIPE)
+	return func() { signal.Stop(signals) }
+}
