@@ -7,8 +7,10 @@ import (
 )
 
 // onSystemd makes the machine a host of shop's: apply is root's there, behind a forced command
-// and a policy, and shop is run by a unit, as www. The project is in /root/w.
+// and a policy, and shop is run by a unit, as www. The project is in /root/w. The shell is one
+// that reads nothing of what root has for his own.
 const onSystemd = `
+sed -i 's|^\(root:.*:\).*|\1/bin/sh|' /etc/passwd
 echo www:*:60001:60001::/nowhere:/bin/sh >>/etc/passwd
 mkdir -p /root/w/dist /data /etc/culvert /run/sshd
 cd /root/w
