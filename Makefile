@@ -47,7 +47,7 @@ images:
 cluster-up: $(CLUSTER) images
 	$(CLUSTER) up
 
-# What the cluster and the tests need: Debian packages, Kubernetes, images.
+# What the cluster and the tests need: Debian packages, Kubernetes, images, Consul.
 prepare: $(CLUSTER)
 	$(CLUSTER) build
 

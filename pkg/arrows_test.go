@@ -17,7 +17,7 @@ const module = "github.com/culvert-dev/culvert/"
 // layers is the map of doc.go, lowest first. A package imports only from
 // layers below its own.
 var layers = [][]string{
-	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk", "pkg/consul"},
+	{"manifests", "pkg/catalog", "pkg/channel/internal/deadline", "pkg/resolver/resolvertest", "pkg/strangers", "pkg/cgroup", "pkg/cli/talk", "pkg/consul", "pkg/consul/consultest"},
 	{"pkg/ca", "pkg/ca/catest"},
 	{"pkg/channel", "pkg/dns/dnstest"},
 	{"pkg/relay", "pkg/process", "pkg/fdpass", "pkg/channel/memchan", "pkg/release"},

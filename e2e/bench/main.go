@@ -79,7 +79,7 @@ func parseOptions(args []string) (o options, err error) {
 	f.BoolVar(&o.cluster, "cluster", true, "measure on a cluster that is up, too")
 	f.BoolVar(&o.crowd, "crowd", true, "measure among 10,000 Services of it, too, which takes minutes")
 	f.IntVar(&o.hosts, "hosts", 1000, "`number` of hosts at one hub, which takes minutes; 0 is none")
-	ships := f.String("deploys", "100ms", "`links` over which a release goes to a host, by comma; empty is none")
+	ships := f.String("deploys", "0,100ms", "`links` over which a release goes to a host, by comma; empty is none")
 	f.Float64Var(&o.seconds, "seconds", 2, "`length` of one load, in whole seconds")
 	f.IntVar(&o.rounds, "rounds", 1, "`number` of rounds that medians are taken of")
 	f.StringVar(&o.base, "base", "ssh", "`path` that ratios are to")

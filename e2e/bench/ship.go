@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -38,6 +39,7 @@ type carrier struct {
 	path
 	config string // of ssh, by the name of a file
 	once   bool   // it knows no other way for what has changed
+	slow   bool   // one round of it is enough
 	// command has the tree in the folder to/nth when it ends, or in to/current.
 	command func(s *shipment, nth int) []string
 }
@@ -49,7 +51,7 @@ const (
 )
 
 var carriers = []carrier{
-	{path: path{name: "scp", what: "scp -r", needs: []string{"scp"}}, config: coldConfig, once: true, command: (*shipment).scp},
+	{path: path{name: "scp", what: "scp -r", needs: []string{"scp"}}, config: coldConfig, once: true, slow: true, command: (*shipment).scp},
 	{path: path{name: "tar", what: "tar | zstd | ssh tar", needs: []string{"tar"}, lacks: lacksZstd}, config: coldConfig, once: true, command: (*shipment).tar},
 	{path: path{name: "rsync", what: "rsync -az, then with --link-dest", needs: []string{"rsync"}}, config: coldConfig, command: (*shipment).rsync},
 	{path: path{name: "rsync-master", what: "the same by ssh's ControlMaster", needs: []string{"rsync"}}, config: warmConfig, command: (*shipment).rsync},
@@ -130,6 +132,9 @@ func (b *bench) ships(ctx context.Context, c condition, o options) error {
 		return nil
 	}
 	b.report.note(fmt.Sprintf("files are text, all together %.2f MB, by zstd %.2f MB; scp and tar would send all of it again", float64(shipFiles*shipSize)/1e6, float64(squeezed())/1e6))
+	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
+		b.report.note(fmt.Sprintf("load average of the machine before deploys with %s: %s", c.words(), bytes.Join(bytes.Fields(load)[:3], []byte(" "))))
+	}
 	l, err := openLink(ctx, b.self, c)
 	if err != nil {
 		return err
@@ -141,8 +146,12 @@ func (b *bench) ships(ctx context.Context, c condition, o options) error {
 	s := b.report.begin(fmt.Sprintf("%d files of %g KB to a host, %s", shipFiles, float64(shipSize)/1000, c.words()), "deploy-"+c.file(), "rsync")
 	for round := range o.rounds {
 		for _, p := range of {
+			carrier := carriers[slices.IndexFunc(carriers, func(c carrier) bool { return c.name == p.name })]
+			if carrier.slow && round > 0 {
+				continue
+			}
 			fmt.Fprintf(os.Stderr, "%s, round %d of %d: %s\n", s.Title, round+1, o.rounds, p.what)
-			err := errors.Join(b.ship(ctx, p.name, s.outcome(p.name)), l.alive())
+			err := errors.Join(b.ship(ctx, carrier, s.outcome(p.name)), l.alive())
 			if ctx.Err() != nil {
 				return errors.Join(ctx.Err(), undo(), l.close())
 			}
@@ -155,13 +164,8 @@ func (b *bench) ships(ctx context.Context, c condition, o options) error {
 }
 
 // ship has one carrier bring the tree, and then what has changed.
-func (b *bench) ship(ctx context.Context, name string, to *outcome) error {
-	s := &shipment{self: b.self, to: filepath.Join(hostDisk, name)}
-	for _, c := range carriers {
-		if c.name == name {
-			s.carrier = c
-		}
-	}
+func (b *bench) ship(ctx context.Context, c carrier, to *outcome) error {
+	s := &shipment{carrier: c, self: b.self, to: filepath.Join(hostDisk, c.name)}
 	if err := errors.Join(os.RemoveAll(s.to), os.MkdirAll(s.to, 0o755), plant(s.tree(), 0, shipFiles), s.project()); err != nil {
 		return err
 	}

@@ -41,7 +41,7 @@ const usage = `usage: cluster COMMAND
                            (environment: NODES=1|2, PROXY_MODE=iptables|nftables, SAMPLE=0|1)
   down                     takes it down and leaves nothing
   status                   which hosts are up, and the pods
-  build                    programs and images into the cache, no more
+  build                    programs and images into the cache, Consul for tests too, no more
   exec [--uid N] HOST -- CMD ARG...
                            runs CMD on laptop, laptop2, router, node1 or node2
   kubectl ARG...           kubectl on the laptop, as cluster-admin

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -55,6 +56,15 @@ func wanted() (shape, error) {
 	return s, nil
 }
 
+// programs are those of a cluster, and the images that it runs.
+func programs(p paths) (bin string, images []string, err error) {
+	if bin, err = build(p); err != nil {
+		return "", nil, err
+	}
+	images, err = buildImages(p, bin)
+	return bin, images, err
+}
+
 // up brings a fresh cluster up. What fails for free comes first.
 func up(p paths, buildOnly bool) error {
 	s, err := wanted()
@@ -65,12 +75,14 @@ func up(p paths, buildOnly bool) error {
 	if err := install(); err != nil {
 		return err
 	}
-	bin, err := build(p)
-	if err != nil {
-		return err
+	var consul error
+	var beside sync.WaitGroup
+	if buildOnly {
+		beside.Go(func() { consul = buildConsul(p) })
 	}
-	images, err := buildImages(p, bin)
-	if err != nil {
+	bin, images, err := programs(p)
+	beside.Wait()
+	if err := errors.Join(err, consul); err != nil {
 		return err
 	}
 	said.done("programs and images built")

@@ -109,6 +109,36 @@ func (r *Registry) healthyAtAgent(ctx context.Context, i Instance) (lacks string
 	return "", nil
 }
 
+// checkTimeout is that of a check which has none of its own.
+const checkTimeout = 10 * time.Second
+
+// round is the time in which all checks of an instance are made once. It is 0 for those
+// by TTL, whose verdict is the program's own.
+func (r *Registry) round(ctx context.Context, i Instance) (longest time.Duration, err error) {
+	agent, err := r.agent(i)
+	if err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	var all map[string]struct{ ServiceID, Interval, Timeout string } // the client's own type has no times
+	if _, err := agent.Raw().Query("/v1/agent/checks", &all, (&api.QueryOptions{}).WithContext(ctx)); err != nil {
+		return 0, sorted(err)
+	}
+	for _, c := range all {
+		every, err := time.ParseDuration(c.Interval)
+		if c.ServiceID != i.ID || err != nil || every == 0 {
+			continue
+		}
+		within, err := time.ParseDuration(c.Timeout)
+		if err != nil || within == 0 {
+			within = checkTimeout
+		}
+		longest = max(longest, every+within)
+	}
+	return longest, nil
+}
+
 // Deregister removes an instance at the agent that owns it, and waits until the
 // registry agrees. Where the agent does not know of it, or is dead by what the other
 // nodes say, nobody would put it back, and it is removed from the catalog.

@@ -67,6 +67,7 @@ type Registry struct {
 	mu     sync.Mutex
 	agents map[string]*api.Client
 	self   string // the node of the agent that is asked; "" before it is known
+	denied bool   // that may not be known
 }
 
 // New asks nothing yet.
@@ -157,9 +158,12 @@ func (r *Registry) instances(ctx context.Context, service string) ([]Instance, e
 	}
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	entries, _, err := r.client.Health().Service(service, "", false, (&api.QueryOptions{RequireConsistent: true}).WithContext(ctx))
-	if err != nil {
+	entries, meta, err := r.client.Health().Service(service, "", false, (&api.QueryOptions{RequireConsistent: true}).WithContext(ctx))
+	switch {
+	case err != nil:
 		return nil, sorted(err)
+	case meta.ResultsFilteredByACLs: // what may not be read is left out, and the rest is no answer
+		return nil, fmt.Errorf("%w: the token may not read all of its instances, or their nodes", ErrForbidden)
 	}
 	var all []Instance
 	for _, e := range entries {
@@ -201,7 +205,8 @@ func weigh(checks api.HealthChecks) (healthy, drained bool, trouble string) {
 			drained = true
 		case c.Status != api.HealthPassing:
 			healthy = false
-			trouble = strings.TrimSpace(fmt.Sprintf("%s is %s: %s", cmp.Or(c.Name, c.CheckID), c.Status, strings.TrimSpace(c.Output)))
+			output, _, _ := strings.Cut(strings.TrimSpace(c.Output), "\n") // a whole page, of a check by HTTP
+			trouble = strings.TrimSuffix(fmt.Sprintf("%s is %s: %s", cmp.Or(c.Name, c.CheckID), c.Status, output), ": ")
 		}
 	}
 	return healthy, drained, trouble
@@ -226,7 +231,7 @@ func (r *Registry) know(ctx context.Context) error {
 	if err = sorted(err); err != nil && !errors.Is(err, ErrForbidden) {
 		return err
 	}
-	r.self = own.Config.NodeName
+	r.self, r.denied = own.Config.NodeName, err != nil
 	return nil
 }
 

@@ -47,7 +47,7 @@ func (r *Registry) Roll(ctx context.Context, cfg RollConfig) error {
 		return err
 	}
 	if len(all) == 0 {
-		return fmt.Errorf("restart %s: %w", cfg.Service, ErrNoInstance)
+		return fmt.Errorf("restart %s: %w", cfg.Service, r.noneSeen())
 	}
 	turns := inTurn(all)
 	for n, i := range turns {
@@ -59,6 +59,17 @@ func (r *Registry) Roll(ctx context.Context, cfg RollConfig) error {
 		all = append(all, t.now)
 	}
 	return nil
+}
+
+// noneSeen is the error of an empty list. Who asks without a token is not told that
+// something is hidden.
+func (r *Registry) noneSeen() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.denied {
+		return fmt.Errorf("%w that may be seen: %w", ErrNoInstance, ErrForbidden)
+	}
+	return ErrNoInstance
 }
 
 // inTurn puts first what does not work anyway, and of an id that is registered twice
@@ -93,6 +104,9 @@ type turn struct {
 	known []Instance // before, and those that came since
 	now   Instance   // in its place
 	words string
+
+	changed   Instance // a known registration that is of another start since changedAt
+	changedAt time.Time
 }
 
 func (t *turn) say(format string, args ...any) { t.cfg.Say(t.words + fmt.Sprintf(format, args...)) }
@@ -164,9 +178,10 @@ func (t *turn) undrainOld(ctx context.Context) error {
 }
 
 // is tells of two views of the same start of the same registration. Without a word for
-// the start it is the registration's making that counts, which a change of it leaves.
+// the start it is the registration's making that counts, and where it leads: a program
+// that ends without a word and starts again elsewhere only changes it.
 func (i Instance) is(o Instance) bool {
-	return i.same(o) && i.Start == o.Start && (i.Start != "" || i.created == o.created)
+	return i.same(o) && i.Start == o.Start && (i.Start != "" || i.created == o.created && i.Address == o.Address && i.Port == o.Port)
 }
 
 // await waits for the new instance.
@@ -193,7 +208,10 @@ func (t *turn) find(ctx context.Context, all []Instance) (lacks string, found bo
 			lacks = fmt.Sprintf("%s is new, but %s", i, cmp.Or(i.Trouble, "does not pass"))
 			continue
 		}
-		says, err := t.r.healthyAtAgent(ctx, i)
+		says, err := t.judgedBefore(ctx, i)
+		if err == nil && says == "" {
+			says, err = t.r.healthyAtAgent(ctx, i)
+		}
 		if err != nil {
 			says = err.Error()
 		}
@@ -209,6 +227,23 @@ func (t *turn) find(ctx context.Context, all []Instance) (lacks string, found bo
 		lacks = fmt.Sprintf("%s is new, but %s", i, says)
 	}
 	return lacks, false
+}
+
+// judgedBefore says so of a registration that was only changed, until its agent must have
+// checked it again: what its checks say is carried over, and of the start before.
+func (t *turn) judgedBefore(ctx context.Context, i Instance) (lacks string, err error) {
+	carried := func(k Instance) bool { return k.same(i) && k.created == i.created }
+	if !slices.ContainsFunc(t.known, carried) {
+		return "", nil
+	}
+	if !t.changed.is(i) {
+		t.changed, t.changedAt = i, time.Now()
+	}
+	round, err := t.r.round(ctx, i)
+	if err != nil || time.Since(t.changedAt) >= round {
+		return "", err
+	}
+	return fmt.Sprintf("its checks, which take up to %v, may have passed on the one before", round), nil
 }
 
 // settle leads clients to the new one and removes what is left of the old, so that the

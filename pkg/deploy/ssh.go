@@ -190,15 +190,33 @@ func startWire(args []string) (*sshWire, error) {
 		in.Close()
 		return nil, err
 	}
+	words, said, err := os.Pipe()
+	if err != nil {
+		for _, f := range []*os.File{theirs, in, out, ours} {
+			f.Close()
+		}
+		return nil, err
+	}
 	life, end := context.WithCancel(context.Background())
 	w := &sshWire{in: in, out: out, end: end, ended: make(chan struct{})}
 	go func() {
 		defer close(w.ended)
 		defer ours.Close()
 		defer theirs.Close()
+		defer words.Close()
+		heard := make(chan struct{})
+		go func() {
+			defer close(heard)
+			_, _ = io.Copy(&w.said, words)
+		}()
 		w.err = process.Run(life, process.Config{
-			Args: append([]string{"ssh"}, args...), Stdin: theirs, Stdout: ours, Stderr: &w.said, Patience: toHangUp,
+			Args: append([]string{"ssh"}, args...), Stdin: theirs, Stdout: ours, Stderr: said, Patience: toHangUp,
 		})
+		said.Close()
+		select {
+		case <-heard:
+		case <-life.Done(): // a master of ssh holds it for a round trip more
+		}
 	}()
 	return w, nil
 }

@@ -151,7 +151,7 @@ func (cfg AgentConfig) silence() time.Duration { return max(3*time.Second, 2*cfg
 // NewAgent starts nothing.
 func NewAgent(cfg AgentConfig) *Agent {
 	cfg = cfg.withDefaults()
-	a := &Agent{cfg: cfg, streams: resume.NewHost(), said: map[Offer]string{}, vain: map[string]time.Time{}, changes: make(chan struct{})}
+	a := &Agent{cfg: cfg, streams: resume.NewHost(cfg.notice()), said: map[Offer]string{}, vain: map[string]time.Time{}, changes: make(chan struct{})}
 	for i := range a.legs {
 		l := &leg{Agent: a}
 		l.keep = channel.NewKeep(channel.KeepConfig{
@@ -392,13 +392,16 @@ func (l *leg) dialBy(ctx context.Context, dial func(context.Context) (net.Conn, 
 // lostAfter is how many beats of silence end a wire.
 const lostAfter = 7
 
+// notice is how long a wire may be lost before that is known.
+func (cfg AgentConfig) notice() time.Duration { return lostAfter * cfg.Beat }
+
 // open makes a wire to a hub, and asks it which one it is.
 func (cfg AgentConfig) open(ctx context.Context, dial func(context.Context) (net.Conn, error)) (c channel.Channel, info Info, err error) {
 	conn, err := dial(ctx)
 	if err != nil {
 		return nil, info, err
 	}
-	patience(conn, lostAfter*cfg.Beat)
+	patience(conn, cfg.notice())
 	wire, err := tlschan.Dial(ctx, conn, tlschan.Config{Identity: cfg.identity(), Beat: cfg.Beat})
 	if err != nil {
 		return nil, info, err

@@ -81,6 +81,7 @@ type counted struct {
 	over    func()
 	sum     *metrics // to which these count, too; nil: to none
 	wait    *wait
+	why     atomic.Pointer[error] // the hub has ended it; nil: it has not
 }
 
 func (c *counted) took(n int) {
@@ -100,7 +101,7 @@ func (c *counted) gave(n int) {
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	c.took(n)
-	return n, err
+	return n, c.because(err)
 }
 
 func (c *counted) Write(p []byte) (int, error) {
@@ -108,16 +109,18 @@ func (c *counted) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
 	c.wait.writing.Store(false)
 	c.gave(n)
-	return n, err
+	return n, c.because(err)
 }
 
 // WriteTo keeps the cheaper way of a connection that has its own buffers.
 func (c *counted) WriteTo(w io.Writer) (n int64, err error) {
 	to := tally{w, c}
 	if from, ok := c.Conn.(io.WriterTo); ok {
-		return from.WriteTo(to)
+		n, err = from.WriteTo(to)
+	} else {
+		n, err = relay.Copy(to, c.Conn)
 	}
-	return relay.Copy(to, c.Conn)
+	return n, c.because(err)
 }
 
 // tally counts what comes from a host.
@@ -137,6 +140,20 @@ func (c *counted) CloseWrite() error {
 		return half.CloseWrite()
 	}
 	return nil
+}
+
+// because is err, or why the hub has ended it: who is joined to it is told so.
+func (c *counted) because(err error) error {
+	if why := c.why.Load(); err != nil && why != nil {
+		return *why
+	}
+	return err
+}
+
+// end is for the hub, which nobody has asked to.
+func (c *counted) end(why error) {
+	c.why.Store(&why)
+	_ = c.Abort(why)
 }
 
 func (c *counted) Abort(reason error) error {

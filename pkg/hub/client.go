@@ -27,7 +27,7 @@ func NewClient(cfg AgentConfig) *Client {
 		Open: open, OpenTimeout: wireLimit, Beside: open, BesideTimeout: wireLimit, Silence: cfg.silence(),
 		MinBackoff: leastBackoff, MaxBackoff: clientBackoff, Log: cfg.Log,
 	})
-	hosts.streams = resume.NewClient(again{hosts})
+	hosts.streams = resume.NewClient(again{hosts}, cfg.notice())
 	return hosts
 }
 

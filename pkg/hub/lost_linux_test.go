@@ -230,7 +230,9 @@ func (w *way) login(y *yard, name string) {
 	cmd := exec.CommandContext(ctx, one.Path, one.Args[1:]...)
 	cmd.Env = append(os.Environ(), "CULVERT_HUB_TEST="+y.dir)
 	cmd.WaitDelay = time.Second // nc outlives a hub that it goes through, and waits for its own side
-	out, err := cmd.CombinedOutput()
+	var said strings.Builder    // by ssh, and by whatever a shell of this machine begins with
+	cmd.Stderr = &said
+	out, err := cmd.Output()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.begun++; err == nil && strings.HasSuffix(strings.TrimSpace(string(out)), "in") {
@@ -239,7 +241,7 @@ func (w *way) login(y *yard, name string) {
 	if w.failed == nil {
 		w.failed = map[time.Time]string{}
 	}
-	w.failed[began] = fmt.Sprintf("%s, login %d: %v: %s", name, w.begun, err, out)
+	w.failed[began] = fmt.Sprintf("%s, login %d: %v: %s%s", name, w.begun, err, out, said.String())
 }
 
 // holders are the hubs that a host is attached to, which they say to another hub.

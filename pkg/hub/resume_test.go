@@ -50,7 +50,7 @@ func TestOlderHub(t *testing.T) {
 			c.Close()
 		}
 	}()
-	if _, err := resume.NewClient(hub).Dial(ctx, "db-01:22"); err == nil || !isPlain(err) {
+	if _, err := resume.NewClient(hub, 0).Dial(ctx, "db-01:22"); err == nil || !isPlain(err) {
 		t.Errorf("%v", err)
 	}
 	if c, err := hub.DialContext(ctx, "tcp", "db-01:22"); err == nil {

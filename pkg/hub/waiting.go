@@ -107,7 +107,7 @@ func (w *waiting) watch(ctx context.Context, log *slog.Logger) {
 		}
 		for _, c := range w.tooMany() {
 			log.Warn("a connection has ended, for "+slowError{}.Error(), "account", c.account)
-			c.conn.Abort(slowError{})
+			c.conn.end(slowError{})
 		}
 	}
 }
@@ -119,7 +119,7 @@ func (w *waiting) recheck() {
 	w.mu.Unlock()
 	for _, c := range all {
 		if c.still != nil && !c.still() {
-			c.conn.Abort(&forbiddenError{"this connection"})
+			c.conn.end(&forbiddenError{"this connection"})
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package release
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -182,6 +183,10 @@ func fetch(ctx context.Context, method, address string, status int, see func(htt
 	if err != nil {
 		return nil, err
 	}
+	return answer(req, status, see)
+}
+
+func answer(req *http.Request, status int, see func(http.Header, []byte) error) (text []byte, err error) {
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: (&net.Dialer{}).DialContext, MaxResponseHeaderBytes: 64 << 10} // whatever proxy is set
 	client := http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	resp, err := client.Do(req)
@@ -191,10 +196,10 @@ func fetch(ctx context.Context, method, address string, status int, see func(htt
 	defer resp.Body.Close()
 	text, err = io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	if err != nil {
-		return nil, fmt.Errorf("%s %s: %w", method, address, err)
+		return nil, fmt.Errorf("%s %s: %w", req.Method, req.URL, err)
 	}
 	if status != 0 && resp.StatusCode != status || status == 0 && resp.StatusCode/100 != 2 {
-		return nil, fmt.Errorf("%s %s: %s", method, address, resp.Status)
+		return nil, fmt.Errorf("%s %s: %s", req.Method, req.URL, resp.Status)
 	}
 	if see != nil {
 		return text, see(resp.Header, text)
@@ -213,16 +218,9 @@ func plain(err error) error {
 // maintenance takes the instances of a service at the local agent out of the catalog's passing
 // ones, or puts them back.
 func maintenance(ctx context.Context, a *Action, off bool, id string) error {
-	agent := os.Getenv("CONSUL_HTTP_ADDR")
-	if agent == "" {
-		agent = "127.0.0.1:8500"
-	}
-	if !strings.Contains(agent, "://") {
-		agent = "http://" + agent
-	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	text, err := fetch(ctx, http.MethodGet, agent+"/v1/agent/services", 0, nil)
+	text, err := askConsul(ctx, http.MethodGet, "/v1/agent/services")
 	if err != nil {
 		return fmt.Errorf("ask the consul agent: %w", err)
 	}
@@ -237,14 +235,30 @@ func maintenance(ctx context.Context, a *Action, off bool, id string) error {
 		}
 		found = true
 		q := url.Values{"enable": {strconv.FormatBool(off)}, "reason": {"culvert: release " + id}}
-		if _, err := fetch(ctx, http.MethodPut, agent+"/v1/agent/service/maintenance/"+url.PathEscape(s.ID)+"?"+q.Encode(), 0, nil); err != nil {
+		if _, err := askConsul(ctx, http.MethodPut, "/v1/agent/service/maintenance/"+url.PathEscape(s.ID)+"?"+q.Encode()); err != nil {
 			return fmt.Errorf("maintenance of %s: %w", s.ID, err)
 		}
 	}
-	if !found && off {
-		return fmt.Errorf("the consul agent knows no service %s", a.Arg)
+	if !found && off { // what its ACL does not let us read is left out, and nothing said of it
+		return fmt.Errorf("the consul agent knows no service %s, or none that CONSUL_HTTP_TOKEN may read", a.Arg)
 	}
 	return nil
+}
+
+// askConsul asks the local agent.
+func askConsul(ctx context.Context, method, path string) ([]byte, error) {
+	agent := cmp.Or(os.Getenv("CONSUL_HTTP_ADDR"), "127.0.0.1:8500")
+	if !strings.Contains(agent, "://") {
+		agent = "http://" + agent
+	}
+	req, err := http.NewRequestWithContext(ctx, method, agent+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	if token := os.Getenv("CONSUL_HTTP_TOKEN"); token != "" {
+		req.Header.Set("X-Consul-Token", token)
+	}
+	return answer(req, 0, nil)
 }
 
 // How supervisorctl tells of a process that runs, and of one that it starts no more.

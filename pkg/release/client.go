@@ -231,7 +231,7 @@ const partOf = 1 << 20
 // mean that the release is there already; Ship is asked in any case.
 func (c *Client) Offer(ctx context.Context, o Offer) (missing []Piece, err error) {
 	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
-	if c.ahead != "" && c.ahead == o.ID {
+	if c.ahead != "" && c.ahead == o.ID && !o.Plan {
 		c.ahead = ""
 	} else if err := c.sendOffer(o); err != nil {
 		return nil, err

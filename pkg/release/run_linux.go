@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/user"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -89,6 +90,8 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // a hook does not go on beside the repair of what it is a part of
 	if j.as != nil {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: j.as.uid, Gid: j.as.gid, Groups: j.as.groups}
+		// The token is ours; a hook is the deployer's text, run as somebody else.
+		cmd.Env = slices.DeleteFunc(cmd.Env, func(v string) bool { return strings.HasPrefix(v, "CONSUL_HTTP_TOKEN=") })
 		cmd.Env = append(cmd.Env, "HOME="+j.as.home, "USER="+j.as.name, "LOGNAME="+j.as.name)
 	}
 	out := &output{line: j.line}

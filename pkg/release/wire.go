@@ -230,7 +230,7 @@ type Action struct {
 	//	            release. It is deleted and started, for pm2 keeps the folder it once resolved
 	//	http        Arg is "[METHOD] URL"; POST if not said
 	//	cmd         Arg is for sh -ec
-	//	consul      of Drain: Arg is a service's name or id at the local agent (CONSUL_HTTP_ADDR)
+	//	consul      of Drain: Arg is a service's name or id at the local agent (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN)
 	Kind string `json:"kind"`
 	Arg  string `json:"arg"`
 	// Undo takes a drain back: of http and cmd, in the form of Arg.

@@ -30,9 +30,9 @@ type Client struct {
 	streams map[*Stream]bool
 }
 
-// NewClient starts nothing.
-func NewClient(to Dialer) *Client {
-	return &Client{to: to, budget: newBudget(), hold: holdFor, pause: leastAgain, streams: map[*Stream]bool{}}
+// NewClient starts nothing. notice is how long a wire may be lost before that is known.
+func NewClient(to Dialer, notice time.Duration) *Client {
+	return &Client{to: to, budget: newBudget(), hold: holdFor(notice), pause: leastAgain, streams: map[*Stream]bool{}}
 }
 
 // Close breaks off what is open. Hosts have so long to hear of it.
@@ -57,16 +57,16 @@ func (c *Client) keep(s *Stream) {
 }
 
 // Dial opens a stream of "tcp" to a Host's listener. When its connection is lost, it is dialled
-// again, at once and then ever less often, for a minute; unless that is not permitted any
-// more, the host has forgotten it, or there is nothing left to dial by (net.ErrClosed). Then
-// the stream fails with that. An error of the first dial is given as it is.
+// again, at once and then ever less often, for as long as a Host holds it; unless a hub has ended
+// it, that is not permitted any more, the host has forgotten it, or there is nothing left to dial
+// by (net.ErrClosed). Then the stream fails with that. An error of the first dial is given as it is.
 func (c *Client) Dial(ctx context.Context, address string) (*Stream, error) {
 	d := &dialled{Client: c, address: address, token: newToken()}
 	conn, err := c.to.DialContext(ctx, call{token: d.token}.network(), address)
 	if err != nil {
 		return nil, err
 	}
-	s := newStream(true, conn.LocalAddr(), conn.RemoteAddr(), c.budget, func(s *Stream, lasted bool, _ error) { go d.again(s, lasted) })
+	s := newStream(true, conn.LocalAddr(), conn.RemoteAddr(), c.budget, d.lost)
 	c.keep(s)
 	s.attach(conn)
 	return s, nil
@@ -86,6 +86,14 @@ const (
 	leastAgain = 50 * time.Millisecond
 	doublings  = 4 // of the pause
 )
+
+func (d *dialled) lost(s *Stream, lasted bool, err error) {
+	if isEnded(err) {
+		s.finish(err)
+		return
+	}
+	go d.again(s, lasted)
+}
 
 // again dials until there is a connection, or none is to be had. One that has not lasted is
 // as none.

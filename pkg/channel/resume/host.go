@@ -15,8 +15,8 @@ import (
 )
 
 // A Host is the end that listens, by as many listeners as there are ways to it: a stream that
-// came by one may go on by another. One that is lost it holds for a minute, and of many those
-// that were lost last.
+// came by one may go on by another. One that is lost it holds for a while, and of too many it lets
+// go of those of the client that has most.
 type Host struct {
 	budget *budget
 	hold   time.Duration
@@ -34,16 +34,21 @@ type held struct {
 	*Stream
 	token token
 	at    string // what was asked for
-	taken bool   // it was answered
+	taken bool   // it is answered; no others wait then
 	timer *time.Timer
+
+	others []channel.Pending // more dials of it, for which the answer is that of the first
 }
+
+// mostAsking bounds the dials of one stream that wait: a hub has one for each way to the host.
+const mostAsking = 16
 
 // spokenIn is how long a further connection has to be spoken by: who dials does so at once.
 const spokenIn = 10 * time.Second
 
-// NewHost starts nothing.
-func NewHost() *Host {
-	return &Host{budget: newBudget(), hold: holdFor, most: mostHeld, streams: map[token]*held{}}
+// NewHost starts nothing. notice is how long a wire may be lost before that is known.
+func NewHost(notice time.Duration) *Host {
+	return &Host{budget: newBudget(), hold: holdFor(notice), most: mostHeld, streams: map[token]*held{}}
 }
 
 // Listener has what ln accepts: what a Client has dialled are Streams, each once, whatever
@@ -77,23 +82,24 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// take is nil for another connection of a stream that is known.
+// take is nil for another connection of a stream that is known, and for another dial of one that
+// waits to be answered: it waits, too, so that there is one dial of what the stream leads to.
 func (h *Host) take(p channel.Pending, asked call, at string) *pending {
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	s := h.streams[asked.token]
-	known := s != nil && s.taken && s.at == at
-	if h.closed || s != nil && s.at != at || asked.again && !known {
-		h.mu.Unlock()
+	switch {
+	case h.closed, s != nil && s.at != at, asked.again && (s == nil || !s.taken), s != nil && len(s.others) >= mostAsking:
 		h.answer(p, ErrForgotten, nil)
 		return nil
-	}
-	if known {
-		h.mu.Unlock()
+	case s != nil && s.taken:
 		h.answer(p, nil, s)
 		return nil
+	case s != nil:
+		s.others = append(s.others, p)
+		return nil
 	}
-	defer h.mu.Unlock()
-	s = &held{token: asked.token, at: at} // where there is one that waits to be answered, it has waited in vain
+	s = &held{token: asked.token, at: at}
 	s.Stream = newStream(false, p.LocalAddr(), p.RemoteAddr(), h.budget, func(_ *Stream, _ bool, err error) { h.holds(s, err) })
 	h.streams[asked.token] = s
 	h.working.Go(func() {
@@ -137,10 +143,9 @@ func (h *Host) found(s *held, by net.Conn) {
 	s.attach(by, first...)
 }
 
-// holds keeps a stream that is lost, for a while. What is not permitted any more is not kept:
-// a hub has broken it off, and said so.
+// holds keeps a stream that is lost, for a while, unless a hub has ended it.
 func (h *Host) holds(s *held, err error) {
-	if errors.Is(err, syscall.EACCES) {
+	if isEnded(err) {
 		s.finish(err)
 		return
 	}
@@ -152,7 +157,7 @@ func (h *Host) holds(s *held, err error) {
 	h.lost = append(h.lost, s)
 	var first *held
 	if len(h.lost) > h.most {
-		first = h.lost[0]
+		first = h.tooMany()
 		h.unlist(first)
 	}
 	h.mu.Unlock()
@@ -164,6 +169,27 @@ func (h *Host) holds(s *held, err error) {
 		h.unlist(s)
 		h.mu.Unlock()
 	}
+}
+
+// tooMany is what is let go of those that are lost: the one that was lost first of who has most, so
+// that nobody has those of others forgotten. mu is held.
+func (h *Host) tooMany() *held {
+	of, most := map[string]int{}, 0
+	for _, s := range h.lost {
+		of[s.origin()]++
+		most = max(most, of[s.origin()])
+	}
+	i := slices.IndexFunc(h.lost, func(s *held) bool { return of[s.origin()] == most })
+	return h.lost[i]
+}
+
+// origin is the address of who has dialled, without its port.
+func (s *held) origin() string {
+	text := s.RemoteAddr().String()
+	if host, _, err := net.SplitHostPort(text); err == nil {
+		return host
+	}
+	return text
 }
 
 // unlist is for one that is not lost. mu is held.
@@ -184,12 +210,19 @@ func (h *Host) forget(s *held) {
 	}
 }
 
-// confirm tells whether a stream may be answered: another dial may have come for the same.
-func (h *Host) confirm(s *held) bool {
+// decide is for the answer to the first dial of a stream, which is that to the others. It is
+// net.ErrClosed where the stream may not be taken.
+func (h *Host) decide(s *held, refusal error) (others []channel.Pending, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	s.taken = h.streams[s.token] == s && !h.closed
-	return s.taken
+	others, s.others = s.others, nil
+	if refusal == nil && (h.closed || h.streams[s.token] != s) {
+		refusal = net.ErrClosed
+	}
+	if s.taken = refusal == nil; !s.taken && h.streams[s.token] == s {
+		delete(h.streams, s.token) // none waits for it any more
+	}
+	return others, refusal
 }
 
 // Close breaks off all streams, and returns when they are forgotten. Who has dialled them has
@@ -221,19 +254,36 @@ var _ channel.Pending = (*pending)(nil)
 
 func (p *pending) decide(refusal error) {
 	p.once.Do(func() {
-		p.err = refusal
-		if refusal == nil && !p.h.confirm(p.held) {
-			refusal, p.err = syscall.ECONNRESET, net.ErrClosed
-		}
-		if err := p.far.Answer(refusal); err != nil && p.err == nil {
-			p.err = err
-		}
-		if p.err != nil {
-			p.finish(net.ErrClosed)
+		others, err := p.h.decide(p.held, refusal)
+		if err == nil {
+			p.err = p.begin(append([]channel.Pending{p.far}, others...))
 			return
 		}
-		p.attach(p.far)
+		if p.err = err; refusal == nil {
+			refusal = syscall.ECONNRESET
+		}
+		_ = p.far.Answer(refusal)
+		for _, one := range others {
+			p.h.answer(one, refusal, nil)
+		}
+		p.finish(net.ErrClosed)
 	})
+}
+
+// begin has the stream go by the first of those that have waited; the client may speak by another.
+func (p *pending) begin(all []channel.Pending) (err error) {
+	for i, one := range all {
+		if err = one.Answer(nil); err != nil {
+			continue
+		}
+		p.attach(one)
+		for _, other := range all[i+1:] {
+			p.h.answer(other, nil, p.held)
+		}
+		return nil
+	}
+	p.finish(net.ErrClosed)
+	return err
 }
 
 func (p *pending) Answer(err error) error {

@@ -67,26 +67,32 @@ func (l *link) settle() {
 	}
 }
 
-// broke has the stream know that a link is lost.
+// broke has the stream know that a link is lost. The connection is let go of when that is
+// known: else who writes would be the first to tell, of one that was closed here, and not why.
 func (s *Stream) broke(l *link, err error) {
+	present, lasted := s.unlink(l, err)
 	relay.Abort(l.conn, net.ErrClosed)
+	if present {
+		s.lost(s, lasted, err)
+	}
+}
+
+// unlink has the stream without a link. It tells whether it was the present one, of a stream that
+// has not ended by that, and has lasted.
+func (s *Stream) unlink(l *link, err error) (present, lasted bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	l.settle()
 	if s.link != l {
-		s.mu.Unlock()
-		return
+		return false, false
 	}
 	s.link = nil
 	heard := l.last && errors.Is(err, io.ErrUnexpectedEOF) // the host has closed it, for it has the last word
 	if errors.Is(err, errRules) || heard || s.dials && s.complete() && !s.reset {
 		s.finished(err)
 	}
-	over, lasted := s.over, l.lasted()
 	s.talk.Broadcast() // to who writes there
-	s.mu.Unlock()
-	if !over {
-		s.lost(s, lasted, err)
-	}
+	return !s.over, l.lasted()
 }
 
 // lasting is what a link must have been there for, that the next loss is a new one: else one
@@ -249,6 +255,7 @@ func (l *link) take(f frame, data []byte) error {
 		first := begins && !l.ready
 		l.ready = true
 		err := s.out.ack(f, first)
+		s.give(s.out.shrink())
 		s.writable.Broadcast()
 		s.talk.Broadcast()
 		return err

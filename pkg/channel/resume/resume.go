@@ -21,6 +21,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -30,14 +31,23 @@ const (
 
 	word = "resume"
 
-	// holdFor is how long a stream is held that is lost, at either end.
-	holdFor = time.Minute
+	leastHold = time.Minute
 
 	mostHeld = 256 // streams that are lost, by one host
 )
 
+// holdFor is how long a stream is held that is lost, at either end. The other end may notice later,
+// by as long as a wire may be lost before that is known, and has to have time left to dial.
+func holdFor(notice time.Duration) time.Duration { return max(leastHold, 2*notice) }
+
 // ErrForgotten is what a dial of a stream meets that the host does not hold.
 var ErrForgotten = errors.New("the host has forgotten this connection")
+
+// isEnded tells of what a hub says of a connection that it has ended: that it is not permitted any
+// more, or that too much waits there, as it would by another one of the same stream.
+func isEnded(err error) bool {
+	return errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.ENOBUFS)
+}
 
 // token is who a stream is.
 type token [16]byte

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -35,6 +36,7 @@ type way struct {
 	refusal error
 	open    []net.Conn
 	dials   int
+	client  byte // which of several
 }
 
 func (w *way) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
@@ -46,7 +48,7 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 	if refusal != nil {
 		return nil, refusal
 	}
-	from := channel.WithWords(&net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7}, words)
+	from := channel.WithWords(w.from(), words)
 	c, err := w.memory.DialContext(memchan.From(ctx, from), plain, address)
 	if err != nil {
 		return nil, err
@@ -58,6 +60,13 @@ func (w *way) DialContext(ctx context.Context, network, address string) (net.Con
 		return c, nil
 	}
 	return &cut{Conn: c, in: w.allow(), out: w.allow()}, nil
+}
+
+// from is where the next dial comes from, whose port is another each time.
+func (w *way) from() net.Addr {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1+w.client), Port: w.dials}
 }
 
 // count is how often it was dialled.
@@ -138,8 +147,8 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	now := goleak.IgnoreCurrent()
-	w := &world{t: t, way: &way{}, host: NewHost()}
-	w.client = NewClient(w.way)
+	w := &world{t: t, way: &way{}, host: NewHost(0)}
+	w.client = NewClient(w.way, 0)
 	w.client.pause = time.Millisecond
 	ln, err := w.way.memory.Listen(t.Context(), "tcp", address)
 	if err != nil {
@@ -152,9 +161,7 @@ func newWorld(t *testing.T) *world {
 		w.ln.Close()
 		w.await("nothing is held", 0)
 		for who, b := range map[string]*budget{"client": w.client.budget, "host": w.host.budget} {
-			if left := b.left.Load(); left != mostGrown {
-				t.Errorf("the %s's budget is %d short", who, mostGrown-left)
-			}
+			await(t, "all of the "+who+"'s budget is back", func() bool { return b.left.Load() == mostGrown })
 		}
 		goleak.VerifyNone(t, now)
 	})
@@ -418,12 +425,21 @@ func TestNoWayBack(t *testing.T) {
 	}
 }
 
+// A stream is held for longer than it may take to notice.
+func TestHoldFor(t *testing.T) {
+	for notice, want := range map[time.Duration]time.Duration{0: time.Minute, 42 * time.Second: 84 * time.Second, time.Minute: 2 * time.Minute} {
+		if h, c := NewHost(notice).hold, NewClient(nil, notice).hold; h != want || c != want {
+			t.Errorf("%v: %v and %v, want %v", notice, h, c, want)
+		}
+	}
+}
+
 // The host ends what a hub says is not permitted, and what nobody comes back for.
 func TestHostGivesUp(t *testing.T) {
 	for name, test := range map[string]struct {
 		reason, want error
 		hold         time.Duration
-	}{"not permitted": {syscall.EACCES, syscall.EACCES, time.Hour}, "nobody comes": {syscall.ECONNRESET, syscall.ECONNRESET, 10 * time.Millisecond}} {
+	}{"not permitted": {syscall.EACCES, syscall.EACCES, time.Hour}, "too much waits": {syscall.ENOBUFS, syscall.ENOBUFS, time.Hour}, "nobody comes": {syscall.ECONNRESET, syscall.ECONNRESET, 10 * time.Millisecond}} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			w.host.hold = test.hold
@@ -437,6 +453,71 @@ func TestHostGivesUp(t *testing.T) {
 			near.Close()
 		})
 	}
+}
+
+// A stream that a hub has ended is not dialled again, and fails with the reason.
+func TestEndedByHub(t *testing.T) {
+	for _, reason := range []error{syscall.EACCES, syscall.ENOBUFS} {
+		w := newWorld(t)
+		near, far := w.pair()
+		n := w.way.count()
+		near.mu.Lock()
+		l := near.link
+		near.mu.Unlock()
+		near.broke(l, reason) // as by a hub between, which tells both
+		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, reason) {
+			t.Errorf("%v, want %v", err, reason)
+		}
+		ended(t, "client", near)
+		if w.way.count() != n {
+			t.Errorf("%v: it is dialled again", reason)
+		}
+		far.Close()
+	}
+}
+
+// A talker is a connection that ends with a reason while something is being written, which fails
+// when it is closed here.
+type talker struct {
+	net.Conn
+	writing, closed, lost chan struct{}
+	aborted               atomic.Bool
+}
+
+func (c *talker) Read([]byte) (int, error) {
+	<-c.writing
+	return 0, syscall.EACCES
+}
+
+func (c *talker) Write([]byte) (int, error) {
+	close(c.writing)
+	<-c.closed
+	return 0, net.ErrClosed
+}
+
+// Abort lets who writes have the first word, if he may.
+func (c *talker) Abort(error) error {
+	if c.aborted.Swap(true) {
+		return nil
+	}
+	close(c.closed)
+	select {
+	case <-c.lost:
+	case <-time.After(100 * time.Millisecond):
+	}
+	return nil
+}
+
+// Why a connection has ended is not lost by its being closed here.
+func TestReasonIsTold(t *testing.T) {
+	told := make(chan error, 1)
+	c := &talker{writing: make(chan struct{}), closed: make(chan struct{}), lost: make(chan struct{})}
+	s := newStream(false, nil, nil, newBudget(), func(_ *Stream, _ bool, err error) { close(c.lost); told <- err })
+	s.attach(c)
+	if err := <-told; !errors.Is(err, syscall.EACCES) {
+		t.Errorf("%v", err)
+	}
+	s.finish(net.ErrClosed)
 }
 
 // What is asked for again by another name is not to be had, and a dial that is said twice is one.
@@ -504,6 +585,103 @@ func TestAskedAgain(t *testing.T) {
 	ended(t, "client", near)
 }
 
+// Dials of one stream that wait to be answered are one for what it leads to, and have one answer;
+// the client may speak by either.
+func TestAskedTwice(t *testing.T) {
+	const dials = 3
+	type answer struct {
+		net.Conn
+		err error
+	}
+	for name, test := range map[string]struct {
+		refusal error
+		gone    bool // who asked first has not waited
+		speaks  int  // by which the client does
+	}{
+		"the first is taken": {}, "another is taken": {speaks: 1}, "the first has not waited": {gone: true, speaks: 2},
+		"all are refused": {refusal: syscall.ECONNREFUSED}, "all are refused, the first has not waited": {refusal: syscall.EHOSTUNREACH, gone: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			accepted := make(chan channel.Pending, 1)
+			go func() {
+				c, err := w.ln.Accept()
+				if err != nil {
+					t.Error(err)
+				}
+				accepted <- c.(channel.Pending)
+				w.serve() // no other is to come
+			}()
+			network := call{token: newToken()}.network()
+			var asked [dials]chan answer
+			first, leave := context.WithCancel(t.Context())
+			defer leave()
+			var far channel.Pending
+			for i := range asked {
+				ctx := t.Context()
+				if i == 0 {
+					ctx = first
+				}
+				asked[i] = make(chan answer, 1)
+				go func() {
+					c, err := w.way.DialContext(ctx, network, address)
+					asked[i] <- answer{c, err}
+				}()
+				if i == 0 {
+					far = <-accepted
+				}
+				await(t, "it waits", func() bool {
+					w.host.mu.Lock()
+					defer w.host.mu.Unlock()
+					for _, s := range w.host.streams {
+						return len(s.others) == i
+					}
+					return false
+				})
+			}
+			if test.gone {
+				leave()
+				if a := <-asked[0]; !errors.Is(a.err, context.Canceled) {
+					t.Fatalf("%v", a.err)
+				}
+			}
+			if err := far.Answer(test.refusal); err != nil {
+				t.Fatal(err)
+			}
+			var conns [dials]net.Conn
+			for i := range asked {
+				if i == 0 && test.gone {
+					continue
+				}
+				a := <-asked[i]
+				if conns[i] = a.Conn; !errors.Is(a.err, test.refusal) {
+					t.Errorf("dial %d: %v, want %v", i, a.err, test.refusal)
+				}
+			}
+			if test.refusal != nil {
+				w.await("forgotten", 0)
+				return
+			}
+			for i, c := range conns { // as a hub drops the others
+				if c != nil && i != test.speaks {
+					defer c.Close()
+				}
+			}
+			near := newStream(true, nil, nil, w.client.budget, func(s *Stream, _ bool, err error) { t.Errorf("lost: %v", err); s.finish(err) })
+			near.attach(conns[test.speaks])
+			go func() { _, _ = io.Copy(far, far); far.Close() }()
+			_, _ = io.WriteString(near, "there and back")
+			_ = near.CloseWrite()
+			if got, err := io.ReadAll(near); string(got) != "there and back" || err != nil {
+				t.Errorf("%q, %v", got, err)
+			}
+			near.Close()
+			ended(t, "client", near)
+			w.await("forgotten", 0)
+		})
+	}
+}
+
 // A stream whose connections are lost as soon as they have spoken is dialled ever less often, and
 // given up when that has gone on for long enough.
 func TestLostAgainAndAgain(t *testing.T) {
@@ -564,19 +742,23 @@ func TestLittle(t *testing.T) {
 	}
 }
 
-// Of streams that are lost the host holds those that were lost last.
+// Of streams that are lost the host holds so many, and lets go of those that were lost first of the
+// client that has most.
 func TestMostHeld(t *testing.T) {
 	w := newWorld(t)
-	w.host.most = 2
+	w.host.most = 3
 	var nears []*Stream
 	var fars []net.Conn
-	for range 4 {
+	for i := range 5 {
 		accepted := make(chan net.Conn, 1)
 		go func() {
 			c, _ := w.ln.Accept()
 			_ = c.(channel.Pending).Answer(nil)
 			accepted <- c
 		}()
+		w.way.mu.Lock()
+		w.way.client = byte(min(i, 1)) // the first has one
+		w.way.mu.Unlock()
 		near, err := w.client.Dial(t.Context(), address)
 		if err != nil {
 			t.Fatal(err)
@@ -584,17 +766,23 @@ func TestMostHeld(t *testing.T) {
 		nears, fars = append(nears, near), append(fars, <-accepted)
 	}
 	w.way.refuse(syscall.EHOSTUNREACH)
-	w.way.lose(syscall.ECONNRESET)
-	w.await("two are held", 2)
-	n := 0
-	for _, far := range fars {
-		far.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
-		if _, err := far.Read(make([]byte, 1)); errors.Is(err, syscall.ECONNRESET) {
-			n++
-		}
+	for i, near := range nears { // one after the other
+		near.mu.Lock()
+		l := near.link
+		near.mu.Unlock()
+		near.broke(l, syscall.ECONNRESET)
+		await(t, "the host knows", func() bool {
+			w.host.mu.Lock()
+			defer w.host.mu.Unlock()
+			return len(w.host.lost) == min(i+1, 3) && len(w.host.streams) == 5-max(0, i+1-3)
+		})
 	}
-	if n != 2 {
-		t.Errorf("%d have ended", n)
+	for i, far := range fars {
+		far.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		_, err := far.Read(make([]byte, 1))
+		if has := i == 1 || i == 2; errors.Is(err, syscall.ECONNRESET) != has {
+			t.Errorf("stream %d: %v", i, err)
+		}
 	}
 	go w.serve()
 	w.way.refuse(nil)
@@ -723,7 +911,7 @@ func TestBounds(t *testing.T) {
 		if !errors.As(err, &late) || !late.Timeout() {
 			t.Errorf("%v", err)
 		}
-		if n < firstWindow || n > firstKept {
+		if n < firstWindow || n > firstWindow+mostUnsent {
 			t.Errorf("%d bytes were written", n)
 		}
 		c.SetWriteDeadline(time.Time{})
@@ -734,11 +922,95 @@ func TestBounds(t *testing.T) {
 	}
 	near.Abort(nil)
 	ended(t, "client", near)
+	far.Close()
 }
 
 type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
+// A window grows for what has come, and what it has grown by is held until that was read, or is
+// not any more.
+func TestBudget(t *testing.T) {
+	for name, end := range map[string]func(s *Stream){
+		"read":   func(s *Stream) { _, _ = io.ReadAll(s) },
+		"closed": func(s *Stream) { s.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBudget()
+			s := newStream(false, nil, nil, b, nil)
+			l := &link{s: s, ready: true, heard: true, timer: time.AfterFunc(time.Hour, func() {})}
+			defer l.settle()
+			say := func(f frame, data []byte) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if err := l.take(f, data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, at := range []int64{1, firstWindow, lastByte} {
+				if say(frame{kindWant, at, 0}, nil); s.grown != 0 {
+					t.Errorf("the window grows by %d, for what has not come", s.grown)
+				}
+			}
+			say(frame{kindData, 0, 5}, []byte("12345"))
+			if say(frame{kindWant, 5, 0}, nil); s.grown != firstWindow {
+				t.Errorf("the window grows by %d", s.grown)
+			}
+			s.finish(io.ErrClosedPipe)
+			if left := b.left.Load(); left != mostGrown-firstWindow {
+				t.Errorf("%d are left while something is not read", left)
+			}
+			end(s)
+			if left := b.left.Load(); left != mostGrown {
+				t.Errorf("%d are left", left)
+			}
+		})
+	}
+	b := newBudget()
+	if n := b.take(mostGrown); n != mostGrown/4 {
+		t.Errorf("who comes first takes %d", n)
+	}
+	for b.take(mostGrown) > 0 {
+	}
+	if left := b.left.Load(); left < 3*leastGrown || left >= 4*leastGrown+4 {
+		t.Errorf("%d are left", left)
+	}
+}
+
+// What is kept beyond a little is of the budget, until the other end has it; where there is none
+// left, that little goes on.
+func TestKept(t *testing.T) {
+	w := newWorld(t)
+	near, far := w.pair()
+	go func() { _, _ = io.Copy(far, far); far.Close() }()
+	for _, all := range []bool{false, true} {
+		taken := int64(0)
+		if all {
+			for n := int64(1); n > 0; taken += n {
+				n = w.client.budget.take(mostGrown)
+			}
+		}
+		said := make([]byte, 1<<20)
+		go near.Write(said)
+		if _, err := io.ReadFull(near, said); err != nil {
+			t.Fatal(err)
+		}
+		await(t, "nothing is kept", func() bool {
+			near.mu.Lock()
+			defer near.mu.Unlock()
+			return near.out.acked == near.out.written && near.out.most == firstKept && near.grown == near.in.window-firstWindow
+		})
+		near.mu.Lock()
+		if left := w.client.budget.left.Load(); left != mostGrown-taken-near.grown {
+			t.Errorf("%d are left", left)
+		}
+		near.mu.Unlock()
+		w.client.budget.give(taken)
+	}
+	near.Close()
+	ended(t, "client", near)
+}
 
 // Deadlines are those of any connection.
 func TestDeadline(t *testing.T) {
@@ -830,6 +1102,7 @@ func FuzzLink(f *testing.F) {
 		b.Close()
 		all.Wait()
 		<-s.Ended()
+		s.Close()
 		if left := s.budget.left.Load(); left != mostGrown {
 			t.Errorf("%d bytes of the budget are left", left)
 		}

@@ -76,6 +76,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 			return 0, nil
 		case s.in.size > 0:
 			n := s.in.read(p)
+			s.giveBack()
 			s.talkIf(s.link != nil && s.link.due())
 			return n, nil
 		case s.in.end != nil:
@@ -181,6 +182,7 @@ func (s *Stream) Abort(reason error) error {
 func (s *Stream) close() {
 	s.closed = true
 	s.in.drop()
+	s.giveBack()
 	for _, by := range []*deadline.Deadline{&s.ReadBy, &s.WriteBy} {
 		if by.Armed() { // it would keep the stream in memory
 			by.Set(time.Time{})
@@ -215,8 +217,7 @@ func (s *Stream) finished(why error) {
 	s.over = true
 	s.gone = cmp.Or(s.gone, why)
 	s.out.drop()
-	s.budget.give(s.grown)
-	s.grown = 0
+	s.giveBack()
 	if l := s.link; l != nil {
 		s.link = nil
 		go l.conn.Close() // which may have something to say
@@ -225,6 +226,19 @@ func (s *Stream) finished(why error) {
 	s.writable.Broadcast()
 	s.talk.Broadcast()
 	close(s.ended)
+}
+
+// giveBack is for when nothing is held any more: what came can be read after the end. mu is held.
+func (s *Stream) giveBack() {
+	if s.over && s.in.size == 0 {
+		s.give(s.grown)
+	}
+}
+
+// give gives back that much of what it has grown by. mu is held.
+func (s *Stream) give(n int64) {
+	s.budget.give(n)
+	s.grown -= n
 }
 
 func (s *Stream) LocalAddr() net.Addr  { return s.local }

@@ -1,6 +1,9 @@
 package resume
 
-import "sync/atomic"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 const (
 	firstWindow = 256 << 10
@@ -10,12 +13,12 @@ const (
 	// than at who writes.
 	mostUnsent = 256 << 10
 
-	// firstKept of one stream needs no budget.
-	firstKept = firstWindow + mostUnsent
+	firstKept = 64 << 10 // of one stream, beyond which it needs budget
 	mostKept  = mostWindow + mostUnsent
 
 	// mostGrown is what all streams of an end may hold beyond what each begins with.
-	mostGrown = 64 << 20
+	mostGrown  = 64 << 20
+	leastGrown = 64 << 10 // at a time
 )
 
 // budget is what is left to grow by.
@@ -27,11 +30,15 @@ func newBudget() *budget {
 	return b
 }
 
-// take takes up to so much.
+// take takes up to so much, and no more than a quarter of what is left, so that there is some for
+// who comes later; or nothing, where that is not worth its while.
 func (b *budget) take(most int64) int64 {
 	for {
 		left := b.left.Load()
-		n := max(0, min(most, left))
+		n := min(most, left/4)
+		if n < leastGrown {
+			return 0
+		}
 		if b.left.CompareAndSwap(left, left-n) {
 			return n
 		}
@@ -63,21 +70,32 @@ func (o *outgoing) room(b *budget) (room, grown int64) {
 	return min(mostUnsent-(o.written-o.sent), o.most-kept), grown
 }
 
+// shrink is how much less may be kept, as nothing is any more.
+func (o *outgoing) shrink() (n int64) {
+	if o.acked == o.written && !o.deaf {
+		n, o.most = o.most-firstKept, firstKept
+	}
+	return n
+}
+
 const (
 	smallChunk = 4 << 10
 	largeChunk = 64 << 10
 )
+
+// chunks are large ones, of what has arrived.
+var chunks = sync.Pool{New: func() any { return new([largeChunk]byte) }}
 
 func (o *outgoing) append(p []byte) {
 	o.written += int64(len(p))
 	for len(p) > 0 {
 		last := len(o.chunks) - 1
 		if last < 0 || len(o.chunks[last]) == cap(o.chunks[last]) {
-			size := smallChunk
 			if len(p) > smallChunk || last >= 0 {
-				size = largeChunk
+				o.chunks = append(o.chunks, chunks.Get().(*[largeChunk]byte)[:0])
+			} else {
+				o.chunks = append(o.chunks, make([]byte, 0, smallChunk))
 			}
-			o.chunks = append(o.chunks, make([]byte, 0, size))
 			last++
 		}
 		c := o.chunks[last]
@@ -127,6 +145,9 @@ func (o *outgoing) ack(f frame, begins bool) error {
 	}
 	for len(o.chunks) > 0 && o.acked-o.base >= int64(len(o.chunks[0])) && (len(o.chunks) > 1 || o.acked == o.written) {
 		o.base += int64(len(o.chunks[0]))
+		if c := o.chunks[0]; cap(c) == largeChunk {
+			chunks.Put((*[largeChunk]byte)(c[:largeChunk]))
+		}
 		o.chunks[0] = nil
 		o.chunks = o.chunks[1:]
 	}
@@ -222,9 +243,10 @@ func (i *incoming) read(p []byte) (n int) {
 func (i *incoming) drop() { i.deaf, i.queue, i.size = true, nil, 0 }
 
 // wanted lets the window grow, if who reads is as fast as what comes: then it is that which
-// holds up the other end. Of what was asked before it has grown the last time nothing is made.
+// holds up the other end. Of what was asked before it has grown the last time nothing is made, nor
+// of what is said to hold it up and has not come.
 func (i *incoming) wanted(f frame, b *budget) (grown int64) {
-	if f.at < i.grownTo || i.size > i.window/2 {
+	if i.deaf || f.at != i.received || f.at < i.grownTo || i.size > i.window/2 {
 		return 0
 	}
 	grown = b.take(min(i.window, mostWindow-i.window))

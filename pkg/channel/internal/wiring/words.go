@@ -102,6 +102,7 @@ var codes = []error{
 	syscall.ETIMEDOUT,
 	syscall.EACCES,
 	syscall.EMSGSIZE,
+	syscall.ENOBUFS, // a hub's, of which too much waits
 }
 
 // Closed is the code of an end in good order.

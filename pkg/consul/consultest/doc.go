@@ -1,0 +1,2 @@
+// Package consultest is a Consul datacenter for tests: real agents on this machine.
+package consultest

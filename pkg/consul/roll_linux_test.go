@@ -1,0 +1,210 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-dev/culvert/pkg/consul/consultest"
+)
+
+// One by one, with agents of Consul's own: the next only when a new one passes.
+func TestRoll(t *testing.T) {
+	t.Parallel()
+	d := consultest.Start(t, "")
+	t.Run("to its end", func(t *testing.T) { testRolls(t, d) })
+	t.Run("to what does not come back", func(t *testing.T) { testStops(t, d) })
+	t.Run("and the maintenance of others", func(t *testing.T) { testMaintenance(t, d) })
+}
+
+func testRolls(t *testing.T, d *consultest.Datacenter) {
+	for _, test := range []struct {
+		name    string
+		restart func(s *site, i Instance, n int)
+		start   string
+		drain   bool
+		has     string // afterwards
+	}{
+		{"the same id starts again", func(s *site, i Instance, n int) {
+			s.run(i.Node, i.ID, launch{start: fmt.Sprint("later ", n)})
+		}, "start", true, "a on n1, b on n2, c on n2"},
+		{"it ends without a word, and comes back elsewhere", func(s *site, i Instance, _ int) {
+			s.run(i.Node, i.ID, launch{})
+		}, "", true, "a on n1, b on n2, c on n2"},
+		{"it is registered anew", func(s *site, i Instance, _ int) {
+			s.leave(i.Node, i.ID)
+			s.run(i.Node, i.ID, launch{})
+		}, "", true, "a on n1, b on n2, c on n2"},
+		{"another id, and the old one leaves", func(s *site, i Instance, n int) {
+			s.leave(i.Node, i.ID)
+			s.run(i.Node, fmt.Sprint("pod-", n), launch{})
+		}, "start", false, "pod-1 on n1, pod-2 on n2, pod-3 on n2"},
+		{"another id, and the old one is dead", func(s *site, i Instance, n int) {
+			s.stop(i.Node, i.ID)
+			s.run(i.Node, fmt.Sprint("pod-", n), launch{})
+		}, "", true, "pod-1 on n1, pod-2 on n2, pod-3 on n2"},
+		{"the same id on another node", func(s *site, i Instance, _ int) {
+			s.stop(i.Node, i.ID)
+			s.run("n3", i.ID, launch{})
+		}, "", false, "a on n3, b on n3, c on n3"},
+		{"it takes its time", func(s *site, i Instance, n int) {
+			s.leave(i.Node, i.ID)
+			s.run(i.Node, i.ID, launch{start: fmt.Sprint("later ", n), sick: 2})
+		}, "start", true, "a on n1, b on n2, c on n2"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, d)
+			for _, at := range []string{"n1 a", "n2 b", "n2 c"} {
+				node, id, _ := strings.Cut(at, " ")
+				s.run(node, id, launch{start: "1"})
+			}
+			r, n, gated := s.registry("n3", test.start, ""), 0, 0
+			s.awaitPassing(r, 3)
+			want := map[bool]int{true: 2, false: 3}[test.drain]
+			err := r.Roll(t.Context(), RollConfig{
+				Service: s.service, Drain: test.drain, Within: patience, Say: func(line string) { t.Log(line) },
+				Restart: func(ctx context.Context, i Instance) error {
+					n++
+					all, err := r.Instances(ctx, s.service)
+					if err != nil || passing(all) != want {
+						t.Errorf("%v, and while %s is restarted there pass %v", err, i, all)
+					}
+					test.restart(s, i, n)
+					return nil
+				},
+				Gate: func(context.Context, Instance) error {
+					gated++
+					if gated%2 == 1 {
+						return errors.New("503")
+					}
+					return nil
+				},
+			})
+			all, lerr := r.Instances(t.Context(), s.service)
+			if err != nil || lerr != nil || n != 3 || gated != 6 || passing(all) != 3 || s.has() != test.has {
+				t.Errorf("%v, %v: %d restarted, gate asked %d times, there are %s: %+v", err, lerr, n, gated, s.has(), all)
+			}
+		})
+	}
+}
+
+// What is not a new instance, or not a healthy one, stops it at the first, or at the last.
+func testStops(t *testing.T, d *consultest.Datacenter) {
+	for _, test := range []struct {
+		name    string
+		restart func(s *site, i Instance)
+		gate    error
+		says    string
+		at      int // the instance that it is about
+	}{
+		{"it never comes back", func(s *site, i Instance) { s.leave(i.Node, i.ID) }, nil, "no new instance is registered in its place", 1},
+		{"it dies", func(s *site, i Instance) { s.stop(i.Node, i.ID) }, nil, "no new instance is registered in its place", 1},
+		{"the old one goes on answering", func(*site, Instance) {}, nil, "no new instance is registered in its place", 1},
+		{"the last never comes back", func(s *site, i Instance) { s.leave(i.Node, i.ID) }, nil, "2 of 2, b on n2: not within", 2},
+		{"it is never healthy", func(s *site, i Instance) { s.run(i.Node, i.ID, launch{start: "2", sick: -1}) }, nil, "a on n1 is new, but ", 1},
+		{"its check still says what the old one was", func(s *site, i Instance) {
+			s.run(i.Node, i.ID, launch{start: "2", nobody: true, between: time.Hour})
+		}, nil, "a on n1 is new, but its checks, which take up to 1h0m5s, may have passed on the one before", 1},
+		{"the gate says no", func(s *site, i Instance) {
+			s.leave(i.Node, i.ID)
+			s.run(i.Node, i.ID, launch{start: "2", status: "passing"})
+		}, errors.New("it answers 404"), "a on n1 is new, but it answers 404", 1},
+		{"the old one does not end", func(s *site, i Instance) { s.run(i.Node, "d", launch{start: "2", status: "passing"}) }, nil, "d on n1 is there, but a on n1 has not ended", 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, d)
+			s.run("n1", "a", launch{start: "1"})
+			s.run("n2", "b", launch{start: "1"})
+			r, n := s.registry("n2", "start", ""), 0
+			s.awaitPassing(r, 2)
+			within := soon
+			if test.at > 1 {
+				within = 2 * soon // the first is to be well in it
+			}
+			err := r.Roll(t.Context(), RollConfig{
+				Service: s.service, Drain: true, Within: within, Say: func(line string) { t.Log(line) },
+				Restart: func(_ context.Context, i Instance) error {
+					if n++; n == test.at {
+						test.restart(s, i)
+						return nil
+					}
+					s.leave(i.Node, i.ID)
+					s.run(i.Node, i.ID, launch{start: "2", status: "passing"})
+					return nil
+				},
+				Gate: func(context.Context, Instance) error { return test.gate },
+			})
+			if err == nil || !strings.Contains(s.words(err), test.says) || strings.Contains(err.Error(), "lines") || n != test.at {
+				t.Errorf("%v, %d restarted", err, n)
+			}
+			all, err := r.Instances(t.Context(), s.service)
+			if err != nil || slices.ContainsFunc(all, func(i Instance) bool { return i.Drained }) {
+				t.Errorf("%v: left drained: %+v", err, all)
+			}
+		})
+	}
+}
+
+// Maintenance that somebody else wants stays; that of a run which was killed does not.
+func testMaintenance(t *testing.T, d *consultest.Datacenter) {
+	for reason, ours := range map[string]bool{"disk is replaced": false, ourReason: true} {
+		t.Run(reason, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, d)
+			s.run("n2", "a", launch{start: "1"})
+			r, n := s.registry("n1", "start", ""), 0
+			s.awaitPassing(r, 1)
+			if err := s.client("n2").Agent().EnableServiceMaintenance(s.id("a"), reason); err != nil {
+				t.Fatal(err)
+			}
+			s.await(r, "drained", func(all []Instance) bool { return len(all) == 1 && all[0].Drained && all[0].Reason == reason })
+			err := r.Roll(t.Context(), RollConfig{Service: s.service, Drain: true, Within: patience, Restart: func(_ context.Context, i Instance) error {
+				n++
+				s.run(i.Node, i.ID, launch{start: "2"}) // which leaves it in maintenance
+				return nil
+			}})
+			all, lerr := r.Instances(t.Context(), s.service)
+			if lerr != nil || all[0].Passing() != ours || (err == nil) != ours || (n == 1) != ours || !ours && !strings.Contains(err.Error(), "in maintenance: "+reason+", which is somebody else's") {
+				t.Errorf("%v, %v, %d restarted, %+v", err, lerr, n, all)
+			}
+		})
+	}
+}
+
+// Without Consul in the middle of it nothing more is restarted, whoever is asked.
+func TestRollWithoutConsul(t *testing.T) {
+	t.Parallel()
+	for _, asked := range []string{"n1", "n2"} {
+		t.Run("asked is "+asked, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t, consultest.Start(t, ""))
+			s.run("n2", "a", launch{})
+			s.run("n3", "b", launch{})
+			r, n := s.registry(asked, "", ""), 0
+			s.awaitPassing(r, 2)
+			err := r.Roll(t.Context(), RollConfig{Service: s.service, Drain: true, Within: soon, Restart: func(_ context.Context, i Instance) error {
+				n++
+				s.Kill("n1") // the server
+				s.leave(i.Node, i.ID)
+				s.run(i.Node, i.ID, launch{status: "passing"})
+				return nil
+			}})
+			if err == nil || !strings.Contains(s.words(err), "1 of 2, a on n2") || !strings.Contains(err.Error(), ErrUnreachable.Error()) || n != 1 {
+				t.Errorf("%v, %d restarted", err, n)
+			}
+			err = r.Roll(t.Context(), RollConfig{Service: s.service, Within: soon, Restart: func(context.Context, Instance) error {
+				n++
+				return nil
+			}})
+			if !errors.Is(err, ErrUnreachable) || n != 1 {
+				t.Errorf("begun without it: %v, %d restarted", err, n)
+			}
+		})
+	}
+}
