@@ -82,7 +82,8 @@
 // culvert deploy: deploy (builds, reads and hashes the tree; asks all hosts, ships to all, switches
 // them batch by batch) -> the user's ssh, or that through a hub -> culvert apply on the host:
 // release (verifies, renames, restarts, looks whether it works, or puts it back). What a host is
-// at it ends by itself; the two ends speak frames over one stream.
+// at it ends by itself; the two ends speak frames over one stream. A workload is kube's; whether
+// a pod that was restarted is well is asked at its own address, by a shadow of session's.
 //
 // # The way of a name
 //

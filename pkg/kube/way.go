@@ -407,7 +407,12 @@ func forward(wire httpstream.Connection, way Way, at door) (net.Conn, error) {
 		return nil, fmt.Errorf("open data stream: %w", err)
 	}
 	conn := newConn(way, at, data, data, func() error { data.Reset(); return wire.Close() })
+	told := make(chan struct{})
+	if at.upgrade == "" {
+		conn.told = told
+	}
 	go func() {
+		defer close(told)
 		text, _ := io.ReadAll(troubles)
 		if len(text) > 0 {
 			conn.fail(fmt.Errorf("port-forward: %s", bytes.TrimSpace(text)))
@@ -430,6 +435,7 @@ type streamConn struct {
 	way   Way
 	at    door
 	close func() error
+	told  <-chan struct{} // an end is told when this is closed, and the reason is known; nil: at once
 
 	once   sync.Once
 	mu     sync.Mutex
@@ -462,8 +468,17 @@ func (c *streamConn) upgrade() error {
 	return nil
 }
 
+// toldLimit is how long an end waits for its reason, which comes by a stream of its own.
+const toldLimit = time.Second
+
 func (c *streamConn) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
+	if err == io.EOF && c.told != nil {
+		select {
+		case <-c.told:
+		case <-time.After(toldLimit):
+		}
+	}
 	return n, c.reason(err)
 }
 

@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/apimachinery/pkg/util/httpstream/spdy"
+	"k8s.io/client-go/tools/portforward"
 )
 
 const readyPods = `{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"1"},"items":[
@@ -103,6 +106,41 @@ func TestDialByProxy(t *testing.T) {
 		}
 		if _, err := conn.Write(got); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("write: %v", err)
+		}
+	})
+	goleak.VerifyNone(t, ignore)
+}
+
+// That nobody listens at a port is told, although the end of what it would have said comes
+// first, by a stream of its own.
+func TestDialPortRefused(t *testing.T) {
+	ignore := goleak.IgnoreCurrent()
+	t.Run("", func(t *testing.T) {
+		c := apiServer(t, func(w http.ResponseWriter, r *http.Request) {
+			if _, err := httpstream.Handshake(r, w, []string{portforward.PortForwardProtocolV1Name}); err != nil {
+				http.Error(w, err.Error(), http.StatusForbidden)
+				return
+			}
+			streams := make(chan httpstream.Stream, 2)
+			wire := spdy.NewResponseUpgrader().UpgradeResponse(w, r, func(s httpstream.Stream, _ <-chan struct{}) error { streams <- s; return nil })
+			if wire == nil {
+				return
+			}
+			defer wire.Close()
+			troubles, data := <-streams, <-streams
+			data.Close()
+			time.Sleep(50 * time.Millisecond) // so that the end is there first
+			fmt.Fprint(troubles, "dial tcp4 127.0.0.1:80: connection refused")
+			troubles.Close()
+			<-wire.CloseChan()
+		})
+		conn, err := c.DialPort(t.Context(), "web-1", 80)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := conn.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "port-forward: dial tcp4 127.0.0.1:80: connection refused") {
+			t.Errorf("read: %v", err)
 		}
 	})
 	goleak.VerifyNone(t, ignore)
