@@ -278,7 +278,7 @@ func (y *yard) serveSSHAt(address string, enter []string, settings ...string) {
 		_ = os.Mkdir(sshdDir, 0o755)
 	}
 	y.write("sshd_config", strings.Join(append(settings,
-		"ListenAddress "+address, "HostKey "+y.path("host"), "AuthorizedKeysFile "+y.path("login.pub"),
+		"ListenAddress "+address, "HostKey "+y.path("host"), "AuthorizedKeysFile "+y.path("login.pub"), "SetEnv HOME="+y.dir, // a shell there is to read nothing of root's own
 		"PidFile none", "UsePAM no", "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "Subsystem sftp internal-sftp", "",
 	), "\n"))
 	args := append(enter, "/usr/sbin/sshd", "-D", "-e", "-f", y.path("sshd_config"))

@@ -125,7 +125,7 @@ func (s *site) serve(extra ...string) {
 		_ = os.Mkdir("/run/sshd", 0o755) // it stays: tests of other packages run beside
 	}
 	s.write("sshd_config", strings.Join(append(extra,
-		"Port "+s.port, "ListenAddress 127.0.0.1", "HostKey "+s.path("host"), "AuthorizedKeysFile "+s.path("authorized_keys"),
+		"Port "+s.port, "ListenAddress 127.0.0.1", "HostKey "+s.path("host"), "AuthorizedKeysFile "+s.path("authorized_keys"), "SetEnv HOME="+s.path("home"), // a shell there is to read nothing of root's own
 		"PidFile none", "UsePAM no", "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "LogLevel VERBOSE", ""), "\n"))
 	s.sshd = exec.Command("/usr/sbin/sshd", "-D", "-e", "-f", s.path("sshd_config"))
 	lines := must(s.sshd.StderrPipe())(s.t)

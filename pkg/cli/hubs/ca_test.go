@@ -211,7 +211,7 @@ func (b *bench) serveHost(names string) (port string) {
 		_ = os.Mkdir("/run/sshd", 0o755) // it stays: tests of other packages run beside
 	}
 	b.write("sshd_config", strings.Join([]string{
-		"Port " + port, "ListenAddress 127.0.0.1", "HostKey " + b.path("host"), "HostCertificate " + b.path("host-cert.pub"), "AuthorizedKeysFile " + b.path("trusted"),
+		"Port " + port, "ListenAddress 127.0.0.1", "HostKey " + b.path("host"), "HostCertificate " + b.path("host-cert.pub"), "AuthorizedKeysFile " + b.path("trusted"), "SetEnv HOME=" + b.dir, // a shell there is to read nothing of root's own
 		"PidFile none", "UsePAM no", "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "",
 	}, "\n"), 0o600)
 	b.background("Server listening", "/usr/sbin/sshd", "-D", "-e", "-f", b.path("sshd_config"))

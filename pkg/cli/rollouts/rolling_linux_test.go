@@ -172,7 +172,7 @@ func newRolling(t *testing.T, y *yard, nginx string) *rolling {
 		y.write(name+".yaml", "app: shop\nto: "+y.path(name)+"\nrestart: ['*']\ndrain: ['*']\nhealth: ['*']\n")
 		y.write(name+".keys", fmt.Sprintf("restrict,command=\"%s apply --app shop --policy %s\" %s", y.culvert, y.path(name+".yaml"), y.public(name)))
 		y.write(name+".sshd", strings.Join([]string{
-			"ListenAddress 0.0.0.0:22", "HostKey " + y.key("host"), "AuthorizedKeysFile " + y.path(name+".keys"), "SetEnv GORACE=atexit_sleep_ms=0",
+			"ListenAddress 0.0.0.0:22", "HostKey " + y.key("host"), "AuthorizedKeysFile " + y.path(name+".keys"), "SetEnv GORACE=atexit_sleep_ms=0 HOME=" + y.path("home"),
 			"PidFile none", "UsePAM no", "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "",
 		}, "\n"))
 		y.background(in(name, "/usr/sbin/sshd", "-D", "-e", "-f", y.path(name+".sshd")), "Server listening")

@@ -143,6 +143,7 @@ func (y *yard) serve(settings ...string) {
 	l.Close()
 	y.write("sshd_config", strings.Join(append(settings,
 		"ListenAddress 127.0.0.1:"+y.sshd, "HostKey "+y.key("host"), "AuthorizedKeysFile "+y.path("authorized"), "MaxStartups 100",
+		"SetEnv HOME="+y.path("home"), // a shell there is to read nothing of root's own
 		"PidFile none", "UsePAM no", "StrictModes no", "PermitRootLogin yes", "PasswordAuthentication no", "",
 	), "\n"))
 	y.background(exec.Command("/usr/sbin/sshd", "-D", "-e", "-f", y.path("sshd_config")), "Server listening")
