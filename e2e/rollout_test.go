@@ -222,7 +222,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {app: roll-deployment}}}
 	w.replaced(before, 0)
 
 	before = w.uids()
-	w.health = `{get: "http://127.0.0.1:8080/ready", status: 418, within: 20s}`
+	w.health = `{get: "http://127.0.0.1:8080/ready", status: 418, within: 30s}`
 	s := w.culvert("restart", "image: localhost/kit:1")
 	if code := s.wait(patience); code != 1 || !strings.Contains(s.talk.String(), "pod 1 of 2") || !strings.Contains(s.talk.String(), "answers 200") {
 		t.Errorf("culvert ended with %d\n%s", code, s.talk.String())
@@ -235,7 +235,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {app: roll-deployment}}}
 // nothing of the shadow is left.
 func TestRollOutRestartGate(t *testing.T) {
 	allow(t, []string{"--for", "deploy"}, "culvert-rollout", "culvert-inside")
-	w := &rollingWorkload{t: t, kind: "deployment", name: "roll-inside", dir: t.TempDir(), health: `{get: "http://localhost:8080/ready", within: 10s}`}
+	w := &rollingWorkload{t: t, kind: "deployment", name: "roll-inside", dir: t.TempDir(), health: `{get: "http://localhost:8080/ready", within: 30s}`}
 	manifest := strings.NewReplacer("replicas: 2", "replicas: 1", "args: [serve]", "args: [serve, -host, 127.0.0.1, -linger, 0s]").Replace(alone(w.name, ""))
 	apply(t, strings.Replace(manifest, "readinessProbe:", "# readinessProbe:", 1)) // the kubelet would ask at the pod's address
 	t.Cleanup(func() { kubectl(t, "delete", "deployment,svc", "-n", namespace, w.name) })
@@ -274,6 +274,7 @@ func TestRollOutRestartGate(t *testing.T) {
 	laptop(t, culvertBin, "clean", "-n", namespace)
 	check(30 * time.Second)
 
+	w.health = `{get: "http://localhost:8080/ready"}`
 	noImage := culvert([]string{"CULVERT_IMAGE=localhost/culvert-shadow:none"}, "restart", "-f", w.file(kit))
 	ends(startAs(t, noImage), 0, other, "localhost/culvert-shadow:none", "restarted")
 	apply(t, without(t, rbac(t, "-n", namespace, "--for", "deploy"), "  - apiGroups: [batch]\n    resources: [jobs]\n    verbs: [create, delete, get, patch]\n"))

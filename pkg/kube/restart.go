@@ -168,7 +168,7 @@ func (r *restarter) replace(ctx context.Context, i int, p *corev1.Pod) error {
 		case err != nil && ctx.Err() == nil:
 			words = fmt.Sprintf("waiting for the API server: %v", err)
 		}
-		if words != said && words != "" {
+		if words != said && words != "" && (ctx.Err() == nil || said == "") { // what is cut off says less
 			r.cfg.Say(words)
 			said = words
 		}

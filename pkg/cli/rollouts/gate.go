@@ -22,7 +22,7 @@ import (
 
 const (
 	oneAsk = 10 * time.Second // at a pod
-	oneTry = 3 * time.Second  // to connect to one that is ready
+	oneTry = 5 * time.Second  // at one that is ready
 )
 
 // A gate asks a pod itself what the file says of health, so that neither a Service nor an
@@ -77,16 +77,18 @@ func portOf(host, scheme string) (int, error) {
 func (g *gate) ask(ctx context.Context, pod kube.RunningPod) error {
 	ctx, cancel := context.WithTimeout(ctx, oneAsk)
 	defer cancel()
-	var err error
-	if g.health.Get != "" {
-		err = g.answers(ctx, pod)
-	} else {
-		err = g.accepts(ctx, pod)
-	}
+	err := g.look(ctx, pod)
 	if errors.Is(err, syscall.ECONNREFUSED) && g.forwarded(ctx, pod) == nil {
 		return fmt.Errorf("it listens on 127.0.0.1 of the pod only: %s refuses, which is where others reach it", g.address(pod))
 	}
 	return err
+}
+
+func (g *gate) look(ctx context.Context, pod kube.RunningPod) error {
+	if g.health.Get != "" {
+		return g.answers(ctx, pod)
+	}
+	return g.accepts(ctx, pod)
 }
 
 // address is where a pod has the port, as others in the cluster reach it.
@@ -161,19 +163,24 @@ func (g *gate) forwarded(ctx context.Context, pod kube.RunningPod) error {
 	return nil
 }
 
-// shutOff tells whether something, a network policy maybe, keeps the far end from pods that
-// are ready and that accept connections: what it could say of new ones would be nothing. A
+// shutOff tells whether something, as a network policy or a mesh, keeps the far end from pods
+// that are ready, and well by port-forward: what it could say of new ones would be nothing. A
 // pod that refuses is reached.
 func (g *gate) shutOff(ctx context.Context, ready []kube.RunningPod) error {
+	near := *g
+	near.far = nil
+	try := func(g *gate, pod kube.RunningPod) error {
+		ctx, cancel := context.WithTimeout(ctx, oneTry)
+		defer cancel()
+		return g.look(ctx, pod)
+	}
 	var shut error
 	for _, pod := range ready[:min(2, len(ready))] {
-		try, cancel := context.WithTimeout(ctx, oneTry)
-		err := g.accepts(try, pod)
-		cancel()
+		err := try(g, pod)
 		if err == nil || errors.Is(err, syscall.ECONNREFUSED) {
 			return nil
 		}
-		if g.forwarded(ctx, pod) == nil {
+		if try(&near, pod) == nil {
 			shut = fmt.Errorf("pod %s, which is ready, is not reached at %s: %w", pod.Name, g.address(pod), err)
 		}
 	}

@@ -102,7 +102,7 @@ func TestGateShutOff(t *testing.T) {
 		far  dials
 		port int
 		shut bool
-	}{
+	}{ // asked by TCP
 		"not reached":       {dials{"10.0.0.1": syscall.ETIMEDOUT, "10.0.0.2": syscall.EHOSTUNREACH}, port, true},
 		"one is not":        {dials{"10.0.0.1": syscall.ETIMEDOUT, "10.0.0.2": syscall.ECONNREFUSED}, port, false},
 		"refused":           {dials{"10.0.0.1": syscall.ECONNREFUSED}, port, false},
@@ -116,6 +116,23 @@ func TestGateShutOff(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	// A mesh accepts what it does not let through.
+	for name, far := range map[string]channel.Network{"a mesh": hangsUp{}, "nothing": &channel.Host{}} {
+		g := gateOf(t, fmt.Sprintf("http://localhost:%d/ready", port))
+		g.far, g.forward = far, loopback
+		if err := g.shutOff(t.Context(), []kube.RunningPod{{Name: "p", Address: "127.0.0.1"}}); (err != nil) != (name == "a mesh") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// hangsUp accepts, and no more.
+type hangsUp struct{ dials }
+
+func (hangsUp) DialContext(context.Context, string, string) (net.Conn, error) {
+	near, far := net.Pipe()
+	far.Close()
+	return near, nil
 }
 
 // dials is a Network that has an error for some hosts.

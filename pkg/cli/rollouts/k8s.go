@@ -166,12 +166,23 @@ func (a *app) report(p *project, action, id, commit string) *deploy.Report {
 
 // concludeK8s tells what became of a workload, here and to whom the file names.
 func (a *app) concludeK8s(ctx context.Context, o options, p *project, report *deploy.Report, row deploy.Row, runs string, err error) error {
-	steps := a.Steps()
+	a.over(row, runs, err)
+	return a.told(ctx, o, p, report, row, err)
+}
+
+// over ends the step that a workload was at.
+func (a *app) over(row deploy.Row, runs string, err error) {
 	if err != nil {
-		steps.Fail()
+		a.Steps().Fail()
+		return
+	}
+	a.Steps().Done(strings.TrimSuffix(row.Host+": "+row.State+", "+runs, ", "))
+}
+
+// told prints the report, and has it told to whom the file names.
+func (a *app) told(ctx context.Context, o options, p *project, report *deploy.Report, row deploy.Row, err error) error {
+	if err != nil {
 		row.Error, report.Error = err.Error(), err.Error()
-	} else {
-		steps.Done(strings.TrimSuffix(row.Host+": "+row.State+", "+runs, ", "))
 	}
 	report.Ended, report.Done, report.Hosts = time.Now(), err == nil, []deploy.Row{row}
 	print := func() error { return printReport(a.Out, report.Hosts) }
@@ -182,7 +193,7 @@ func (a *app) concludeK8s(ctx context.Context, o options, p *project, report *de
 		return errors.Join(err, printed)
 	}
 	if failed := p.file.Notify(ctx, p.settings, report); failed != nil {
-		steps.Warn(failed.Error())
+		a.Steps().Warn(failed.Error())
 	}
 	return err
 }
@@ -275,15 +286,16 @@ func (a *app) restartK8s(ctx context.Context, o options, p *project) error {
 		steps.Warn(line)
 	}
 	name := fmt.Sprintf("restart %s, one by one of %d", w.name(), len(plan.Pods))
-	report := a.report(p, "restart", "", "")
-	return a.through(ctx, w, g, plan, name, func(ctx context.Context) error {
+	report, row := a.report(p, "restart", "", ""), deploy.Row{Host: w.name(), State: deploy.Failed}
+	err = a.through(ctx, w, g, plan, name, func(ctx context.Context) error {
 		err := a.restart(ctx, w, p.settings, g)
-		row := deploy.Row{Host: w.name(), State: deploy.Restarted}
-		if err != nil {
-			row.State = deploy.Failed
+		if err == nil {
+			row.State = deploy.Restarted
 		}
-		return a.concludeK8s(ctx, o, p, report, row, fmt.Sprintf("%d pods", len(plan.Pods)), err)
+		a.over(row, count(len(plan.Pods), "pod"), err)
+		return err
 	})
+	return a.told(ctx, o, p, report, row, err)
 }
 
 // through restarts with a gate that is in the cluster's network or, where that cannot be had,
