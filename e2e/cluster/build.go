@@ -22,7 +22,7 @@ var components = []string{
 }
 
 // needs are files and the Debian packages that bring them.
-var needs = []struct{ glob, pkg string }{
+var needs = []need{
 	{"/usr/bin/containerd", "containerd"},
 	{"/usr/sbin/runc", "runc"},
 	{"/usr/lib/cni/bridge", "containernetworking-plugins"},
@@ -46,12 +46,35 @@ var needs = []struct{ glob, pkg string }{
 	{"/usr/bin/dig", "bind9-dnsutils"},
 	{"/usr/bin/ping", "iputils-ping"},
 	{"/usr/sbin/ip|/usr/bin/ip|/bin/ip|/sbin/ip", "iproute2"},
+}
+
+// A need is a program of a Debian package.
+type need struct{ glob, pkg string }
+
+// tried are those that no cluster needs, but tests of releases.
+var tried = []need{
 	{"/usr/bin/supervisord", "supervisor"},
 	{"/usr/bin/node|/usr/local/bin/node", "nodejs"},
 }
 
+// alsoTested brings what tests are skipped without.
+func alsoTested(p paths) {
+	for _, also := range []struct {
+		what string
+		get  func() error
+	}{
+		{"supervisor and node", func() error { return install(tried) }},
+		{"pm2", func() error { return installPM2(p) }},
+		{"Consul", func() error { return buildConsul(p) }},
+	} {
+		if err := also.get(); err != nil {
+			log.Printf("  no %s, whose tests are skipped: %v", also.what, err)
+		}
+	}
+}
+
 // missingPackages names those that are not there yet.
-func missingPackages() []string {
+func missingPackages(needs []need) []string {
 	var missing []string
 	for _, n := range needs {
 		found := false
@@ -67,11 +90,11 @@ func missingPackages() []string {
 }
 
 // install installs what is missing, without starting any of it.
-func install() error {
+func install(needs []need) error {
 	if err := os.MkdirAll("/run/sshd", 0o755); err != nil { // as Debian's service would: tests of sshd need it
 		return err
 	}
-	missing := missingPackages()
+	missing := missingPackages(needs)
 	if len(missing) == 0 {
 		return nil
 	}
@@ -93,7 +116,7 @@ func install() error {
 			return err
 		}
 	}
-	if still := missingPackages(); len(still) > 0 {
+	if still := missingPackages(needs); len(still) > 0 {
 		return fmt.Errorf("packages installed, but not what they should bring: %s", strings.Join(still, " "))
 	}
 	return nil
@@ -137,8 +160,7 @@ func removePolicy() {
 }
 
 // installPM2 brings pm2 into the cache, as its lock file has it. Debian has no
-// pm2, and its npm is hundreds of packages: without one, or its registry, tests of
-// pm2 are skipped.
+// pm2, and its npm is hundreds of packages: one has to be there.
 func installPM2(p paths) error {
 	from, to := filepath.Join(p.root, "e2e", "cluster", "pm2"), filepath.Join(p.cache, "pm2")
 	lock, err := os.ReadFile(filepath.Join(from, "package-lock.json"))
@@ -150,8 +172,7 @@ func installPM2(p paths) error {
 		return nil
 	}
 	if _, err := exec.LookPath("npm"); err != nil {
-		log.Printf("  no npm, and so no pm2")
-		return nil
+		return err
 	}
 	log.Printf("  installing pm2 into %s", to)
 	if err := os.RemoveAll(to); err != nil {
@@ -160,9 +181,8 @@ func installPM2(p paths) error {
 	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
 		return err
 	}
-	if err := command("npm", "ci", "--prefix="+to, "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--no-update-notifier"); err != nil {
-		log.Printf("  no pm2: %v", err)
-		return nil
+	if err := command("npm", "ci", "--prefix="+to, "--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--no-update-notifier", "--fetch-timeout=20000", "--fetch-retries=1"); err != nil {
+		return err
 	}
 	return os.WriteFile(done, lock, 0o644)
 }

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -72,22 +71,17 @@ func up(p paths, buildOnly bool) error {
 		return err
 	}
 	said := newStopwatch()
-	if err := install(); err != nil {
+	if err := install(needs); err != nil {
 		return err
 	}
-	var consul error
-	var beside sync.WaitGroup
-	if buildOnly {
-		beside.Go(func() { consul = buildConsul(p) })
-	}
 	bin, images, err := programs(p)
-	beside.Wait()
-	if err := errors.Join(err, consul); err != nil {
+	if err != nil {
 		return err
 	}
 	said.done("programs and images built")
 	if buildOnly {
-		return installPM2(p)
+		alsoTested(p)
+		return nil
 	}
 	if err := down(p); err != nil {
 		return err
