@@ -381,7 +381,11 @@ func (r *Rollout) deploy(ctx context.Context, tree *Tree, plan *Plan, report *Re
 		}
 	}
 	id := plan.Release
-	if err := r.lock(ctx, id, &release.Offer{ID: id, Commit: plan.Commit, Entries: tree.Manifest}); err != nil {
+	ahead := &release.Offer{ID: id, Commit: plan.Commit, Entries: tree.Manifest}
+	if slices.ContainsFunc(r.members, func(m *member) bool { return m.host.Holder != nil || m.host.Interrupted != "" }) {
+		ahead = nil // not every lock may come, or soon: who has given his is to be let go of at once
+	}
+	if err := r.lock(ctx, id, ahead); err != nil {
 		return err
 	}
 	if !plan.Binding {

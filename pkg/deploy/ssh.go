@@ -287,7 +287,7 @@ func (t *talk) Write(p []byte) (int, error) {
 }
 
 // closing are what ssh says of an end whose reason was said before.
-var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:"}
+var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:", "culvert: this is a host's side"}
 
 // conclude is the line that tells why: culvert's own, else the last that says more than that
 // it is over. It is tame.

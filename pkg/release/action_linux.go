@@ -291,7 +291,7 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 	case "systemd":
 		out, err := quiet("systemctl", "show", "-p", "MainPID,ActiveState,Result", "--", a.Arg)
 		if err == nil {
-			all, err = systemdPID(out)
+			all, err = systemdPIDs(out)
 		}
 		return all, true, err
 	case "supervisor":
@@ -312,21 +312,32 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 	return nil, false, nil
 }
 
-// systemdPID reads "systemctl show".
-func systemdPID(out string) ([]process, error) {
+// systemdPIDs reads "systemctl show": a block for each unit that the name matches.
+func systemdPIDs(out string) (all []process, err error) {
+	for unit := range strings.SplitSeq(strings.TrimSpace(out), "\n\n") {
+		p, err := systemdPID(unit)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+func systemdPID(out string) (p process, err error) {
 	said := map[string]string{}
 	for line := range strings.Lines(out) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 		said[key] = value
 	}
 	if pid, _ := strconv.Atoi(said["MainPID"]); pid > 0 {
-		return []process{{pid: pid}}, nil
+		return process{pid: pid}, nil
 	}
-	err := fmt.Errorf("the unit is %s (%s)", said["ActiveState"], said["Result"])
+	err = fmt.Errorf("the unit is %s (%s)", said["ActiveState"], said["Result"])
 	if said["ActiveState"] == "failed" {
 		err = fmt.Errorf("%w: %w", errGivenUp, err)
 	}
-	return nil, err
+	return p, err
 }
 
 func supervisorPIDs(out string) (all []process, err error) {

@@ -407,14 +407,17 @@ func (s *session) inTheWay() error {
 	return &Error{Code: Failed, Text: path.Join(to, currentLink) + " is not a link", Hint: adopt(to)}
 }
 
+// adopted is the release that was made by a hint, of what was there before.
+const adopted = releasesDir + "/before"
+
 // adopt makes a release of a folder that is in current's place.
 func adopt(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current releases/before && ln -s releases/before current", word(to))
+	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current %[2]s && ln -s %[2]s current", word(to), adopted)
 }
 
-// adoptAll makes a release of all that is in the app's folder.
+// adoptAll makes a release of all that is in the app's folder, but for what is mounted there.
 func adoptAll(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases/before && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found -exec mv -t releases/before {} + && ln -s releases/before current", word(to))
+	return fmt.Sprintf("cd %s && mkdir -p %[2]s && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found ! -exec mountpoint -q {} \\; -exec mv -t %[2]s {} + && ln -s %[2]s current", word(to), adopted)
 }
 
 // choose is what activate would go back to.

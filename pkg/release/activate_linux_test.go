@@ -707,12 +707,12 @@ func TestSupervisorsSay(t *testing.T) {
 			t.Errorf("%q: %v, %v", out, all, err)
 		}
 	}
-	all, err = systemdPID("MainPID=12\nResult=success\nActiveState=active\n")
-	if err != nil || len(all) != 1 || all[0].pid != 12 {
+	all, err = systemdPIDs("MainPID=12\nResult=success\nActiveState=active\n\nMainPID=13\nResult=success\nActiveState=active\n")
+	if err != nil || len(all) != 2 || all[0].pid != 12 || all[1].pid != 13 {
 		t.Error(all, err)
 	}
 	for state, over := range map[string]bool{"failed": true, "activating": false} {
-		all, err := systemdPID("MainPID=0\nResult=exit-code\nActiveState=" + state + "\n")
+		all, err := systemdPIDs("MainPID=0\nResult=exit-code\nActiveState=" + state + "\n\nMainPID=12\nResult=success\nActiveState=active\n")
 		if err == nil || errors.Is(err, errGivenUp) != over || !strings.Contains(err.Error(), state+" (exit-code)") {
 			t.Errorf("%s: %v, %v", state, all, err)
 		}

@@ -77,8 +77,8 @@ func (c *Client) read() {
 			c.fail(fmt.Errorf("the host hung up: %w", err))
 			return
 		}
-		quiet.Reset(silence)
 		if k == kindBeat {
+			quiet.Reset(silence)
 			continue
 		}
 		m, err := unpack(k, payload)
@@ -89,11 +89,13 @@ func (c *Client) read() {
 			c.fail(err)
 			return
 		}
+		quiet.Stop() // it may be a while before somebody wants the answer to what was sent ahead
 		select {
 		case c.in <- m:
 		case <-c.gone:
 			return
 		}
+		quiet.Reset(silence)
 	}
 }
 

@@ -479,5 +479,5 @@ func (s *session) realReleases() string {
 }
 
 func (s *session) note(phase, text string) {
-	s.wire.tell(Event{Kind: "note", Phase: phase, Text: text})
+	s.wire.tell(Event{Kind: "note", Phase: phase, Text: shorten(text)})
 }

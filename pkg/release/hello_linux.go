@@ -148,7 +148,7 @@ func (s *session) access() *Problem {
 		}
 	case errors.Is(err, fs.ErrPermission):
 		at := closed(parent)
-		return problem("chmod o+x "+word(at), "%s cannot be reached: %s", to, mayNot("enter", at, err))
+		return problem("", "%s cannot be reached: %s", to, mayNot("enter", at, err))
 	case err != nil:
 		return problem("", "%v", err)
 	case !info.IsDir():
@@ -206,8 +206,13 @@ func (s *session) unmanaged() string {
 	found := ""
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case releasesDir, currentLink, ownDir, ".ssh": // which is somebody's home
+		case currentLink, ownDir, ".ssh": // which is somebody's home
 			return ""
+		case releasesDir:
+			if _, err := os.Lstat(filepath.Join(s.hello.To, adopted)); err != nil {
+				return "" // of another tool
+			}
+			found = adopted // our own hint, which has ended half way
 		case sharedDir, "lost+found":
 		default:
 			if !strings.HasPrefix(name, ".") {
@@ -243,7 +248,7 @@ func (s *session) preflightTools() []Problem {
 		case "not-found":
 			text, hint = "there is no unit "+a.Arg, "systemctl list-units --type=service"
 		case "masked":
-			text, hint = "unit "+a.Arg+" is masked", "systemctl unmask "+a.Arg
+			text, hint = "unit "+a.Arg+" is masked", "systemctl unmask "+word(a.Arg)
 		}
 	case "supervisor":
 		if out := ask("supervisorctl", "status", a.Arg); strings.Contains(out, "ERROR (no such") {

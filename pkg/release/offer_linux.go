@@ -590,6 +590,9 @@ func (s *session) gather(a *arrival, have *stock) error {
 
 // gatherFile returns where pieces of a file are lacking.
 func (s *session) gatherFile(a *arrival, i int, have *stock) (lacks []place, linked bool, err error) {
+	if s.wire.gone.Err() != nil { // nobody wants it any more, and the lock is held for it
+		return nil, false, context.Cause(s.wire.gone)
+	}
 	e := &a.entries[i]
 	name := path.Join(a.dir, e.Path)
 	old, err := s.disk.Lstat(name)
@@ -662,6 +665,9 @@ func (s *session) assemble(a *arrival, i int, have *stock) (lacks []place, err e
 	name := path.Join(a.dir, e.Path)
 	offset := int64(0)
 	for _, p := range e.pieces() {
+		if s.wire.gone.Err() != nil {
+			return nil, context.Cause(s.wire.gone)
+		}
 		here := source{name, 0, offset, p.Size}
 		if !s.holds(here, p.SHA256) {
 			from, known := have.pieces[p.SHA256]

@@ -145,7 +145,7 @@ func TestPM2ClusterReload(t *testing.T) {
 	y.good("a", app)
 	y.good("b", app)
 	y.runs("shop b, shop b")
-	y.config.Health.Release, y.config.Health.Within = "", 10*time.Second
+	y.config.Health.Release, y.config.Health.Within = "", 30*time.Second
 	if r := y.deploy("c", app); r.State != StateBroken || !strings.Contains(r.Error, "is of release a") {
 		t.Errorf("%+v", r)
 	}

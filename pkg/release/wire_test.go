@@ -10,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -183,4 +184,39 @@ func TestClientErrors(t *testing.T) {
 	if _, err := c.List(context.Background()); !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
+}
+
+// An answer to what was sent ahead may lie for longer than a host may be silent, which beats.
+func TestAnswerLies(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		c := NewClient(near)
+		defer c.Close()
+		host := newFrameWriter(far)
+		go func() {
+			for {
+				if _, _, err := readFrame(far); err != nil {
+					return
+				}
+			}
+		}()
+		go func() {
+			for _, answer := range []string{`{"current":"a"}`, `{"missing":""}`} {
+				if err := host.message(message{Answer: json.RawMessage(answer)}); err != nil {
+					t.Error(err)
+				}
+			}
+			for host.frame(kindBeat, nil) == nil {
+				time.Sleep(beatEvery)
+			}
+		}()
+		if _, err := c.LockFor(t.Context(), Lock{}, Offer{ID: "b"}, nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * silence)
+		if _, err := c.Offer(t.Context(), Offer{ID: "b"}); err != nil {
+			t.Error(err)
+		}
+		far.Close()
+	})
 }

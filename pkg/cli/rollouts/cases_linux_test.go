@@ -89,7 +89,7 @@ func TestHooksOverSSH(t *testing.T) {
 	y := newYard(t)
 	y.shops("web-1", "web-2")
 	y.serve()
-	const hosts = "hosts: [web-1, web-2]\ntimeout: 3s\n"
+	const hosts = "hosts: [web-1, web-2]\n"
 	y.file("one", hosts)
 	y.does(0, "2 hosts switched", y.deploy("1111111")...)
 	for _, c := range []struct{ name, hooks, words, last string }{
@@ -98,7 +98,11 @@ func TestHooksOverSSH(t *testing.T) {
 		{"prints a megabyte", "post_release: \"yes 'a line of some length' | head -c 1000000; echo; echo the end; false\"", "exit status 1", "the end"},
 		{"is not there", "post_release: there-is-no-such-program", "exit status 127", "not found"},
 	} {
-		y.file(c.name, hosts+"hooks: {"+c.hooks+"}\n")
+		more := ""
+		if c.name == "hangs" {
+			more = "timeout: 3s\n"
+		}
+		y.file(c.name, hosts+more+"hooks: {"+c.hooks+"}\n")
 		r := y.does(1, c.words, y.deploy("2222222")...)
 		y.lacks(r, "web-1 - ID restored", "web-2 - ID untouched", "web-1 said last:", c.last)
 		if _, shown, _ := strings.Cut(r.out, "said last:\n"); strings.Count(shown, "\n") > 20 {
@@ -203,7 +207,7 @@ func TestApplyKilledOverSSH(t *testing.T) {
 	y.shops("web-1")
 	y.serve()
 	at := func(phase, then string) string {
-		return fmt.Sprintf(`if rm "$CULVERT_TO/../kill-%s" 2>/dev/null; then kill -9 $PPID; sleep 1000; fi; %s`, phase, then)
+		return fmt.Sprintf(`if rm "$CULVERT_TO/../kill-%s" 2>/dev/null; then kill -9 $PPID; exec sleep 1000; fi; %s`, phase, then)
 	}
 	more := fmt.Sprintf("hosts: [web-1]\ndrain: {cmd: '%s', undo: '%s'}\nrestart: 'cmd %s'\nhealth: {cmd: '%s'}\nhooks: {pre_release: '%s', post_release: '%s'}\n",
 		at("drain", `touch "$CULVERT_TO/drained"`), at("undrain", `rm -f "$CULVERT_TO/drained"`), at("restart", `cp page "$CULVERT_TO/runs"`), at("health", `cmp page "$CULVERT_TO/runs"`),
