@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/http"
@@ -20,7 +21,7 @@ import (
 // patience is for what takes seconds on a quiet machine.
 const patience = 2 * time.Minute
 
-// soon is for what never comes.
+// soon is for what never comes. Nothing has to be done by then.
 const soon = 6 * time.Second
 
 // site is a service of its own in a datacenter, with real programs. An agent's key is the
@@ -75,6 +76,20 @@ func (s *site) registry(node, start, token string) *Registry {
 	}
 	r.every = 100 * time.Millisecond
 	return r
+}
+
+// before has f called before each question that r asks. What was found by the look
+// before has been said by then, and is kept. Call it before r has asked another agent.
+func (s *site) before(r *Registry, f func()) {
+	s.t.Helper()
+	r.cfg.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		f()
+		return (&net.Dialer{}).DialContext(ctx, network, address)
+	}
+	var err error
+	if r.client, err = api.NewClient(r.base()); err != nil {
+		s.t.Fatal(err)
+	}
 }
 
 // A launch is how a program starts. What is empty is as of one that is well.

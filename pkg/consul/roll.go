@@ -105,8 +105,13 @@ type turn struct {
 	now   Instance   // in its place
 	words string
 
-	changed   Instance // a known registration that is of another start since changedAt
-	changedAt time.Time
+	changed []change // known registrations that are of another start now
+}
+
+// A change is when a registration was first seen to be of this start.
+type change struct {
+	to Instance
+	at time.Time
 }
 
 func (t *turn) say(format string, args ...any) { t.cfg.Say(t.words + fmt.Sprintf(format, args...)) }
@@ -186,14 +191,19 @@ func (i Instance) is(o Instance) bool {
 
 // await waits for the new instance.
 func (t *turn) await(ctx context.Context) error {
+	return t.until(ctx, func(all []Instance) (string, bool) { return t.find(ctx, all) })
+}
+
+// until is the registry's, and says what is waited for.
+func (t *turn) until(ctx context.Context, ok func([]Instance) (lacks string, done bool)) error {
 	var said string
 	return t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
-		lacks, found := t.find(ctx, all)
-		if !found && lacks != said {
+		lacks, done := ok(all)
+		if !done && lacks != said {
 			t.say("%s", lacks)
 			said = lacks
 		}
-		return lacks, found
+		return lacks, done
 	})
 }
 
@@ -236,11 +246,15 @@ func (t *turn) judgedBefore(ctx context.Context, i Instance) (lacks string, err 
 	if !slices.ContainsFunc(t.known, carried) {
 		return "", nil
 	}
-	if !t.changed.is(i) {
-		t.changed, t.changedAt = i, time.Now()
+	at := slices.IndexFunc(t.changed, func(c change) bool { return c.to.same(i) })
+	if at < 0 {
+		at, t.changed = len(t.changed), append(t.changed, change{})
+	}
+	if !t.changed[at].to.is(i) {
+		t.changed[at] = change{to: i, at: time.Now()}
 	}
 	round, err := t.r.round(ctx, i)
-	if err != nil || time.Since(t.changedAt) >= round {
+	if err != nil || time.Since(t.changed[at].at) >= round {
 		return "", err
 	}
 	return fmt.Sprintf("its checks, which take up to %v, may have passed on the one before", round), nil
@@ -283,7 +297,7 @@ func (t *turn) settle(ctx context.Context) error {
 // that still passes has not ended, and the new one is not in its place.
 func (t *turn) leave(ctx context.Context) error {
 	var dead bool
-	err := t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+	err := t.until(ctx, func(all []Instance) (string, bool) {
 		at := slices.IndexFunc(all, t.old.is)
 		if at < 0 {
 			return "", true

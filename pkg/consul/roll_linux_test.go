@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,6 +19,8 @@ func TestRoll(t *testing.T) {
 	d := consultest.Start(t, "")
 	t.Run("to its end", func(t *testing.T) { testRolls(t, d) })
 	t.Run("to what does not come back", func(t *testing.T) { testStops(t, d) })
+	t.Run("for no longer than it may", func(t *testing.T) { testWithin(t, d) })
+	t.Run("while another one starts again", func(t *testing.T) { testTwoChange(t, d) })
 	t.Run("and the maintenance of others", func(t *testing.T) { testMaintenance(t, d) })
 }
 
@@ -93,7 +96,8 @@ func testRolls(t *testing.T, d *consultest.Datacenter) {
 	}
 }
 
-// What is not a new instance, or not a healthy one, stops it at the first, or at the last.
+// What is not a new instance, or not a healthy one, stops it at the first, or at the last:
+// it is waited for until the test, which has heard for what, ends the roll.
 func testStops(t *testing.T, d *consultest.Datacenter) {
 	for _, test := range []struct {
 		name    string
@@ -105,8 +109,8 @@ func testStops(t *testing.T, d *consultest.Datacenter) {
 		{"it never comes back", func(s *site, i Instance) { s.leave(i.Node, i.ID) }, nil, "no new instance is registered in its place", 1},
 		{"it dies", func(s *site, i Instance) { s.stop(i.Node, i.ID) }, nil, "no new instance is registered in its place", 1},
 		{"the old one goes on answering", func(*site, Instance) {}, nil, "no new instance is registered in its place", 1},
-		{"the last never comes back", func(s *site, i Instance) { s.leave(i.Node, i.ID) }, nil, "2 of 2, b on n2: not within", 2},
-		{"it is never healthy", func(s *site, i Instance) { s.run(i.Node, i.ID, launch{start: "2", sick: -1}) }, nil, "a on n1 is new, but ", 1},
+		{"the last never comes back", func(s *site, i Instance) { s.leave(i.Node, i.ID) }, nil, "no new instance is registered in its place", 2},
+		{"it is never healthy", func(s *site, i Instance) { s.run(i.Node, i.ID, launch{start: "2", sick: -1}) }, nil, "a on n1 is new, but page is critical", 1},
 		{"its check still says what the old one was", func(s *site, i Instance) {
 			s.run(i.Node, i.ID, launch{start: "2", nobody: true, between: time.Hour})
 		}, nil, "a on n1 is new, but its checks, which take up to 1h0m5s, may have passed on the one before", 1},
@@ -121,14 +125,22 @@ func testStops(t *testing.T, d *consultest.Datacenter) {
 			s := newSite(t, d)
 			s.run("n1", "a", launch{start: "1"})
 			s.run("n2", "b", launch{start: "1"})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var said atomic.Bool
 			r, n := s.registry("n2", "start", ""), 0
+			s.before(r, func() {
+				if said.Load() {
+					cancel()
+				}
+			})
 			s.awaitPassing(r, 2)
-			within := soon
-			if test.at > 1 {
-				within = 2 * soon // the first is to be well in it
-			}
-			err := r.Roll(t.Context(), RollConfig{
-				Service: s.service, Drain: true, Within: within, Say: func(line string) { t.Log(line) },
+			err := r.Roll(ctx, RollConfig{
+				Service: s.service, Drain: true, Within: patience,
+				Say: func(line string) {
+					t.Log(line)
+					said.Store(strings.HasPrefix(s.words(line), fmt.Sprintf("%d of 2: %s", test.at, test.says)))
+				},
 				Restart: func(_ context.Context, i Instance) error {
 					if n++; n == test.at {
 						test.restart(s, i)
@@ -140,15 +152,58 @@ func testStops(t *testing.T, d *consultest.Datacenter) {
 				},
 				Gate: func(context.Context, Instance) error { return test.gate },
 			})
-			if err == nil || !strings.Contains(s.words(err), test.says) || strings.Contains(err.Error(), "lines") || n != test.at {
+			if !errors.Is(err, context.Canceled) || !strings.Contains(s.words(err), "context canceled: "+test.says) || strings.Contains(err.Error(), "lines") || n != test.at {
 				t.Errorf("%v, %d restarted", err, n)
 			}
-			all, err := r.Instances(t.Context(), s.service)
-			if err != nil || slices.ContainsFunc(all, func(i Instance) bool { return i.Drained }) {
-				t.Errorf("%v: left drained: %+v", err, all)
-			}
+			s.await(r, "led to again", func(all []Instance) bool {
+				return !slices.ContainsFunc(all, func(i Instance) bool { return i.Drained })
+			})
 		})
 	}
+}
+
+// Within ends a turn, however far it is by then.
+func testWithin(t *testing.T, d *consultest.Datacenter) {
+	t.Parallel()
+	s := newSite(t, d)
+	s.run("n2", "a", launch{})
+	r := s.registry("n1", "", "")
+	s.awaitPassing(r, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	defer time.AfterFunc(patience, cancel).Stop()
+	err := r.Roll(ctx, RollConfig{Service: s.service, Within: soon, Restart: func(_ context.Context, i Instance) error {
+		s.leave(i.Node, i.ID)
+		return nil
+	}})
+	if err == nil || !strings.Contains(err.Error(), "1 of 1, a") || !strings.Contains(err.Error(), "not within") && !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+}
+
+// Another one that starts again in the same turn, by somebody else's doing, does not keep
+// it from its end.
+func testTwoChange(t *testing.T, d *consultest.Datacenter) {
+	t.Parallel()
+	s := newSite(t, d)
+	s.run("n1", "a", launch{start: "1"})
+	s.run("n2", "b", launch{start: "1"})
+	r, n := s.registry("n3", "start", ""), 0
+	s.awaitPassing(r, 2)
+	err := r.Roll(t.Context(), RollConfig{
+		Service: s.service, Within: patience, Say: func(line string) { t.Log(line) },
+		Restart: func(_ context.Context, i Instance) error {
+			if n++; n == 1 {
+				s.run("n2", "b", launch{start: "2"})
+			}
+			s.run(i.Node, i.ID, launch{start: fmt.Sprint("later ", n)})
+			return nil
+		},
+	})
+	if err != nil || n != 2 {
+		t.Errorf("%v, %d restarted", err, n)
+	}
+	s.awaitPassing(r, 2)
 }
 
 // Maintenance that somebody else wants stays; that of a run which was killed does not.
@@ -186,19 +241,29 @@ func TestRollWithoutConsul(t *testing.T) {
 			s := newSite(t, consultest.Start(t, ""))
 			s.run("n2", "a", launch{})
 			s.run("n3", "b", launch{})
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var gone atomic.Bool
+			var looks atomic.Int32
 			r, n := s.registry(asked, "", ""), 0
+			s.before(r, func() {
+				if gone.Load() && looks.Add(1) == 2 { // the first has had its answer
+					cancel()
+				}
+			})
 			s.awaitPassing(r, 2)
-			err := r.Roll(t.Context(), RollConfig{Service: s.service, Drain: true, Within: soon, Restart: func(_ context.Context, i Instance) error {
+			err := r.Roll(ctx, RollConfig{Service: s.service, Drain: true, Within: patience, Restart: func(_ context.Context, i Instance) error {
 				n++
 				s.Kill("n1") // the server
 				s.leave(i.Node, i.ID)
 				s.run(i.Node, i.ID, launch{status: "passing"})
+				gone.Store(true)
 				return nil
 			}})
-			if err == nil || !strings.Contains(s.words(err), "1 of 2, a on n2") || !strings.Contains(err.Error(), ErrUnreachable.Error()) || n != 1 {
+			if err == nil || !strings.Contains(s.words(err), "1 of 2, a on n2: context canceled: "+ErrUnreachable.Error()) || n != 1 {
 				t.Errorf("%v, %d restarted", err, n)
 			}
-			err = r.Roll(t.Context(), RollConfig{Service: s.service, Within: soon, Restart: func(context.Context, Instance) error {
+			err = r.Roll(t.Context(), RollConfig{Service: s.service, Within: patience, Restart: func(context.Context, Instance) error {
 				n++
 				return nil
 			}})
