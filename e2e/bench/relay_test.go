@@ -129,7 +129,7 @@ func TestLink(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("must be root, for network namespaces")
 	}
-	if err := missing(nil); err != nil {
+	if err := missing([]path{{needs: []string{"iperf3"}}}); err != nil {
 		t.Skip(err)
 	}
 	defer goleak.VerifyNone(t)

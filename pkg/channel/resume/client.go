@@ -87,8 +87,9 @@ const (
 	doublings  = 4 // of the pause
 )
 
+// lost: why something is not permitted any more is in the answer to another dial.
 func (d *dialled) lost(s *Stream, lasted bool, err error) {
-	if isEnded(err) {
+	if isEnded(err) && !errors.Is(err, syscall.EACCES) {
 		s.finish(err)
 		return
 	}
