@@ -22,7 +22,7 @@ type Host struct {
 	hold   time.Duration
 	most   int // held
 
-	mu      sync.Mutex
+	mu      sync.Mutex // before that of a stream
 	streams map[token]*held
 	lost    []*held // the longest first
 	closed  bool
@@ -138,12 +138,18 @@ func (h *Host) found(s *held, by net.Conn) {
 	}
 	_ = by.SetReadDeadline(time.Time{})
 	h.mu.Lock()
-	h.unlist(s)
+	h.unlist(s) // its time must not be over just now
 	h.mu.Unlock()
 	s.attach(by, first...)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !s.adrift() { // who was late to hold it may have listed it meanwhile
+		h.unlist(s)
+	}
 }
 
-// holds keeps a stream that is lost, for a while, unless a hub has ended it.
+// holds keeps a stream that is lost, for a while, unless a hub has ended it. Losses are told late,
+// and in any order: what counts is how the stream is now.
 func (h *Host) holds(s *held, err error) {
 	if isEnded(err) {
 		s.finish(err)
@@ -151,6 +157,10 @@ func (h *Host) holds(s *held, err error) {
 	}
 	h.mu.Lock()
 	h.unlist(s)
+	if !s.adrift() { // it was found meanwhile, or has ended
+		h.mu.Unlock()
+		return
+	}
 	s.timer = time.AfterFunc(h.hold, func() {
 		s.giveUp(fmt.Errorf("who had dialled has not come back within %v: %w", h.hold, syscall.ECONNRESET))
 	})
@@ -163,11 +173,6 @@ func (h *Host) holds(s *held, err error) {
 	h.mu.Unlock()
 	if first != nil {
 		first.giveUp(fmt.Errorf("too many connections are lost: %w", syscall.ECONNRESET))
-	}
-	if !s.adrift() { // it was found meanwhile, or has ended
-		h.mu.Lock()
-		h.unlist(s)
-		h.mu.Unlock()
 	}
 }
 
@@ -271,18 +276,23 @@ func (p *pending) decide(refusal error) {
 }
 
 // begin has the stream go by the first of those that have waited; the client may speak by another.
+// An answer may take long: if the stream goes by a later dial meanwhile, it is as any further one.
 func (p *pending) begin(all []channel.Pending) (err error) {
 	for i, one := range all {
 		if err = one.Answer(nil); err != nil {
 			continue
 		}
-		p.attach(one)
+		if !p.attachFirst(one) {
+			go p.h.found(p.held, one)
+		}
 		for _, other := range all[i+1:] {
 			p.h.answer(other, nil, p.held)
 		}
 		return nil
 	}
-	p.finish(net.ErrClosed)
+	if !p.finishUnlinked(net.ErrClosed) {
+		return nil
+	}
 	return err
 }
 

@@ -45,6 +45,22 @@ const (
 func (s *Stream) attach(conn net.Conn, said ...byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.attached(conn, said)
+}
+
+// attachFirst does, unless the stream has gone by another one before. It tells whether it did.
+func (s *Stream) attachFirst(conn net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.links > 0 {
+		return false
+	}
+	s.attached(conn, nil)
+	return true
+}
+
+// attached does, where mu is held.
+func (s *Stream) attached(conn net.Conn, said []byte) {
 	if s.over {
 		go conn.Close()
 		return

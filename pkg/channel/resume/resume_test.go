@@ -680,6 +680,106 @@ func TestAskedTwice(t *testing.T) {
 	}
 }
 
+// A late wire is one whose answer is long in coming.
+type late struct {
+	net.Conn
+	asked, over chan struct{} // over: it may answer
+	err         error
+}
+
+func lateWire(err error) (*late, net.Conn) {
+	near, far := net.Pipe()
+	return &late{far, make(chan struct{}), make(chan struct{}), err}, near
+}
+
+func (l *late) Answer(error) error {
+	close(l.asked)
+	<-l.over
+	return l.err
+}
+
+// A stream that goes by a further dial is left alone by the first one, however late that is answered.
+func TestFirstIsLate(t *testing.T) {
+	for name, late := range map[string]error{"and has not waited": net.ErrClosed, "and is taken": nil} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			asked := call{token: newToken()}
+			first, dropped := lateWire(late)
+			far := w.host.take(first, asked, "22")
+			answered := make(chan error, 1)
+			go func() { answered <- far.Answer(nil) }()
+			<-first.asked
+
+			second, conn := lateWire(nil)
+			close(second.over)
+			if w.host.take(second, asked, "22") != nil {
+				t.Fatal("a second stream")
+			}
+			near := newStream(true, nil, nil, w.client.budget, func(s *Stream, _ bool, err error) { t.Errorf("lost: %v", err); s.finish(err) })
+			near.attach(conn)
+			await(t, "it goes by the second", far.linked)
+
+			close(first.over)
+			if err := <-answered; err != nil {
+				t.Errorf("the answer: %v", err)
+			}
+			go func() { _, _ = io.Copy(far, far); far.Close() }()
+			_, _ = io.WriteString(near, "there and back")
+			_ = near.CloseWrite()
+			if got, err := io.ReadAll(near); string(got) != "there and back" || err != nil {
+				t.Errorf("%q, %v", got, err)
+			}
+			dropped.Close()
+			near.Close()
+			ended(t, "client", near)
+			w.await("forgotten", 0)
+		})
+	}
+}
+
+// A stream is in the list of those that are lost when it is, however late the host hears of an
+// earlier loss.
+func TestListed(t *testing.T) {
+	w := newWorld(t)
+	wire, conn := lateWire(nil)
+	close(wire.over)
+	far := w.host.take(wire, call{token: newToken()}, "22")
+	s := far.held
+	listed := func() (int, bool) {
+		w.host.mu.Lock()
+		defer w.host.mu.Unlock()
+		return len(w.host.lost), s.timer != nil
+	}
+	drain := func(c net.Conn) { _, _ = io.Copy(io.Discard, c); c.Close() }
+	go drain(conn)
+	if err := far.Answer(nil); err != nil {
+		t.Fatal(err)
+	}
+	for range 3000 {
+		s.mu.Lock()
+		l := s.link
+		s.mu.Unlock()
+		var both sync.WaitGroup
+		both.Go(func() { w.host.holds(s, syscall.ECONNRESET) })
+		both.Go(func() { s.broke(l, syscall.ECONNRESET) })
+		both.Wait()
+		if n, timed := listed(); n != 1 || !timed {
+			t.Fatalf("it is lost: %d are listed, with a timer: %t", n, timed)
+		}
+
+		by, conn := net.Pipe()
+		go drain(conn)
+		go conn.Write(frame{kindAck, 0, firstWindow}.append(nil))
+		both.Go(func() { w.host.holds(s, syscall.ECONNRESET) })
+		both.Go(func() { w.host.found(s, by) })
+		both.Wait()
+		if n, timed := listed(); n != 0 || timed {
+			t.Fatalf("it goes on: %d are listed, with a timer: %t", n, timed)
+		}
+	}
+	s.finish(net.ErrClosed)
+}
+
 // A stream whose connections are lost as soon as they have spoken is dialled ever less often, and
 // given up when that has gone on for long enough.
 func TestLostAgainAndAgain(t *testing.T) {

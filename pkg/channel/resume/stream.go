@@ -209,6 +209,17 @@ func (s *Stream) finish(why error) {
 	s.finished(why)
 }
 
+// finishUnlinked does, unless the stream has ever gone by a connection. It tells whether it did.
+func (s *Stream) finishUnlinked(why error) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.links > 0 {
+		return false
+	}
+	s.finished(why)
+	return true
+}
+
 // finished does, where mu is held.
 func (s *Stream) finished(why error) {
 	if s.over {
