@@ -79,3 +79,15 @@ func TestJudgedBefore(t *testing.T) {
 		}
 	}
 }
+
+// One that was well beside the old one and starts again is not in its place.
+func TestAnotherStarts(t *testing.T) {
+	for was, want := range map[bool]string{true: "no new instance is registered in its place", false: "b on n1 is new, but page is critical"} {
+		a, b := Instance{ID: "a", Node: "n1", Start: "1", Healthy: true}, Instance{ID: "b", Node: "n1", Start: "1", Healthy: was}
+		tn := &turn{old: a, known: []Instance{a, b}}
+		b.Start, b.Healthy, b.Trouble = "2", false, "page is critical"
+		if lacks, found := tn.find(t.Context(), []Instance{a, b}); found || lacks != want {
+			t.Errorf("%q, %v", lacks, found)
+		}
+	}
+}

@@ -211,7 +211,7 @@ func (t *turn) until(ctx context.Context, ok func([]Instance) (lacks string, don
 func (t *turn) find(ctx context.Context, all []Instance) (lacks string, found bool) {
 	lacks = "no new instance is registered in its place"
 	for _, i := range all {
-		if slices.ContainsFunc(t.known, i.is) {
+		if slices.ContainsFunc(t.known, i.is) || slices.ContainsFunc(t.known, func(k Instance) bool { return t.another(k, i) }) {
 			continue
 		}
 		if !i.Healthy {
@@ -238,6 +238,10 @@ func (t *turn) find(ctx context.Context, all []Instance) (lacks string, found bo
 	}
 	return lacks, false
 }
+
+// another tells of one that was well beside the old one, and has started again: it is in its own
+// place. An id of who had died before may be given to the new one.
+func (t *turn) another(k, i Instance) bool { return k.same(i) && k.ID != t.old.ID && k.Healthy }
 
 // judgedBefore says so of a registration that was only changed, until its agent must have
 // checked it again: what its checks say is carried over, and of the start before.
