@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -192,24 +193,29 @@ func TestAnswerLies(t *testing.T) {
 		near, far := net.Pipe()
 		c := NewClient(near)
 		defer c.Close()
-		host := newFrameWriter(far)
-		go func() {
+		host, over := newFrameWriter(far), make(chan struct{})
+		var all sync.WaitGroup
+		all.Go(func() {
 			for {
 				if _, _, err := readFrame(far); err != nil {
 					return
 				}
 			}
-		}()
-		go func() {
+		})
+		all.Go(func() {
 			for _, answer := range []string{`{"current":"a"}`, `{"missing":""}`} {
 				if err := host.message(message{Answer: json.RawMessage(answer)}); err != nil {
 					t.Error(err)
 				}
 			}
 			for host.frame(kindBeat, nil) == nil {
-				time.Sleep(beatEvery)
+				select {
+				case <-time.After(beatEvery):
+				case <-over:
+					return
+				}
 			}
-		}()
+		})
 		if _, err := c.LockFor(t.Context(), Lock{}, Offer{ID: "b"}, nil); err != nil {
 			t.Fatal(err)
 		}
@@ -217,6 +223,8 @@ func TestAnswerLies(t *testing.T) {
 		if _, err := c.Offer(t.Context(), Offer{ID: "b"}); err != nil {
 			t.Error(err)
 		}
+		close(over)
 		far.Close()
+		all.Wait() // time stands still after this
 	})
 }
