@@ -57,7 +57,7 @@ func (s *suite) run(run string, unitOnly, keep bool) {
 // checks need no cluster.
 func (s *suite) checks() {
 	s.make("lint")
-	s.goTest("-race", "-timeout=10m", "./pkg/...", "./cmd/...", "./manifests/...", "./images/...", "./e2e/bench")
+	s.goTest("-race", "-timeout=20m", "./pkg/...", "./cmd/...", "./manifests/...", "./images/...", "./e2e/bench")
 	s.make("cross")
 }
 
