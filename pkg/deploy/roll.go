@@ -155,7 +155,7 @@ func (r *Rollout) settle(ctx context.Context, m *member, lost error) error {
 	longest := time.Duration(r.cfg.Settings.Timeout) + toHello
 	ctx, cancel := context.WithTimeoutCause(ctx, longest, lost)
 	defer cancel()
-	r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "the connection was lost (" + lost.Error() + "); the host ends this by itself, and is asked how"}})
+	r.note(m, "the connection was lost ("+lost.Error()+"); the host ends this by itself, and is asked how")
 	before := m.row.Before
 	err := r.reopen(ctx, m)
 	m.row.Before = before
@@ -223,7 +223,7 @@ func (r *Rollout) finish(ctx context.Context, members []*member) error {
 		if errors.As(err, &theirs) {
 			return fmt.Errorf("%s: mark as good: %w", m.Name, err)
 		}
-		r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "the connection was lost; the host marks the release as good by itself"}})
+		r.note(m, "the connection was lost; the host marks the release as good by itself")
 		return nil
 	})
 }
@@ -271,7 +271,7 @@ func (r *Rollout) rollback(ctx context.Context, id string) error {
 			return m.fail(Failed, "", m.because(err))
 		}
 		m.want = choice.Release.ID
-		r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: "goes back from " + orNone(choice.Current) + " to " + choice.Release.ID}})
+		r.note(m, "goes back from "+orNone(choice.Current)+" to "+choice.Release.ID)
 		return nil
 	})
 	if err != nil {

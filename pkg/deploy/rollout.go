@@ -169,9 +169,7 @@ func (m *member) hangUp() {
 func (r *Rollout) open(ctx context.Context, m *member) error {
 	err := r.hello(ctx, m)
 	if err != nil && r.cfg.Bring != nil && ctx.Err() == nil {
-		brought, failed := r.cfg.Bring(ctx, m.Host, err, func(text string) {
-			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: text}})
-		})
+		brought, failed := r.cfg.Bring(ctx, m.Host, err, func(text string) { r.note(m, text) })
 		if failed != nil {
 			return m.fail(Unreachable, "", failed)
 		}
@@ -255,6 +253,11 @@ func (r *Rollout) tell(e Event) {
 	r.cfg.Tell(e)
 }
 
+// note tells people something of one host.
+func (r *Rollout) note(m *member, text string) {
+	r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: text}})
+}
+
 // events are those of one host.
 func (r *Rollout) events(m *member) func(release.Event) {
 	return func(e release.Event) { r.tell(Event{Host: m.Name, Event: e}) }
@@ -300,7 +303,7 @@ func (r *Rollout) lock(ctx context.Context, id string, ahead *release.Offer) err
 		m.host.Current = locked.Current
 		m.row.Release, m.row.Before = locked.Current, locked.Current
 		if locked.Repaired != "" {
-			r.tell(Event{Host: m.Name, Event: release.Event{Kind: "note", Text: locked.Repaired}})
+			r.note(m, locked.Repaired)
 		}
 		return nil
 	}

@@ -87,9 +87,10 @@ const (
 	doublings  = 4 // of the pause
 )
 
-// lost: why something is not permitted any more is in the answer to another dial.
+// lost: of which too much waits at a hub, it would wait there again. Of one that is not permitted
+// any more, the answer to another dial says why.
 func (d *dialled) lost(s *Stream, lasted bool, err error) {
-	if isEnded(err) && !errors.Is(err, syscall.EACCES) {
+	if errors.Is(err, syscall.ENOBUFS) {
 		s.finish(err)
 		return
 	}
