@@ -3,7 +3,6 @@ package cli
 import (
 	"errors"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -40,14 +39,10 @@ func typedAs(verb string, args []string, flags string) typed {
 func lineOf(args []string) string {
 	words := slices.Clone(args)
 	for i, word := range words {
-		if !bare.MatchString(word) {
-			words[i] = "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
-		}
+		words[i] = process.Quote(word)
 	}
 	return strings.Join(words, " ")
 }
-
-var bare = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
 
 // whole is the line and its command.
 func (t typed) whole() string { return t.line + t.command }

@@ -50,7 +50,7 @@ func (s *SSH) Dial(_ context.Context, h Host) (io.ReadWriteCloser, error) {
 		return nil, s.err
 	}
 	own := fmt.Sprintf(`"$HOME/.cache/culvert/%s"`, s.sum)
-	w, err := startWire(s.args(h, "exec sh -c "+quoted(strings.Join([]string{
+	w, err := startWire(s.args(h, "exec sh -c "+process.Quote(strings.Join([]string{
 		fmt.Sprintf("if [ -x %s/culvert ]; then touch -c %s; exec %s/culvert apply --app %s; fi", own, own, own, s.App),
 		fmt.Sprintf("if culvert apply --help >/dev/null 2>&1; then exec culvert apply --app %s; fi", s.App),
 		fmt.Sprintf("echo %s$(uname -s) $(uname -m) >&2; exit %d", lackMark, exitMissing),
@@ -110,9 +110,9 @@ func (s *SSH) args(h Host, command string) []string {
 	}
 	options := []string{"BatchMode=yes", "ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=3", "LogLevel=INFO"}
 	if s.Hub != "" && !strings.HasPrefix(h.Name, "ssh://") {
-		dial := quoted(s.Program) + " dial --hub " + quoted(s.Hub)
+		dial := process.Quote(s.Program) + " dial --hub " + process.Quote(s.Hub)
 		if s.Identity != "" {
-			dial += " --key " + quoted(s.Identity)
+			dial += " --key " + process.Quote(s.Identity)
 		}
 		options = append(options, "ProxyCommand="+strings.ReplaceAll(dial, "%", "%%")+" %h:%p")
 	}
@@ -121,9 +121,6 @@ func (s *SSH) args(h Host, command string) []string {
 	}
 	return append(args, "--", h.Name, command)
 }
-
-// quoted is a word for a shell.
-func quoted(word string) string { return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'" }
 
 // lackMark is said on stderr where there is no culvert, with the system and the machine.
 const lackMark = "culvert is missing on "
@@ -149,7 +146,7 @@ func (s *SSH) bring(ctx context.Context, h Host, tell func(string)) error {
 	}, "; ")
 	var said talk
 	err = process.Run(ctx, process.Config{
-		Args: append([]string{"ssh", "-C"}, s.args(h, "exec sh -ec "+quoted(script))...), Stdin: f, Stdout: io.Discard, Stderr: &said,
+		Args: append([]string{"ssh", "-C"}, s.args(h, "exec sh -ec "+process.Quote(script))...), Stdin: f, Stdout: io.Discard, Stderr: &said,
 	})
 	if words := said.conclude(); err != nil && words != "" {
 		return errors.New(words)

@@ -267,8 +267,8 @@ var (
 	fatal      = regexp.MustCompile(`(?m)^\S+\s+FATAL\s`)
 )
 
-// A process is one that may be the instance.
-type process struct {
+// A candidate is a process that may be the instance.
+type candidate struct {
 	pid   int
 	paths []string // what its supervisor says of it
 }
@@ -277,7 +277,7 @@ type process struct {
 var errGivenUp = errors.New("it is not started again")
 
 // supervised are the processes of what was restarted. known is false where nobody says.
-func (r *run) supervised(ctx context.Context) (all []process, known bool, err error) {
+func (r *run) supervised(ctx context.Context) (all []candidate, known bool, err error) {
 	a := r.Config.Restart
 	if a == nil {
 		return nil, false, nil
@@ -313,7 +313,7 @@ func (r *run) supervised(ctx context.Context) (all []process, known bool, err er
 }
 
 // systemdPIDs reads "systemctl show": a block for each unit that the name matches.
-func systemdPIDs(out string) (all []process, err error) {
+func systemdPIDs(out string) (all []candidate, err error) {
 	for unit := range strings.SplitSeq(strings.TrimSpace(out), "\n\n") {
 		p, err := systemdPID(unit)
 		if err != nil {
@@ -324,14 +324,14 @@ func systemdPIDs(out string) (all []process, err error) {
 	return all, nil
 }
 
-func systemdPID(out string) (p process, err error) {
+func systemdPID(out string) (p candidate, err error) {
 	said := map[string]string{}
 	for line := range strings.Lines(out) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 		said[key] = value
 	}
 	if pid, _ := strconv.Atoi(said["MainPID"]); pid > 0 {
-		return process{pid: pid}, nil
+		return candidate{pid: pid}, nil
 	}
 	err = fmt.Errorf("the unit is %s (%s)", said["ActiveState"], said["Result"])
 	if said["ActiveState"] == "failed" {
@@ -340,10 +340,10 @@ func systemdPID(out string) (p process, err error) {
 	return p, err
 }
 
-func supervisorPIDs(out string) (all []process, err error) {
+func supervisorPIDs(out string) (all []candidate, err error) {
 	for _, m := range runningPID.FindAllStringSubmatch(out, -1) {
 		pid, _ := strconv.Atoi(m[1])
-		all = append(all, process{pid: pid})
+		all = append(all, candidate{pid: pid})
 	}
 	if lines := len(strings.Split(strings.TrimSpace(out), "\n")); len(all) < lines {
 		err = fmt.Errorf("not running: %s", strings.TrimSpace(out))
@@ -359,7 +359,7 @@ func supervisorPIDs(out string) (all []process, err error) {
 const maxList = 16 << 20
 
 // pm2PIDs reads "pm2 jlist", which may say something else before and after it.
-func pm2PIDs(out, name string) (all []process, err error) {
+func pm2PIDs(out, name string) (all []candidate, err error) {
 	lines := strings.Split(out, "\n")
 	i := slices.IndexFunc(lines, func(l string) bool { return strings.HasPrefix(l, "[{") || strings.HasPrefix(l, "[]") })
 	if i < 0 {
@@ -387,7 +387,7 @@ func pm2PIDs(out, name string) (all []process, err error) {
 			}
 			return nil, err
 		}
-		all = append(all, process{p.PID, []string{p.Env.Script}})
+		all = append(all, candidate{p.PID, []string{p.Env.Script}})
 	}
 	if len(all) == 0 {
 		return nil, fmt.Errorf("%w: pm2 has no %s", errGivenUp, name)

@@ -11,6 +11,8 @@ import (
 	"path"
 	"slices"
 	"time"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 // A run is an activation or a restart, from its first change to its last. It is on the disk
@@ -412,12 +414,12 @@ const adopted = releasesDir + "/before"
 
 // adopt makes a release of a folder that is in current's place.
 func adopt(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current %[2]s && ln -s %[2]s current", word(to), adopted)
+	return fmt.Sprintf("cd %s && mkdir -p releases && mv -T current %[2]s && ln -s %[2]s current", process.Quote(to), adopted)
 }
 
 // adoptAll makes a release of all that is in the app's folder, but for what is mounted there.
 func adoptAll(to string) string {
-	return fmt.Sprintf("cd %s && mkdir -p %[2]s && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found ! -exec mountpoint -q {} \\; -exec mv -t %[2]s {} + && ln -s %[2]s current", word(to), adopted)
+	return fmt.Sprintf("cd %s && mkdir -p %[2]s && find . -mindepth 1 -maxdepth 1 ! -name releases ! -name shared ! -name lost+found ! -exec mountpoint -q {} \\; -exec mv -t %[2]s {} + && ln -s %[2]s current", process.Quote(to), adopted)
 }
 
 // choose is what activate would go back to.

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 // Names below the app's folder.
@@ -151,7 +153,7 @@ func (s *session) foreign() *Problem {
 			}
 			return &Problem{
 				Code: Failed, Text: fmt.Sprintf("%s can be changed by others than root, who deploys to it for %s", at, s.as.name),
-				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", word(at), all),
+				Hint: fmt.Sprintf("chown %[2]sroot: %[1]s && chmod %[2]sgo-w %[1]s", process.Quote(at), all),
 			}
 		}
 	}

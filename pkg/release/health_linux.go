@@ -61,11 +61,11 @@ func (r *run) gate(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("not healthy within %v", within))
 	defer cancel()
 	var last error
-	var seen []process
+	var seen []candidate
 	output, told := "", ""
 	for {
 		all, out, err := r.look(ctx, h)
-		if err == nil && h.Kind == "" && !slices.EqualFunc(all, seen, func(a, b process) bool { return a.pid == b.pid }) {
+		if err == nil && h.Kind == "" && !slices.EqualFunc(all, seen, func(a, b candidate) bool { return a.pid == b.pid }) {
 			err = errYoung
 		}
 		if seen = all; err == nil {
@@ -104,7 +104,7 @@ func cut(ctx context.Context) bool {
 }
 
 // look asks once. It returns what a supervisor runs, too.
-func (r *run) look(ctx context.Context, h *Health) (all []process, output string, err error) {
+func (r *run) look(ctx context.Context, h *Health) (all []candidate, output string, err error) {
 	switch h.Kind {
 	case "http":
 		err = probeHTTP(ctx, h, r.id)
@@ -160,7 +160,7 @@ func (r *run) probeCommand(ctx context.Context, h *Health) (string, error) {
 
 // instance tells whether what runs is the new one. Of what a supervisor runs, all have to be;
 // of what listens, one: a server that hands its socket on is there for a while yet.
-func (r *run) instance(ctx context.Context, h *Health, all []process, known bool) error {
+func (r *run) instance(ctx context.Context, h *Health, all []candidate, known bool) error {
 	if known {
 		for _, p := range all {
 			if err := r.judge(p); err != nil {
@@ -179,7 +179,7 @@ func (r *run) instance(ctx context.Context, h *Health, all []process, known bool
 	}
 	err := errUnseen
 	for _, pid := range pids {
-		if err = r.judge(process{pid: pid}); err == nil {
+		if err = r.judge(candidate{pid: pid}); err == nil {
 			return nil
 		}
 	}
@@ -187,7 +187,7 @@ func (r *run) instance(ctx context.Context, h *Health, all []process, known bool
 }
 
 // judge looks where a process is from.
-func (r *run) judge(p process) error {
+func (r *run) judge(p candidate) error {
 	paths, began, err := lookAt(p.pid)
 	if err != nil {
 		return fmt.Errorf("process %d: %w", p.pid, err)

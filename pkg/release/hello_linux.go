@@ -9,13 +9,14 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 // greet answers hello. It changes nothing.
@@ -127,7 +128,7 @@ func (s *session) preflight() []Problem {
 	for _, p := range s.hello.Config.Shared {
 		at := filepath.Join(to, sharedDir, strings.TrimSuffix(p, "/"))
 		if _, err := os.Stat(at); err != nil && !isFolder(p) {
-			add("install -D /dev/null "+word(at), "%s is not there, and each release links to it", at)
+			add("install -D /dev/null "+process.Quote(at), "%s is not there, and each release links to it", at)
 		}
 	}
 	return append(all, s.preflightTools()...)
@@ -142,9 +143,9 @@ func (s *session) access() *Problem {
 	switch info, err := os.Stat(to); {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Stat(parent); errors.Is(err, fs.ErrNotExist) {
-			return problem("mkdir -p "+word(parent), "%s is not there", parent)
+			return problem("mkdir -p "+process.Quote(parent), "%s is not there", parent)
 		} else if err := unix.Access(parent, unix.W_OK|unix.X_OK); err != nil {
-			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), word(to)), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
+			return problem(fmt.Sprintf("install -d -o %d %s", os.Geteuid(), process.Quote(to)), "%s is not there, and cannot be made: %s", to, mayNot("write to", parent, err))
 		}
 	case errors.Is(err, fs.ErrPermission):
 		at := closed(parent)
@@ -160,24 +161,14 @@ func (s *session) access() *Problem {
 			continue
 		}
 		if info, err := os.Stat(at); err == nil && !info.IsDir() || errors.Is(err, fs.ErrNotExist) { // or a link to nowhere
-			return problem("mv "+word(at)+" "+word(at+".before"), "%s is not a folder", at)
+			return problem("mv "+process.Quote(at)+" "+process.Quote(at+".before"), "%s is not a folder", at)
 		}
 		if err := unix.Access(at, unix.R_OK|unix.W_OK|unix.X_OK); err != nil {
-			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), word(at)), "%s", mayNot("write to", at, err))
+			return problem(fmt.Sprintf("chown %d %s", os.Geteuid(), process.Quote(at)), "%s", mayNot("write to", at, err))
 		}
 	}
 	return nil
 }
-
-// word is a path as a shell reads it.
-func word(p string) string {
-	if plainWord.MatchString(p) {
-		return p
-	}
-	return "'" + strings.ReplaceAll(p, "'", `'\''`) + "'"
-}
-
-var plainWord = regexp.MustCompile(`^[-\w./:=,@%+]+$`)
 
 // mayNot says who may not do something to a folder, and whose that is; err is the kernel's reason.
 func mayNot(what, at string, err error) string {
@@ -248,7 +239,7 @@ func (s *session) preflightTools() []Problem {
 		case "not-found":
 			text, hint = "there is no unit "+a.Arg, "systemctl list-units --type=service"
 		case "masked":
-			text, hint = "unit "+a.Arg+" is masked", "systemctl unmask "+word(a.Arg)
+			text, hint = "unit "+a.Arg+" is masked", "systemctl unmask "+process.Quote(a.Arg)
 		}
 	case "supervisor":
 		if out := ask("supervisorctl", "status", a.Arg); strings.Contains(out, "ERROR (no such") {

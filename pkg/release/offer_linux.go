@@ -19,6 +19,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 // An arrival is a release on its way to here.
@@ -402,7 +404,7 @@ func (s *session) noRoom(a *arrival, err error) error {
 		return err
 	}
 	err = errors.Join(err, s.disk.discard(a.dir), s.disk.unlink(manifestFile(a.id)))
-	return &Error{Code: Space, Text: fmt.Sprintf("the disk of %s is full: %v", s.hello.To, err), Hint: "df -h " + word(s.hello.To)}
+	return &Error{Code: Space, Text: fmt.Sprintf("the disk of %s is full: %v", s.hello.To, err), Hint: "df -h " + process.Quote(s.hello.To)}
 }
 
 // guess is what is missing by what the manifests say.
@@ -449,9 +451,9 @@ func (s *session) checkSpace(a *arrival, have *stock) error {
 	}
 	switch {
 	case free >= 0 && needBytes > free:
-		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d bytes on the disk of %s, and %d are free", needBytes, s.hello.To, free), Hint: "df -h " + word(s.hello.To)}
+		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d bytes on the disk of %s, and %d are free", needBytes, s.hello.To, free), Hint: "df -h " + process.Quote(s.hello.To)}
 	case files >= 0 && needFiles > files:
-		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d files on the disk of %s, and %d are free", needFiles, s.hello.To, files), Hint: "df -i " + word(s.hello.To)}
+		return &Error{Code: Space, Text: fmt.Sprintf("the release needs %d files on the disk of %s, and %d are free", needFiles, s.hello.To, files), Hint: "df -i " + process.Quote(s.hello.To)}
 	}
 	return nil
 }
