@@ -94,7 +94,7 @@ func (r *run) undrain(ctx context.Context) (string, error) {
 func (r *run) turn(ctx context.Context, phase string, a *Action, arg string, off bool) (string, error) {
 	switch {
 	case a.Kind == "consul":
-		return "", maintenance(ctx, a, off, r.Release)
+		return "", r.maintenance(ctx, a, off)
 	case arg == "":
 		return "", nil
 	case a.Kind == "http":
@@ -215,18 +215,24 @@ func plain(err error) error {
 	return err
 }
 
+// ourReason begins that of what was drained here.
+const ourReason = "culvert: release "
+
 // maintenance takes the instances of a service at the local agent out of the catalog's passing
-// ones, or puts them back.
-func maintenance(ctx context.Context, a *Action, off bool, id string) error {
+// ones, or puts them back. What somebody else has put into maintenance stays in it, with the
+// reason that was given then: Consul keeps that when it is asked again.
+func (r *run) maintenance(ctx context.Context, a *Action, off bool) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	text, err := askConsul(ctx, http.MethodGet, "/v1/agent/services")
-	if err != nil {
-		return fmt.Errorf("ask the consul agent: %w", err)
-	}
 	var services map[string]struct{ ID, Service string }
-	if err := json.Unmarshal(text, &services); err != nil {
-		return fmt.Errorf("ask the consul agent: %w", err)
+	if err := readConsul(ctx, "services", &services); err != nil {
+		return err
+	}
+	var checks map[string]struct{ Notes string }
+	if !off {
+		if err := readConsul(ctx, "checks?filter="+url.QueryEscape(`CheckID matches "_maintenance"`), &checks); err != nil {
+			return err
+		}
 	}
 	found := false
 	for _, s := range services {
@@ -234,13 +240,32 @@ func maintenance(ctx context.Context, a *Action, off bool, id string) error {
 			continue
 		}
 		found = true
-		q := url.Values{"enable": {strconv.FormatBool(off)}, "reason": {"culvert: release " + id}}
+		if c, is := checks["_service_maintenance:"+s.ID]; is && !strings.HasPrefix(c.Notes, ourReason) {
+			r.s.note(PhaseUndrain, fmt.Sprintf("%s was in maintenance before (%q), and stays in it", s.ID, c.Notes))
+			continue
+		}
+		q := url.Values{"enable": {strconv.FormatBool(off)}, "reason": {ourReason + r.Release}}
 		if _, err := askConsul(ctx, http.MethodPut, "/v1/agent/service/maintenance/"+url.PathEscape(s.ID)+"?"+q.Encode()); err != nil {
 			return fmt.Errorf("maintenance of %s: %w", s.ID, err)
 		}
 	}
 	if !found && off { // what its ACL does not let us read is left out, and nothing said of it
 		return fmt.Errorf("the consul agent knows no service %s, or none that CONSUL_HTTP_TOKEN may read", a.Arg)
+	}
+	if c, is := checks["_node_maintenance"]; is {
+		r.s.note(PhaseUndrain, fmt.Sprintf("this host was in maintenance before (%q), and stays in it", c.Notes))
+	}
+	return nil
+}
+
+// readConsul reads what the local agent has of its own.
+func readConsul(ctx context.Context, what string, into any) error {
+	text, err := askConsul(ctx, http.MethodGet, "/v1/agent/"+what)
+	if err == nil {
+		err = json.Unmarshal(text, into)
+	}
+	if err != nil {
+		return fmt.Errorf("ask the consul agent: %w", err)
 	}
 	return nil
 }

@@ -85,21 +85,56 @@ func TestDrainConsul(t *testing.T) {
 		t.Errorf("afterwards: %s", got)
 	}
 
+	// what was in maintenance before, by the local agent's word
+	maintenance := func() string {
+		checks, err := local.Agent().Checks()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var all []string
+		for id, c := range checks {
+			if strings.Contains(id, "_maintenance") {
+				all = append(all, id+" "+c.Notes)
+			}
+		}
+		slices.Sort(all)
+		return strings.Join(all, ", ")
+	}
+	y.must(local.Agent().EnableServiceMaintenance("shop 2", "disk swap"), local.Agent().EnableServiceMaintenance("shop/1", "culvert: release killed"))
+	y.good("kept", first)
+	if got := maintenance(); got != "_service_maintenance:shop 2 disk swap" || !slices.ContainsFunc(y.events, func(e Event) bool {
+		return e.Text == `shop 2 was in maintenance before ("disk swap"), and stays in it`
+	}) {
+		t.Errorf("kept: %s, %+v", got, y.events)
+	}
+	y.must(local.Agent().DisableServiceMaintenance("shop 2"), local.Agent().EnableNodeMaintenance("new kernel"))
+	y.good("node", first)
+	if got := maintenance(); got != "_node_maintenance new kernel" || !slices.ContainsFunc(y.events, func(e Event) bool {
+		return e.Text == `this host was in maintenance before ("new kernel"), and stays in it`
+	}) {
+		t.Errorf("kept: %s, %+v", got, y.events)
+	}
+	y.must(local.Agent().DisableNodeMaintenance())
+	y.good("b2", first)
+	if got := maintenance(); got != "" {
+		t.Errorf("kept: %s", got)
+	}
+
 	y.config.Drain.Arg = "nothing"
-	if r := y.deploy("c", second); r.Phase != PhaseDrain || y.current() != "b" || !strings.Contains(r.Error, "knows no service nothing") {
+	if r := y.deploy("c", second); r.Phase != PhaseDrain || y.current() != "b2" || !strings.Contains(r.Error, "knows no service nothing") {
 		t.Errorf("%+v", r)
 	}
 	y.config.Drain.Arg = "shop"
 	t.Setenv("CONSUL_HTTP_TOKEN", "00000000-0000-4000-8000-000000000001")
-	if r := y.deploy("d", second); r.Phase != PhaseDrain || y.current() != "b" || !strings.Contains(r.Error, "403") {
+	if r := y.deploy("d", second); r.Phase != PhaseDrain || y.current() != "b2" || !strings.Contains(r.Error, "403") {
 		t.Errorf("with a token that is none: %+v", r)
 	}
 	t.Setenv("CONSUL_HTTP_TOKEN", "")
-	if r := y.deploy("e", second); r.Phase != PhaseDrain || y.current() != "b" || !strings.Contains(r.Error, "none that CONSUL_HTTP_TOKEN may read") {
+	if r := y.deploy("e", second); r.Phase != PhaseDrain || y.current() != "b2" || !strings.Contains(r.Error, "none that CONSUL_HTTP_TOKEN may read") {
 		t.Errorf("without a token: %+v", r)
 	}
 	d.Kill("n2")
-	if r := y.deploy("f", second); r.Phase != PhaseDrain || y.current() != "b" || !strings.Contains(r.Error, "ask the consul agent") {
+	if r := y.deploy("f", second); r.Phase != PhaseDrain || y.current() != "b2" || !strings.Contains(r.Error, "ask the consul agent") {
 		t.Errorf("without an agent: %+v", r)
 	}
 }
