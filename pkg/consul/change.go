@@ -103,7 +103,7 @@ func (r *Registry) healthyAtAgent(ctx context.Context, i Instance) (lacks string
 	if r.cfg.Start != "" && info.Service.Meta[r.cfg.Start] != i.Start {
 		return "its agent has another start of it", nil
 	}
-	if healthy, _, trouble := weigh(info.Checks); !healthy {
+	if healthy, trouble := weigh(info.Checks); !healthy {
 		return "its agent says: " + trouble, nil
 	}
 	return "", nil

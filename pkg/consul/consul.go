@@ -116,8 +116,10 @@ type Instance struct {
 	Meta        map[string]string
 	Start       string // of Config.Start
 	Healthy     bool   // all checks pass, of the service and of its node, but for maintenance
-	Drained     bool   // it is in maintenance mode, or its node is
+	Drained     bool   // it is in maintenance mode
 	Reason      string // of that, as who did it has said
+	NodeDrained bool   // its node is in maintenance mode
+	NodeReason  string // of that
 	Trouble     string // what a check says that does not pass
 
 	created uint64
@@ -125,7 +127,7 @@ type Instance struct {
 }
 
 // Passing tells whether clients are led to it.
-func (i Instance) Passing() bool { return i.Healthy && !i.Drained }
+func (i Instance) Passing() bool { return i.Healthy && !i.Drained && !i.NodeDrained }
 
 func (i Instance) String() string { return i.ID + " on " + i.Node }
 
@@ -136,6 +138,8 @@ func (i Instance) words() string {
 	switch {
 	case i.Drained:
 		return strings.TrimSuffix("in maintenance: "+i.Reason, ": ")
+	case i.NodeDrained:
+		return strings.TrimSuffix("on a node in maintenance: "+i.NodeReason, ": ")
 	case i.Healthy:
 		return "passing"
 	}
@@ -184,32 +188,31 @@ func (r *Registry) instanceOf(e *api.ServiceEntry) Instance {
 	if r.cfg.Start != "" {
 		i.Start = e.Service.Meta[r.cfg.Start]
 	}
-	i.Healthy, i.Drained, i.Trouble = weigh(e.Checks)
+	i.Healthy, i.Trouble = weigh(e.Checks)
 	for _, c := range e.Checks {
 		switch {
 		case c.CheckID == "serfHealth" && c.Status == api.HealthCritical:
 			i.nodeUp = false
+		case c.CheckID == api.NodeMaint:
+			i.NodeDrained, i.NodeReason = true, c.Notes
 		case isMaintenance(c):
-			i.Reason = c.Notes
+			i.Drained, i.Reason = true, c.Notes
 		}
 	}
 	return i
 }
 
-// weigh tells maintenance, which is a check of its own, from what the others say.
-func weigh(checks api.HealthChecks) (healthy, drained bool, trouble string) {
+// weigh tells what the checks say. Maintenance, which is one of its own, is left out.
+func weigh(checks api.HealthChecks) (healthy bool, trouble string) {
 	healthy = true
 	for _, c := range checks {
-		switch {
-		case isMaintenance(c):
-			drained = true
-		case c.Status != api.HealthPassing:
+		if !isMaintenance(c) && c.Status != api.HealthPassing {
 			healthy = false
 			output, _, _ := strings.Cut(strings.TrimSpace(c.Output), "\n") // a whole page, of a check by HTTP
 			trouble = strings.TrimSuffix(fmt.Sprintf("%s is %s: %s", cmp.Or(c.Name, c.CheckID), c.Status, output), ": ")
 		}
 	}
-	return healthy, drained, trouble
+	return healthy, trouble
 }
 
 func isMaintenance(c *api.HealthCheck) bool {

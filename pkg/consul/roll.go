@@ -37,6 +37,9 @@ const ourReason = "culvert: restart"
 // checks pass by its agent's word and by the registry's, the gate is passed, and nothing
 // of the old one is left. The last is waited for like all. What does not come back ends
 // it with an error, and those whose turn has not come stay as they are.
+//
+// What somebody else has in maintenance is restarted, too, and its other checks have to pass.
+// It stays in maintenance, and so does what comes in its place; that of a node stays the node's.
 func (r *Registry) Roll(ctx context.Context, cfg RollConfig) error {
 	cfg.Within = cmp.Or(cfg.Within, rollLimit)
 	if cfg.Say == nil {
@@ -122,13 +125,16 @@ func (t *turn) take(ctx context.Context) (err error) {
 	if err := t.still(ctx); err != nil {
 		return err
 	}
-	if t.cfg.Drain && !t.old.Drained {
-		t.say("%s is drained", t.old)
+	drain := t.cfg.Drain && !t.old.kept()
+	if drain || t.old.Drained {
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, t.undrainOld(ctx))
+				err = errors.Join(err, t.leadBack(ctx))
 			}
 		}()
+	}
+	if drain {
+		t.say("%s is drained", t.old)
 		if err := t.r.Drain(ctx, t.old, true, ourReason); err != nil {
 			return err
 		}
@@ -157,9 +163,6 @@ func (t *turn) still(ctx context.Context) error {
 		return fmt.Errorf("%w: it left before its turn came", ErrNoInstance)
 	}
 	t.old = all[at]
-	if t.old.Drained && t.old.Reason != ourReason { // ours is of a run that was killed
-		return fmt.Errorf("it is %s, which is somebody else's", t.old.words())
-	}
 	for _, i := range all { // what came meanwhile is not what will come for this one
 		if !slices.ContainsFunc(t.known, i.is) {
 			t.known = append(t.known, i)
@@ -168,19 +171,33 @@ func (t *turn) still(ctx context.Context) error {
 	return nil
 }
 
-// undrainOld leads clients to the old one again, if it still is there, by its checks.
-func (t *turn) undrainOld(ctx context.Context) error {
+// leadBack leads clients to the old one again, if it still is there, by its checks; or has it in
+// maintenance again, where others had it so.
+func (t *turn) leadBack(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callLimit)
 	defer cancel()
 	all, err := t.r.Instances(ctx, t.cfg.Service)
 	if err != nil {
-		return fmt.Errorf("it is still drained: %w", err)
+		return fmt.Errorf("its maintenance may not be as before: %w", err)
 	}
-	if at := slices.IndexFunc(all, t.old.same); at < 0 || !all[at].Drained {
-		return nil
+	switch at := slices.IndexFunc(all, t.old.same); {
+	case at < 0:
+	case all[at].ours():
+		return t.r.maintain(ctx, t.old, false, "")
+	case t.old.others() && !all[at].Drained:
+		return t.r.maintain(ctx, t.old, true, t.old.Reason)
 	}
-	return t.r.maintain(ctx, t.old, false, "")
+	return nil
 }
+
+// ours tells of one that Roll has drained, this one or one that was killed.
+func (i Instance) ours() bool { return i.Drained && i.Reason == ourReason }
+
+// others tells of one that somebody else has in maintenance.
+func (i Instance) others() bool { return i.Drained && !i.ours() }
+
+// kept tells of one that others keep clients from, by it or by its node.
+func (i Instance) kept() bool { return i.others() || i.NodeDrained }
 
 // is tells of two views of the same start of the same registration. Without a word for
 // the start it is the registration's making that counts, and where it leads: a program
@@ -267,10 +284,8 @@ func (t *turn) judgedBefore(ctx context.Context, i Instance) (lacks string, err 
 // settle leads clients to the new one and removes what is left of the old, so that the
 // registry has the one in the place of the other.
 func (t *turn) settle(ctx context.Context) error {
-	if t.now.Drained { // maintenance belongs to the id, and outlives a start
-		if err := t.r.Drain(ctx, t.now, false, ""); err != nil {
-			return err
-		}
+	if err := t.lead(ctx); err != nil {
+		return err
 	}
 	dropped, err := t.r.DropDuplicates(ctx, t.now)
 	for _, i := range dropped {
@@ -289,12 +304,35 @@ func (t *turn) settle(ctx context.Context) error {
 		if at < 0 {
 			return t.now.String() + " has left again", false
 		}
-		return fmt.Sprintf("%s is %s", t.now, all[at].words()), all[at].Passing()
+		t.now = all[at]
+		return fmt.Sprintf("%s is %s", t.now, t.now.words()), t.now.Healthy && !t.now.ours()
 	})
-	if err == nil {
+	if err != nil {
+		return err
+	}
+	switch {
+	case t.now.Drained:
+		t.say("%s is well, and stays in maintenance (%q)", t.now, t.now.Reason)
+	case t.now.NodeDrained:
+		t.say("%s is well, and its node stays in maintenance (%q)", t.now, t.now.NodeReason)
+	default:
 		t.say("%s passes", t.now)
 	}
-	return err
+	return nil
+}
+
+// lead leads clients to the new one, unless somebody keeps them from it, or kept them from the
+// old one. Maintenance is of the registration: it outlives a start, and is lost where another one
+// is made.
+func (t *turn) lead(ctx context.Context) error {
+	switch {
+	case t.now.ours():
+		return t.r.Drain(ctx, t.now, false, "")
+	case t.old.others() && !t.now.Drained:
+		t.say("%s is put into maintenance, as %s was", t.now, t.old)
+		return t.r.Drain(ctx, t.now, true, t.old.Reason)
+	}
+	return nil
 }
 
 // leave waits until the old registration is gone, or removes it once it is dead: one

@@ -206,29 +206,94 @@ func testTwoChange(t *testing.T, d *consultest.Datacenter) {
 	s.awaitPassing(r, 2)
 }
 
-// Maintenance that somebody else wants stays; that of a run which was killed does not.
+// Maintenance that somebody else wants stays, or comes again where the restart has lost it; that
+// of a run which was killed does not.
 func testMaintenance(t *testing.T, d *consultest.Datacenter) {
-	for reason, ours := range map[string]bool{"disk is replaced": false, ourReason: true} {
-		t.Run(reason, func(t *testing.T) {
+	const disk = "disk is replaced"
+	again := func(s *site, i Instance) { s.run(i.Node, i.ID, launch{start: "2"}) } // which leaves it in maintenance
+	anew := func(s *site, i Instance) {
+		s.leave(i.Node, i.ID)
+		s.run(i.Node, i.ID, launch{start: "2"})
+	}
+	for _, test := range []struct {
+		name, reason string
+		restart      func(s *site, i Instance)
+		gate         string // why it says no
+		after        string
+	}{
+		{"of a killed run", ourReason, again, "", "a on n2 is passing"},
+		{"of a killed run, and it does not come up", ourReason, again, "404", "a on n2 is passing"},
+		{"it starts again", disk, again, "", "a on n2 is in maintenance: " + disk},
+		{"it is registered anew", disk, anew, "", "a on n2 is in maintenance: " + disk},
+		{"it is registered anew, and does not come up", disk, anew, "404", "a on n2 is in maintenance: " + disk},
+		{"another id comes", disk, func(s *site, i Instance) {
+			s.leave(i.Node, i.ID)
+			s.run("n3", "b", launch{start: "2"})
+		}, "", "b on n3 is in maintenance: " + disk},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t, d)
 			s.run("n2", "a", launch{start: "1"})
-			r, n := s.registry("n1", "start", ""), 0
+			r, said := s.registry("n1", "start", ""), ""
 			s.awaitPassing(r, 1)
-			if err := s.client("n2").Agent().EnableServiceMaintenance(s.id("a"), reason); err != nil {
+			if err := s.client("n2").Agent().EnableServiceMaintenance(s.id("a"), test.reason); err != nil {
 				t.Fatal(err)
 			}
-			s.await(r, "drained", func(all []Instance) bool { return len(all) == 1 && all[0].Drained && all[0].Reason == reason })
-			err := r.Roll(t.Context(), RollConfig{Service: s.service, Drain: true, Within: patience, Restart: func(_ context.Context, i Instance) error {
-				n++
-				s.run(i.Node, i.ID, launch{start: "2"}) // which leaves it in maintenance
-				return nil
-			}})
-			all, lerr := r.Instances(t.Context(), s.service)
-			if lerr != nil || all[0].Passing() != ours || (err == nil) != ours || (n == 1) != ours || !ours && !strings.Contains(err.Error(), "in maintenance: "+reason+", which is somebody else's") {
-				t.Errorf("%v, %v, %d restarted, %+v", err, lerr, n, all)
+			s.await(r, "drained", func(all []Instance) bool { return len(all) == 1 && all[0].Drained && all[0].Reason == test.reason })
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			err := r.Roll(ctx, RollConfig{
+				Service: s.service, Drain: true, Within: patience,
+				Say: func(line string) { said += s.words(line) + "\n" },
+				Restart: func(_ context.Context, i Instance) error {
+					test.restart(s, i)
+					return nil
+				},
+				Gate: func(context.Context, Instance) error {
+					if test.gate == "" {
+						return nil
+					}
+					cancel()
+					return errors.New(test.gate)
+				},
+			})
+			if (err != nil) != (test.gate != "") {
+				t.Error(err)
+			}
+			s.await(r, test.after, func(all []Instance) bool {
+				return len(all) == 1 && all[0].Healthy && s.words(all[0].String()+" is "+all[0].words()) == test.after
+			})
+			stays := strings.Contains(said, `is well, and stays in maintenance ("disk is replaced")`)
+			if stays != (test.reason == disk && err == nil) || strings.Contains(said, "is drained") == (test.reason == disk) {
+				t.Error(said)
 			}
 		})
+	}
+}
+
+// A node that is in maintenance stays in it. What a killed run has left of the instance goes.
+func TestRollOnNodeInMaintenance(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, consultest.Start(t, ""))
+	s.run("n2", "a", launch{start: "1"})
+	r, said := s.registry("n1", "start", ""), ""
+	s.awaitPassing(r, 1)
+	agent := s.client("n2").Agent()
+	if err := errors.Join(agent.EnableNodeMaintenance("new kernel"), agent.EnableServiceMaintenance(s.id("a"), ourReason)); err != nil {
+		t.Fatal(err)
+	}
+	s.await(r, "in maintenance", func(all []Instance) bool { return all[0].NodeDrained && all[0].Drained })
+	err := r.Roll(t.Context(), RollConfig{
+		Service: s.service, Drain: true, Within: patience, Say: func(line string) { said = s.words(line) },
+		Restart: func(_ context.Context, i Instance) error {
+			s.run(i.Node, i.ID, launch{start: "2"})
+			return nil
+		},
+	})
+	all, lerr := r.Instances(t.Context(), s.service)
+	if err != nil || lerr != nil || all[0].Start != "2" || all[0].Drained || all[0].NodeReason != "new kernel" || said != `1 of 1: a on n2 is well, and its node stays in maintenance ("new kernel")` {
+		t.Errorf("%v, %v, %+v, %s", err, lerr, all, said)
 	}
 }
 
