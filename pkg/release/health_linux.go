@@ -24,6 +24,7 @@ import (
 const (
 	lookTimeout  = 30 * time.Second // of one look by a command
 	probeTimeout = 10 * time.Second // of one by the network
+	mostPause    = 5 * time.Second  // between two questions to a supervisor while the probe fails: pm2 takes a second to answer
 	hertz        = 100              // ticks a second in /proc, whatever the kernel's own
 )
 
@@ -63,8 +64,15 @@ func (r *run) gate(ctx context.Context) (string, error) {
 	var last error
 	var seen []candidate
 	output, told := "", ""
+	var next time.Time // when the supervisor is asked, though the probe fails
+	pause := every     // until then, the next time
 	for {
-		all, out, err := r.look(ctx, h)
+		out, err := r.probe(ctx, h)
+		var all []candidate
+		if err == nil || !time.Now().Before(next) {
+			all, err = r.look(ctx, h, err)
+			next, pause = time.Now().Add(pause), min(2*pause, max(every, mostPause))
+		}
 		if err == nil && h.Kind == "" && !slices.EqualFunc(all, seen, func(a, b candidate) bool { return a.pid == b.pid }) {
 			err = errYoung
 		}
@@ -103,24 +111,30 @@ func cut(ctx context.Context) bool {
 	return ctx.Err() != nil
 }
 
-// look asks once. It returns what a supervisor runs, too.
-func (r *run) look(ctx context.Context, h *Health) (all []candidate, output string, err error) {
+// probe asks the instance once.
+func (r *run) probe(ctx context.Context, h *Health) (output string, err error) {
 	switch h.Kind {
 	case "http":
-		err = probeHTTP(ctx, h, r.id)
+		return "", probeHTTP(ctx, h, r.id)
 	case "tcp":
-		err = probeTCP(ctx, h.Arg)
+		return "", probeTCP(ctx, h.Arg)
 	case "cmd":
-		output, err = r.probeCommand(ctx, h)
+		return r.probeCommand(ctx, h)
 	}
-	all, known, err2 := r.supervised(ctx)
+	return "", nil
+}
+
+// look asks the supervisor once: what it runs, and whether that is the new instance. To a probe
+// that has failed it adds only that there is nothing to wait for.
+func (r *run) look(ctx context.Context, h *Health, probe error) (all []candidate, err error) {
+	all, known, err := r.supervised(ctx)
 	switch {
-	case err == nil && err2 == nil:
+	case probe == nil && err == nil:
 		err = r.instance(ctx, h, all, known)
-	case err == nil, errors.Is(err2, errGivenUp):
-		err = err2
+	case probe != nil && !errors.Is(err, errGivenUp):
+		err = probe
 	}
-	return all, output, err
+	return all, err
 }
 
 func probeHTTP(ctx context.Context, h *Health, id string) error {

@@ -151,8 +151,8 @@ func TestPM2ClusterReload(t *testing.T) {
 	}
 }
 
-// supervisord runs one with these programs for the test.
-func supervisord(t *testing.T, programs string) {
+// supervisord runs one with these programs for the test. asked are the verbs of supervisorctl since.
+func supervisord(t *testing.T, programs string) (asked func() string) {
 	t.Helper()
 	need(t, "supervisord", "supervisorctl")
 	dir := t.TempDir()
@@ -188,11 +188,31 @@ serverurl=unix://%[1]s/sock
 	}
 	// supervisorctl would find one in the folder of the release, which is not where it is run
 	ctl, _ := exec.LookPath("supervisorctl")
-	shim := fmt.Sprintf("#!/bin/sh\n[ \"$(pwd)\" = / ] || exit 9\nexec %s -c %s \"$@\"\n", ctl, conf)
+	shim := fmt.Sprintf("#!/bin/sh\n[ \"$(pwd)\" = / ] || exit 9\necho $1 >>%s/asked\nexec %s -c %s \"$@\"\n", dir, ctl, conf)
 	if err := os.WriteFile(filepath.Join(dir, "supervisorctl"), []byte(shim), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	return func() string {
+		text, err := os.ReadFile(filepath.Join(dir, "asked"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+}
+
+// While the probe fails the supervisor is asked less and less often: it takes its time to answer.
+func TestSupervisorIsLeftAlone(t *testing.T) {
+	y := newYard(t)
+	asked := supervisord(t, supervised("server", y.to+"/current"))
+	y.config.Restart = &Action{Kind: "supervisor", Arg: "server"}
+	y.config.Health = &Health{Kind: "tcp", Arg: port(t), Every: 50 * time.Millisecond, Within: 5 * time.Second}
+	r := y.deploy("a", tree{"server.sh": "exec sleep 1000"})
+	n := strings.Count(asked(), "status\n") // the first by hello, and then after 0, 50, 100, 200 ms and so on
+	if r.Phase != PhaseHealth || !strings.Contains(r.Error, "not healthy within 5s: dial tcp") || n > 8 || n < 2 {
+		t.Errorf("asked %d times: %+v", n, r)
+	}
 }
 
 // supervised is one of supervisor's programs. If it is not up for a second it is tried once more.
