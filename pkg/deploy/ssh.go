@@ -126,7 +126,8 @@ func (s *SSH) args(h Host, command string) []string {
 const lackMark = "culvert is missing on "
 
 // bring puts our own program where Dial looks for it, if it runs there. Those that nobody has
-// used for a month go: who runs one still has it.
+// used for a month go: who runs one still has it. The machine is looked at before anything is
+// taken, and what is on its way then is no more than ssh sends ahead, 2 MB.
 func (s *SSH) bring(ctx context.Context, h Host, tell func(string)) error {
 	f, err := os.Open(s.Program)
 	if err != nil {
@@ -139,6 +140,7 @@ func (s *SSH) bring(ctx context.Context, h Host, tell func(string)) error {
 	}
 	tell(fmt.Sprintf("is sent culvert, %d MB, to ~/.cache/culvert", info.Size()>>20))
 	script := strings.Join([]string{
+		fmt.Sprintf(`case "$(uname -s | tr A-Z a-z) $(uname -m)" in %s) ;; *) echo "it is for %s/%s, and does not run on $(uname -s) $(uname -m)" >&2; exit 1;; esac`, here(), runtime.GOOS, runtime.GOARCH),
 		"umask 077", fmt.Sprintf(`d="$HOME/.cache/culvert/%s"`, s.sum), `t="$d/.incoming.$$"`, `mkdir -p "$d"`, `trap 'rm -f "$t"' EXIT`, `cat >"$t"`,
 		fmt.Sprintf(`[ "$(sha256sum <"$t" | cut -c1-64)" = %s ] || { echo "not all of it has come" >&2; exit 1; }`, s.sum),
 		`chmod 700 "$t"`, `"$t" version >/dev/null || { echo "it does not run there ($(uname -s) $(uname -m))" >&2; exit 1; }`, `mv -f "$t" "$d/culvert"`,
@@ -163,6 +165,17 @@ func (e *lackError) Error() string {
 
 // machines are those that uname has other names for.
 var machines = map[string]string{"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+// here is what uname may say of a machine that is as this one, as a pattern of the shell.
+func here() string {
+	all := []string{fmt.Sprintf(`"%s %s"`, runtime.GOOS, runtime.GOARCH)}
+	for name, arch := range machines {
+		if arch == runtime.GOARCH {
+			all = append(all, fmt.Sprintf(`"%s %s"`, runtime.GOOS, name))
+		}
+	}
+	return strings.Join(all, "|")
+}
 
 var lack = regexp.MustCompile(`^` + lackMark + `(\S+) (\S+)`)
 

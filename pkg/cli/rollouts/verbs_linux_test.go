@@ -415,6 +415,33 @@ func TestDeployBringsItself(t *testing.T) {
 	y.does(0, "good two", "exec", "-F", y.path("ssh_config"), "--", "sh", "-c", "cat page")
 }
 
+// A host of another machine whose culvert speaks another version takes nothing of ours.
+func TestDeployBringsNothingElsewhere(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	y.host("other", "")
+	y.write("home/.keep", "")
+	y.write("bin/uname", "#!/bin/sh\n[ $1 = -m ] && echo mips64 || echo Linux\n")
+	if err := os.Chmod(y.path("bin/uname"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	y.serve("SetEnv HOME="+y.path("home")+" PATH="+y.path("bin")+":/usr/bin:/bin", "PermitUserEnvironment no")
+	s := &deploy.SSH{App: "shop", Config: y.path("ssh_config"), Program: y.culvert}
+	wire, err := s.Dial(t.Context(), deploy.Host{Name: "other"}) // which knows its hash then
+	if err != nil {
+		t.Fatal(err)
+	}
+	wire.Close()
+	_ = wire.(deploy.Wire).Why()
+	brought, err := s.Bring(t.Context(), deploy.Host{Name: "other"}, &release.Error{Code: release.Mismatch, Text: "version 1, version 2"}, func(string) {})
+	if brought || err == nil || !strings.Contains(err.Error(), "version 1, version 2") || !strings.Contains(err.Error(), "does not run on Linux mips64") {
+		t.Errorf("%v, %v", brought, err)
+	}
+	if _, err := os.Stat(y.path("home/.cache")); !os.IsNotExist(err) {
+		t.Errorf("something was taken: %v", err)
+	}
+}
+
 // A host that only dials out is reached by way of its hub.
 func TestDeployThroughHub(t *testing.T) {
 	t.Parallel()
