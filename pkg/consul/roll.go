@@ -39,7 +39,7 @@ const ourReason = "culvert: restart"
 // it with an error, and those whose turn has not come stay as they are.
 //
 // What somebody else has in maintenance is restarted, too, and its other checks have to pass.
-// It stays in maintenance, and so does what comes in its place; that of a node stays the node's.
+// It stays in maintenance; what comes in its place by another id does not.
 func (r *Registry) Roll(ctx context.Context, cfg RollConfig) error {
 	cfg.Within = cmp.Or(cfg.Within, rollLimit)
 	if cfg.Say == nil {
@@ -321,15 +321,14 @@ func (t *turn) settle(ctx context.Context) error {
 	return nil
 }
 
-// lead leads clients to the new one, unless somebody keeps them from it, or kept them from the
-// old one. Maintenance is of the registration: it outlives a start, and is lost where another one
-// is made.
+// lead leads clients to the new one, unless somebody keeps them from it. Maintenance outlives a
+// start, but not a registration that is removed and made again, which has it back. Another id in
+// its place is another instance, of which nobody has said so.
 func (t *turn) lead(ctx context.Context) error {
 	switch {
 	case t.now.ours():
 		return t.r.Drain(ctx, t.now, false, "")
-	case t.old.others() && !t.now.Drained:
-		t.say("%s is put into maintenance, as %s was", t.now, t.old)
+	case t.old.others() && t.now.same(t.old) && !t.now.Drained:
 		return t.r.Drain(ctx, t.now, true, t.old.Reason)
 	}
 	return nil
