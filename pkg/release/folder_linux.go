@@ -213,7 +213,7 @@ func write(f *os.File, text []byte) error {
 const glimpse = 250 * time.Millisecond
 
 // flock waits for the lock as long as the deployer does. It is one of the kernel's, so it is
-// gone with its process, and there is nothing to unlock.
+// gone with its process and the hook that this ran, and there is nothing to unlock.
 func (s *session) flock(ctx context.Context, f *os.File, patience time.Duration) error {
 	until := time.Now().Add(max(patience, glimpse))
 	told := false
