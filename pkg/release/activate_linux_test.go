@@ -413,6 +413,32 @@ func TestPreflight(t *testing.T) {
 	}
 }
 
+// A folder that a later culvert has laid out is told of, and not touched; also if that comes to
+// pass while the lock is waited for.
+func TestLaterCulvert(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	y.good("a", first)
+	c, _ := y.wire()
+	if h := y.greet(c); len(h.Problems) > 0 {
+		t.Errorf("%+v", h.Problems)
+	}
+	if err := os.WriteFile(filepath.Join(y.to, versionFile), []byte("2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const want = `was laid out by a later culvert (version "2")`
+	if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Failed || !strings.Contains(err.Error(), want) {
+		t.Error(err)
+	}
+	c, _ = y.wire()
+	if h := y.greet(c); len(h.Problems) != 1 || !strings.Contains(h.Problems[0].Text, want) {
+		t.Errorf("%+v", h.Problems)
+	}
+	if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Refused || !strings.Contains(err.Error(), want) {
+		t.Error(err)
+	}
+}
+
 // What the tree has in the place of something shared is left out.
 func TestShared(t *testing.T) {
 	t.Parallel()

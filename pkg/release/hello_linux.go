@@ -46,8 +46,10 @@ func (s *session) greet(h Hello) (Host, error) {
 		}
 		s.refused = append(s.refused, *problem)
 	}
-	if problem := s.foreign(); problem != nil { // nor does lock take it
-		s.refused = append(s.refused, *problem)
+	for _, problem := range []*Problem{s.later(), s.foreign()} { // nor does lock take it
+		if problem != nil {
+			s.refused = append(s.refused, *problem)
+		}
 	}
 	return s.host(barred)
 }
