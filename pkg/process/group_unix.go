@@ -23,11 +23,11 @@ const lastWait = 2 * time.Second
 func run(ctx context.Context, cmd *exec.Cmd, cfg Config) (exit, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	guard, err := startGuard(cfg.Patience)
+	guard, err := StartGuard(cfg.Patience)
 	if err != nil {
 		return exit{}, err
 	}
-	defer guard.dismiss()
+	defer guard.Dismiss()
 	g := &group{patience: cfg.Patience, terminal: terminalOf(cmd.Stdin)}
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	dieWithParent(cmd.SysProcAttr)
@@ -39,7 +39,7 @@ func run(ctx context.Context, cmd *exec.Cmd, cfg Config) (exit, error) {
 	}
 	g.id = cmd.Process.Pid
 	g.terminal.lead(g.id)
-	guard.watch(g.id)
+	guard.Watch(g.id)
 	end, err := g.wait(ctx, said, settled, cfg.Settled)
 	g.terminal.take()
 	if end.Signal != nil {

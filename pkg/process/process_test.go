@@ -330,11 +330,11 @@ func TestKilledParent(t *testing.T) {
 
 // Nothing of a guard is left either.
 func TestGuardGoes(t *testing.T) {
-	g, err := startGuard(time.Second)
+	g, err := StartGuard(time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.dismiss()
+	g.Dismiss()
 	if !g.cmd.ProcessState.Success() || !gone(g.cmd.Process.Pid) {
 		t.Errorf("%v", g.cmd.ProcessState)
 	}

@@ -31,7 +31,7 @@ func (r *run) job(phase string, timeout time.Duration, argv ...string) *job {
 		other = r.Release
 	}
 	return &job{
-		argv: argv, dir: dir, as: s.as, timeout: timeout,
+		argv: argv, dir: dir, as: s.as, timeout: timeout, lock: s.lock,
 		env: append(s.env(r.id), "CULVERT_PREVIOUS="+other),
 		line: func(text string) {
 			s.wire.tell(Event{Kind: "output", Phase: phase, Text: text})

@@ -100,11 +100,7 @@ func TestHookHangs(t *testing.T) {
 	if r.State != StateRestored || !strings.Contains(r.Error, "too long: 4s") {
 		t.Errorf("%+v", r)
 	}
-	for until := time.Now().Add(20 * time.Second); alive(pidIn(t, pid)); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(until) {
-			t.Fatal("it is still there")
-		}
-	}
+	awaitEnd(t, pid)
 }
 
 func TestHookPrintsMuch(t *testing.T) {
@@ -140,21 +136,64 @@ func TestHookLeavesDaemon(t *testing.T) {
 	_ = syscall.Kill(n, syscall.SIGKILL)
 }
 
-// A hook goes with an apply that is killed.
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for until := time.Now().Add(20 * time.Second); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("%s has not come", what)
+		}
+	}
+}
+
+// awaitEnd waits until a process that a script has named is gone.
+func awaitEnd(t *testing.T, file string) {
+	t.Helper()
+	await(t, "the end of "+filepath.Base(file), func() bool { return !alive(pidIn(t, file)) })
+}
+
+// guardOf is the process that guards what apply runs, 0 if there is none.
+func guardOf(t *testing.T, apply int) int {
+	t.Helper()
+	children, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", apply))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range children {
+		text, _ := os.ReadFile(file)
+		for _, pid := range strings.Fields(string(text)) {
+			if line, _ := os.ReadFile("/proc/" + pid + "/cmdline"); bytes.Contains(line, []byte("\x00culvert-guard\x00")) {
+				n, _ := strconv.Atoi(pid)
+				return n
+			}
+		}
+	}
+	return 0
+}
+
+// The whole of a hook goes with an apply that is killed, and nobody has the lock before. What an
+// earlier hook has left, which ended well, is no part of it.
 func TestHookOfKilled(t *testing.T) {
 	t.Parallel()
 	y := newYard(t)
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
 	y.good("a", first)
-	pid := filepath.Join(t.TempDir(), "pid")
-	y.config.Hooks.PreRelease = "echo $$ >" + pid + "; echo started; exec sleep 1000"
 	p := y.process(0)
+	y.config.Drain = &Action{Kind: "cmd", Arg: "sleep 1000 >/dev/null 2>&1 & echo $! >" + file("daemon")}
+	y.config.Hooks.PreRelease = "(trap '' TERM HUP; sleep 1000; :) & echo $! >" + file("deaf") + "; sh -c 'echo $$ >" + file("grandchild") + "; sleep 1; echo started; sleep 1000; :'" // the guard has heard of it in that second
 	y.greet(p.Client)
 	if _, err := p.Lock(limit(t), Lock{Wait: time.Minute}, nil); err != nil {
 		t.Fatal(err)
 	}
 	y.ship(p.Client, "b", second)
+	guard := 0
 	_, err := p.Activate(limit(t), func(e Event) {
-		if e.Kind == "output" {
+		if e.Kind == "output" && e.Text == "started" {
+			if guard = guardOf(t, p.cmd.Process.Pid); guard == 0 {
+				t.Error("there is no guard")
+			} else if err := syscall.Kill(guard, syscall.SIGSTOP); err != nil {
+				t.Error(err)
+			}
 			_ = p.cmd.Process.Kill()
 		}
 	})
@@ -162,24 +201,54 @@ func TestHookOfKilled(t *testing.T) {
 		t.Error("an answer")
 	}
 	_ = p.wait()
-	for until := time.Now().Add(20 * time.Second); alive(pidIn(t, pid)); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(until) {
-			t.Fatal("it goes on")
-		}
-	}
+	daemon := pidIn(t, file("daemon"))
+	defer func() { _ = syscall.Kill(daemon, syscall.SIGKILL) }()
+
+	y.config.Drain, y.config.Hooks = nil, Hooks{}
 	c, _ := y.wire()
+	y.greet(c)
+	var held *Error
+	if _, err := c.Lock(limit(t), Lock{}, nil); !errors.As(err, &held) || held.Code != Held || !alive(pidIn(t, file("grandchild"))) {
+		t.Errorf("the lock of a hook that is still there: %v", err)
+	}
+	c.Close()
+	if guard != 0 {
+		_ = syscall.Kill(guard, syscall.SIGCONT)
+	}
+	awaitEnd(t, file("deaf"))
+	awaitEnd(t, file("grandchild"))
+	await(t, "the guard's end", func() bool { return guard == 0 || !alive(guard) })
+	c, _ = y.wire()
 	if h := y.greet(c); h.Interrupted != "b" || h.Current != "a" {
 		t.Errorf("%+v", h)
 	}
-	y.config.Hooks = Hooks{}
-	c2, locked := y.locked()
-	if !strings.Contains(locked.Repaired, "a is current again") || locked.Current != "a" {
-		t.Errorf("%+v", locked)
+	locked, err := c.Lock(limit(t), Lock{Wait: time.Minute}, nil)
+	if err != nil || !strings.Contains(locked.Repaired, "a is current again") || locked.Current != "a" {
+		t.Errorf("%+v, %v", locked, err)
 	}
-	c2.Close()
+	c.Close()
+	if !alive(daemon) {
+		t.Error("what a hook has left that ended well is gone, too")
+	}
 	if got := y.states(); got != "a good current, b failed" {
 		t.Error(got)
 	}
+}
+
+// The same for a command of exec, which has no lock.
+func TestExecOfKilled(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	y.good("a", first)
+	pid := filepath.Join(t.TempDir(), "pid")
+	p := y.process(0)
+	y.greet(p.Client)
+	_, err := p.Exec(limit(t), []string{"sh", "-c", "sleep 1000 & echo $! >" + pid + "; sleep 1; echo started; wait"}, func(Event) { _ = p.cmd.Process.Kill() })
+	if err == nil {
+		t.Error("an answer")
+	}
+	_ = p.wait()
+	awaitEnd(t, pid)
 }
 
 // Revert after activate, as where another host has failed.
@@ -340,6 +409,32 @@ func TestPreflight(t *testing.T) {
 	y.config.Shared = []string{".env"}
 	c, _ = y.locked()
 	if _, err := ship(limit(t), c, "a", first); code(err) != Failed || !strings.Contains(err.Error(), ".env") {
+		t.Error(err)
+	}
+}
+
+// A folder that a later culvert has laid out is told of, and not touched; also if that comes to
+// pass while the lock is waited for.
+func TestLaterCulvert(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	y.good("a", first)
+	c, _ := y.wire()
+	if h := y.greet(c); len(h.Problems) > 0 {
+		t.Errorf("%+v", h.Problems)
+	}
+	if err := os.WriteFile(filepath.Join(y.to, versionFile), []byte("2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const want = `was laid out by a later culvert (version "2")`
+	if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Failed || !strings.Contains(err.Error(), want) {
+		t.Error(err)
+	}
+	c, _ = y.wire()
+	if h := y.greet(c); len(h.Problems) != 1 || !strings.Contains(h.Problems[0].Text, want) {
+		t.Errorf("%+v", h.Problems)
+	}
+	if _, err := c.Lock(limit(t), Lock{}, nil); code(err) != Refused || !strings.Contains(err.Error(), want) {
 		t.Error(err)
 	}
 }

@@ -30,6 +30,7 @@ const (
 	logFile      = ownDir + "/log.jsonl"
 	lockFile     = ownDir + "/lock"
 	runFile      = ownDir + "/run.json"
+	versionFile  = ownDir + "/version"
 	nextLink     = ownDir + "/next"
 
 	incoming = ".incoming-" // before an id, in releases
@@ -160,6 +161,21 @@ func (s *session) foreign() *Problem {
 	return nil
 }
 
+// later refuses a folder whose .culvert a later culvert has laid out in another way. Such a one
+// says so in version; ours is the first way, and says nothing.
+func (s *session) later() *Problem {
+	if s.disk == nil {
+		return nil
+	}
+	f, err := s.disk.own(versionFile, os.O_RDONLY)
+	if err != nil {
+		return nil // it is not there, or no more can be read than the rest
+	}
+	defer f.Close()
+	version, _ := io.ReadAll(io.LimitReader(f, 32))
+	return &Problem{Code: Failed, Text: fmt.Sprintf("%s was laid out by a later culvert (version %q), which the culvert of this host does not know: deploy with that one", filepath.Join(s.hello.To, ownDir), bytes.TrimSpace(version))}
+}
+
 // acquire takes the lock, and repairs what a killed apply has left.
 func (s *session) acquire(ctx context.Context, l Lock) (Locked, error) {
 	if s.lock != nil {
@@ -190,6 +206,9 @@ func (s *session) acquire(ctx context.Context, l Lock) (Locked, error) {
 
 // locked is what comes first with the lock.
 func (s *session) locked(ctx context.Context, l Lock) (locked Locked, err error) {
+	if p := s.later(); p != nil { // who had it before us
+		return Locked{}, &Error{Code: p.Code, Text: p.Text}
+	}
 	text, err := json.Marshal(Holder{Who: s.hello.Who, Release: l.Release, Since: time.Now().UTC(), PID: os.Getpid()})
 	if err == nil {
 		err = errors.Join(s.lock.Truncate(0), write(s.lock, text))
@@ -213,7 +232,7 @@ func write(f *os.File, text []byte) error {
 const glimpse = 250 * time.Millisecond
 
 // flock waits for the lock as long as the deployer does. It is one of the kernel's, so it is
-// gone with its process, and there is nothing to unlock.
+// gone with its process and the hook that this ran, and there is nothing to unlock.
 func (s *session) flock(ctx context.Context, f *os.File, patience time.Duration) error {
 	until := time.Now().Add(max(patience, glimpse))
 	told := false

@@ -38,17 +38,20 @@ func (s *session) greet(h Hello) (Host, error) {
 	if s.as, s.nobody = lookUp(s.user()); s.nobody != nil {
 		s.refused = append(s.refused, Problem{Code: Failed, Text: s.nobody.Error()})
 	}
-	if err := s.open(); err != nil {
-		problem := &Problem{Code: Failed, Text: err.Error()}
-		if p := s.access(); p != nil { // which says more
-			problem = p
+	opened, barred := s.open(), s.access()
+	if opened != nil {
+		problem := &Problem{Code: Failed, Text: opened.Error()}
+		if barred != nil { // which says more
+			problem, barred = barred, nil
 		}
 		s.refused = append(s.refused, *problem)
 	}
-	if problem := s.foreign(); problem != nil { // nor does lock take it
-		s.refused = append(s.refused, *problem)
+	for _, problem := range []*Problem{s.later(), s.foreign()} { // nor does lock take it
+		if problem != nil {
+			s.refused = append(s.refused, *problem)
+		}
 	}
-	return s.host()
+	return s.host(barred)
 }
 
 func (s *session) user() string {
@@ -82,18 +85,19 @@ func (s *session) admit(h *Hello) error {
 
 const maxProblems = 100 // that are told
 
-func (s *session) host() (Host, error) {
+// host is what is here. barred is what access says, if it is not refused already.
+func (s *session) host(barred *Problem) (Host, error) {
 	h := Host{Version: Version, To: s.hello.To, Time: time.Now().UTC(), Holder: s.holder()}
 	h.Host, _ = os.Hostname()
 	h.Free, _, _ = space(s.hello.To)
 	var err error
 	if h.Releases, err = s.here(); err != nil && len(s.refused) == 0 { // else that says more
-		if p := s.access(); p != nil {
-			return h, &Error{Code: p.Code, Text: p.Text, Hint: p.Hint}
+		if barred != nil {
+			return h, &Error{Code: barred.Code, Text: barred.Text, Hint: barred.Hint}
 		}
 		return h, err
 	}
-	h.Problems = append(slices.Clone(s.refused), s.preflight()...)
+	h.Problems = append(slices.Clone(s.refused), s.preflight(barred)...)
 	slices.Reverse(h.Releases)
 	h.Releases = fit(h.Releases)
 	id, link := s.current()
@@ -110,16 +114,16 @@ func (s *session) host() (Host, error) {
 	return h, nil
 }
 
-// preflight is what would go wrong later.
-func (s *session) preflight() []Problem {
+// preflight is what would go wrong later; barred is a part of that.
+func (s *session) preflight(barred *Problem) []Problem {
 	var all []Problem
 	add := func(hint, format string, args ...any) {
 		all = append(all, Problem{Code: Failed, Text: fmt.Sprintf(format, args...), Hint: hint})
 	}
-	to := s.hello.To
-	if p := s.access(); p != nil && !slices.Contains(s.refused, *p) {
-		all = append(all, *p)
+	if barred != nil {
+		all = append(all, *barred)
 	}
+	to := s.hello.To
 	if info, err := os.Lstat(filepath.Join(to, currentLink)); err == nil && info.Mode()&fs.ModeSymlink == 0 {
 		add(adopt(to), "%s is not a link", path.Join(to, currentLink))
 	} else if name := s.unmanaged(); name != "" {

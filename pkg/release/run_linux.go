@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-dev/culvert/pkg/process"
 )
 
 const (
@@ -72,13 +74,16 @@ type job struct {
 	timeout time.Duration
 	line    func(string) // what it prints, line by line; may be nil
 	data    int          // if not 0: its standard output is wanted, all of it, of at most so many bytes
+	lock    *os.File     // if we are killed it is held until the job is, too; may be nil
 }
 
 var errTimeout = errors.New("it took too long")
 
 // run returns when the process has ended. What it leaves behind in the background goes on,
-// but for its output, which nobody reads any more. When ctx ends, or the time is up, all of its
-// process group is ended. The tail is the end of what was printed, or for data that, if it is well.
+// but for its output, which nobody reads any more. When ctx ends, the time is up, or we are
+// killed, all of its process group is ended: a hook does not go on beside the repair of what it
+// is a part of. What has left the group is not reached (setsid, su -c, a daemon). The tail is the
+// end of what was printed, or for data that, if it is well.
 func (j *job) run(ctx context.Context) (tail string, err error) {
 	if j.timeout <= 0 {
 		j.timeout = DefaultTimeout
@@ -87,7 +92,7 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 	defer cancel()
 	cmd := exec.Command(j.argv[0], j.argv[1:]...)
 	cmd.Dir, cmd.Env = j.dir, append(os.Environ(), j.env...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // a hook does not go on beside the repair of what it is a part of
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // for as long as the guard does not know of it
 	if j.as != nil {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: j.as.uid, Gid: j.as.gid, Groups: j.as.groups}
 		// The token is ours; a hook is the deployer's text, run as somebody else.
@@ -101,7 +106,7 @@ func (j *job) run(ctx context.Context) (tail string, err error) {
 		cmd.Stdout = data // and not what it warns of
 	}
 	cmd.WaitDelay = loose
-	err = wait(ctx, cmd)
+	err = j.wait(ctx, cmd)
 	if errors.Is(err, exec.ErrWaitDelay) {
 		out.say("(something that was left in the background holds the output; it is closed)")
 		err = nil
@@ -131,25 +136,40 @@ func (c *capped) Write(p []byte) (int, error) {
 	return c.kept.Write(p)
 }
 
-// wait runs cmd. The thread that starts it has to live on: the kernel takes its end for that of
-// the parent.
-func wait(ctx context.Context, cmd *exec.Cmd) error {
+// wait runs cmd, guarded until it has ended. The thread that starts it has to live on: the kernel
+// takes its end for that of the parent.
+func (j *job) wait(ctx context.Context, cmd *exec.Cmd) error {
+	var held []*os.File
+	if j.lock != nil {
+		held = append(held, j.lock)
+	}
+	guard, err := process.StartGuard(0, held...)
+	if err != nil {
+		return err
+	}
+	defer guard.Dismiss()
 	started, done := make(chan error, 1), make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := cmd.Start()
+		if err == nil {
+			guard.Watch(cmd.Process.Pid)
+		}
 		started <- err
 		if err == nil {
+			ended(cmd.Process.Pid)
+			if ctx.Err() == nil {
+				guard.Dismiss() // what it has left goes on
+			}
 			done <- cmd.Wait()
 		}
 	}()
 	if err := <-started; err != nil {
 		return err
 	}
-	var err error
 	select {
-	case err = <-done:
+	case err := <-done:
 		return err
 	case <-ctx.Done():
 	}
@@ -163,6 +183,12 @@ func wait(ctx context.Context, cmd *exec.Cmd) error {
 	}
 	_ = unix.Kill(group, unix.SIGKILL) // who is deaf, and not the first of them
 	return context.Cause(ctx)
+}
+
+// ended returns when a child has ended. Its number is nobody else's before it has been waited for.
+func ended(pid int) {
+	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
 }
 
 // output is told line by line, and its end kept.
