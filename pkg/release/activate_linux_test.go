@@ -358,8 +358,7 @@ func TestCurrentIsAFolder(t *testing.T) {
 	}
 }
 
-func TestPreflight(t *testing.T) {
-	t.Parallel()
+func TestPreflight(t *testing.T) { // by itself: toolOf is everybody's
 	y := newYard(t)
 	ask := func(change func(*Hello)) (*Host, error) {
 		c, _ := y.wire()
