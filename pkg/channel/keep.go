@@ -383,7 +383,7 @@ func (k *Keep) current(ctx context.Context) (*keptWire, error) {
 
 func (k *Keep) noWire(err error) error {
 	if last := k.State().Err; last != nil {
-		return fmt.Errorf("no wire: %w (%w)", err, last)
+		return fmt.Errorf("no wire: %w (%w)", last, err)
 	}
 	return fmt.Errorf("no wire: %w", err)
 }

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -144,12 +145,15 @@ func Read(path string) (*File, error) {
 // Parse is Read of a text. What is wrong is a *FileError.
 func Parse(path string, text []byte) (*File, error) {
 	f := &File{path: path}
+	text = bytes.TrimPrefix(text, []byte("\ufeff")) // of an editor of Windows
 	doc, err := parser.ParseBytes(text, 0)
 	if err != nil {
 		return nil, f.because(err)
 	}
-	if len(doc.Docs) != 1 || doc.Docs[0].Body == nil {
-		return nil, &FileError{Path: path, Message: fmt.Sprintf("it has %d documents of YAML, not one", min(2, len(doc.Docs))*btoi(len(text) > 0))}
+	if n := len(doc.Docs); n > 1 {
+		return nil, &FileError{Path: path, Message: fmt.Sprintf("it has %d documents of YAML, not one", n)}
+	} else if n == 0 || doc.Docs[0].Body == nil {
+		return nil, &FileError{Path: path, Message: "it is empty"}
 	}
 	f.node = doc.Docs[0].Body
 	if err := yaml.UnmarshalWithOptions(text, f, yaml.Strict()); err != nil {

@@ -73,7 +73,8 @@ func TestFile(t *testing.T) {
 func TestFileErrors(t *testing.T) {
 	base := "app: shop\nto: /data/shop\nhosts: [a]\n"
 	for _, c := range []struct{ text, want string }{
-		{"", "culvert.yaml: it has 0 documents"},
+		{"", "culvert.yaml: it is empty"},
+		{"# nothing yet\n", "culvert.yaml: it is empty"},
 		{"app: shop\n---\napp: shop\n", "culvert.yaml: it has 2 documents"},
 		{"app: [\n", "culvert.yaml:1:6: sequence end token"},
 		{base + "bacth: [1]\n", `culvert.yaml:4:1: unknown key "bacth"`},
@@ -105,6 +106,9 @@ func TestFileErrors(t *testing.T) {
 		{"app: shop\nto: /data/shop\nhosts:\n  web: [a, 'b[3:1]']\n", `culvert.yaml:4:12: a range is as web[1:5], not as "b[3:1]" has it`},
 		{"app: shop\nto: /data/shop\nhosts: [-oProxyCommand=x]\n", `culvert.yaml:3:9: "-oProxyCommand=x" is no host`},
 		{"app: shop\nto: /data/shop\nhosts: ['a b']\n", `culvert.yaml:3:9: "a b" is no host`},
+		{"app: shop\nto: /data/shop\nhosts: ['ssh://a:99999']\n", `culvert.yaml:3:9: "ssh://a:99999" is no host`},
+		{"app: shop\nto: /data/shop\nhosts: ['ssh://me@a:ssh']\n", `culvert.yaml:3:9: "ssh://me@a:ssh" is no host`},
+		{"\ufeffapp: shop\nto: data\nhosts: [a]\n", `culvert.yaml:2:1: to is a folder`},
 		{"app: shop\nto: /data/shop\nhosts: [a, {b: c}]\n", `culvert.yaml:3:`},
 		{"app: shop\nto: /data/shop\nhosts: [a, b, a]\n", `culvert.yaml:3:1: a is listed twice`},
 	} {

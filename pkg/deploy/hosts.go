@@ -65,10 +65,21 @@ func expand(text string) ([]string, error) {
 func checkHost(name string) error {
 	odd := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }
 	at := strings.TrimPrefix(name, "ssh://")
-	if at == "" || strings.HasPrefix(at, "-") || strings.Contains(at, "@-") || strings.ContainsFunc(at, odd) || strings.ContainsAny(at, "'\"`$;&|<>\\*?") {
+	if at == "" || strings.HasPrefix(at, "-") || strings.Contains(at, "@-") || strings.ContainsFunc(at, odd) || strings.ContainsAny(at, "'\"`$;&|<>\\*?") || at != name && !portOf(at) {
 		return fmt.Errorf("%q is no host: a name of the hub or of ssh, user@host, or ssh://user@host:port", name)
 	}
 	return nil
+}
+
+// portOf tells whether what follows ssh:// has a port that is one, or none.
+func portOf(at string) bool {
+	at = at[strings.LastIndexByte(at, '@')+1:]
+	colon := strings.LastIndexByte(at, ':')
+	if colon < 0 || strings.HasSuffix(at, "]") {
+		return true
+	}
+	port, err := strconv.ParseUint(strings.TrimSuffix(at[colon+1:], "/"), 10, 16)
+	return err == nil && port > 0
 }
 
 // Pick is the hosts that patterns name, by role or by name; all without a pattern. One that

@@ -28,11 +28,26 @@ func (r *Rollout) roll(ctx context.Context, steps []Step, do act) error {
 			}
 		}()
 	}
+	defer r.answer(ctx)()
 	err := r.rollBatches(ctx, work, steps, do)
 	if err != nil && !errors.Is(err, ErrStopped) && r.cfg.Settings.OnFail == RollbackAll {
 		err = errors.Join(err, r.revert(work))
 	}
 	return errors.Join(err, r.finish(work, r.members))
+}
+
+// answer tells a person who interrupts that this was heard: a batch may take minutes.
+func (r *Rollout) answer(ctx context.Context) (stop func()) {
+	told := make(chan struct{})
+	forget := context.AfterFunc(ctx, func() {
+		defer close(told)
+		r.tell(Event{Event: release.Event{Kind: "note", Text: "interrupted: the batch under way ends first, and no other begins; a second Ctrl-C leaves hosts to themselves"}})
+	})
+	return func() {
+		if !forget() {
+			<-told
+		}
+	}
 }
 
 func (r *Rollout) rollBatches(ctx, work context.Context, steps []Step, do act) error {
@@ -152,6 +167,10 @@ func (m *member) conclude(result release.Result) error {
 // settle asks a host again whose wire was lost while it was at it: it has gone on by itself,
 // and tells how that ended once it lets the lock go.
 func (r *Rollout) settle(ctx context.Context, m *member, lost error) error {
+	if ctx.Err() != nil {
+		r.note(m, "is left to itself: it ends what it has begun, and culvert releases tells how")
+		return m.fail(Unknown, "", lost)
+	}
 	longest := time.Duration(r.cfg.Settings.Timeout) + toHello
 	ctx, cancel := context.WithTimeoutCause(ctx, longest, lost)
 	defer cancel()

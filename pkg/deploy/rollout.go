@@ -109,6 +109,12 @@ var ErrBroken = errors.New("neither the new release works nor the one before")
 // ErrStopped is a rollout that was told to stop, and has, between two batches.
 var ErrStopped = errors.New("stopped between batches; the same line goes on")
 
+// An interruption is the end of a context, in words for a row.
+type interruption struct{}
+
+func (interruption) Error() string { return "interrupted" }
+func (interruption) Unwrap() error { return context.Canceled }
+
 // A Rollout is wires to all hosts, over which something is done to them.
 type Rollout struct {
 	cfg     Config
@@ -214,8 +220,15 @@ func (m *member) because(err error) error {
 	return err
 }
 
-// fail notes what became of a host. A refusal is no lack of reach.
+// fail notes what became of a host. A refusal is no lack of reach, and who was interrupted has
+// learnt nothing of the host.
 func (m *member) fail(state, phase string, err error) error {
+	if errors.Is(err, context.Canceled) {
+		err = interruption{}
+		if state == Unreachable || state == Failed {
+			state = Untouched
+		}
+	}
 	var theirs *release.Error
 	if errors.As(err, &theirs) && state == Unreachable {
 		state = Failed

@@ -323,12 +323,19 @@ func TestInterrupted(t *testing.T) {
 	y := newYard(t, 4)
 	y.must("good1", "1")
 	ctx, cancel := context.WithCancel(t.Context())
+	var heard []string
 	y.tell = func(e Event) {
 		if e.Phase == release.PhaseSwitch {
 			cancel()
 		}
+		if e.Host == "" && e.Kind == "note" {
+			heard = append(heard, e.Text)
+		}
 	}
 	report, err := y.deploy(ctx, "good2", "2")
+	if len(heard) != 1 || !strings.HasPrefix(heard[0], "interrupted: the batch under way ends first") {
+		t.Error(heard)
+	}
 	if !errors.Is(err, ErrStopped) || !strings.HasPrefix(err.Error(), "1 of 4 hosts are done") {
 		t.Error(err)
 	}
@@ -339,9 +346,10 @@ func TestInterrupted(t *testing.T) {
 
 	cancelled, cancel := context.WithCancel(t.Context())
 	y.tell = func(e Event) { cancel() } // while shipping
-	if _, err := y.deploy(cancelled, "good3", "3"); !errors.Is(err, context.Canceled) {
+	if report, err = y.deploy(cancelled, "good3", "3"); !errors.Is(err, context.Canceled) || strings.Contains(report.Error, "context") {
 		t.Error(err)
 	}
+	y.is("states", states(report), "untouched untouched untouched untouched")
 	y.is("pages", y.pages(), "good2 good2 good2 good2")
 }
 

@@ -296,8 +296,12 @@ func (t *talk) Write(p []byte) (int, error) {
 	return t.text.Write(p)
 }
 
+// noKey is all that ssh says, with BatchMode, of a host that it does not know. Of one whose key
+// has changed it says so first.
+const noKey = "Host key verification failed"
+
 // closing are what ssh says of an end whose reason was said before.
-var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:", "culvert: this is a host's side"}
+var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:", noKey, "culvert: this is a host's side"}
 
 // conclude is the line that tells why: culvert's own, else the last that says more than that
 // it is over. It is tame.
@@ -317,8 +321,11 @@ func (t *talk) conclude() string {
 			best = line
 		}
 	}
-	if best == "" {
-		return any
+	switch {
+	case best != "":
+		return best
+	case strings.HasPrefix(any, noKey):
+		return noKey + ": it is not in ssh's known_hosts"
 	}
-	return best
+	return any
 }

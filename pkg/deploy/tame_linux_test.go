@@ -173,6 +173,16 @@ func TestConclude(t *testing.T) {
 	if got := said.conclude(); got != "two [2J" {
 		t.Errorf("%q", got)
 	}
+	for text, want := range map[string]string{ // of a host that ssh does not know, and of one that is another now
+		"Host key verification failed.\r\n": "Host key verification failed: it is not in ssh's known_hosts",
+		"@@@\nHost key for web-1 has changed and you have requested strict checking.\nHost key verification failed.\n": "Host key for web-1 has changed and you have requested strict checking.",
+	} {
+		var said talk
+		_, _ = said.Write([]byte(text))
+		if got := said.conclude(); got != want {
+			t.Errorf("%q", got)
+		}
+	}
 }
 
 // A wire that could not be begun is none, and there is nothing to close.

@@ -239,8 +239,12 @@ func (l *leg) failed(err error) {
 	for next := err; next != nil; next = errors.Unwrap(next) {
 		cause = next
 	}
-	if l.trouble != cause.Error() {
-		l.trouble = cause.Error()
+	trouble := cause.Error()
+	if errors.Is(err, tlschan.ErrNotLetIn) {
+		trouble = tlschan.ErrNotLetIn.Error() // whether the refusal itself comes through is chance
+	}
+	if l.trouble != trouble {
+		l.trouble = trouble
 		l.cfg.Say(fmt.Sprintf("not connected to the hub %s, trying again: %v", l.cfg.Hub, err))
 	}
 }

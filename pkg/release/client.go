@@ -63,11 +63,26 @@ func (c *Client) why() error {
 	return c.err
 }
 
+// stranger is an error where the first words are none of ours: a shell that greets, or a forced
+// command that is another.
+func stranger(r *bufio.Reader) error {
+	head, err := r.Peek(frameHead)
+	if err != nil || kind(head[frameHead-1]) <= kindBeat {
+		return nil // or torn, of which readFrame tells
+	}
+	said, _ := r.Peek(min(r.Buffered(), 80))
+	return fmt.Errorf("what answers is not culvert apply, or its shell says something first: %q", said)
+}
+
 func (c *Client) read() {
 	defer close(c.in)
 	quiet := time.AfterFunc(silence, func() { c.fail(errSilent) })
 	defer quiet.Stop()
 	r := bufio.NewReader(c.rw)
+	if err := stranger(r); err != nil {
+		c.fail(err)
+		return
+	}
 	for {
 		k, payload, err := readFrame(r)
 		if err != nil {

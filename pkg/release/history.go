@@ -97,7 +97,7 @@ func (r *Release) take(line record) {
 			is(StateFailed, strings.TrimPrefix(line.Phase+": "+line.Error, ": "))
 		}
 	case eventLeft:
-		is(StateFailed, "gone back from")
+		is(StateFailed, GoneBack)
 	case eventPruned:
 		*r = Release{ID: r.ID}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode"
@@ -30,13 +31,16 @@ type Policy struct {
 	Exec    []string `yaml:"exec,omitempty"` // arguments joined by single spaces
 }
 
+// goWords are yaml's of a key that is none.
+var goWords = regexp.MustCompile(`field (\S+) not found in type \S+`)
+
 // ParsePolicy reads the file. Keys that it does not know are errors, with their lines.
 func ParsePolicy(text []byte) (*Policy, error) {
 	in := yaml.NewDecoder(bytes.NewReader(text))
 	in.KnownFields(true)
 	p := &Policy{Shared: []string{everything}}
 	if err := in.Decode(p); err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("policy: %w", err)
+		return nil, errors.New("policy: " + goWords.ReplaceAllString(strings.Join(strings.Fields(err.Error()), " "), `unknown key "$1"`))
 	}
 	switch {
 	case p.App == "":

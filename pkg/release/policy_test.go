@@ -75,7 +75,7 @@ func TestPolicy(t *testing.T) {
 
 func TestParsePolicy(t *testing.T) {
 	for text, want := range map[string]string{
-		"app: shop\nto: /a\nrestrat: [x]": "line 3", "to: /a": "no app", "app: a": "not a clean", "{app: a, to: b}": "not a clean", "{app: a, to: /}": "not a clean",
+		"app: shop\nto: /a\nrestrat: [x]": `line 3: unknown key "restrat"`, "to: /a": "no app", "app: a": "not a clean", "{app: a, to: b}": "not a clean", "{app: a, to: /}": "not a clean",
 		"{app: a, to: /b/../c}": "not a clean", "[": "policy", "": "no app", "{app: a, to: /b, hooks: {x: y}}": "line 1",
 	} {
 		if _, err := ParsePolicy([]byte(text)); err == nil || !strings.Contains(err.Error(), want) {

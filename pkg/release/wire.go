@@ -36,10 +36,12 @@ const (
 	kindBeat     kind = 4 // nothing
 )
 
+const frameHead = 5 // bytes: a length, and a kind
+
 // readFrame reads one. Either end takes it from a stranger: a length is believed only up
 // to what its kind may have, and memory is taken as the bytes come.
 func readFrame(r io.Reader) (kind, []byte, error) {
-	var head [5]byte
+	var head [frameHead]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return 0, nil, err
 	}
@@ -103,7 +105,7 @@ func (f *frameWriter) ahead(k kind, payload []byte) error {
 }
 
 func (f *frameWriter) put(k kind, payload []byte) error {
-	var head [5]byte
+	var head [frameHead]byte
 	binary.BigEndian.PutUint32(head[:], uint32(len(payload)))
 	head[4] = byte(k)
 	_, _ = f.w.Write(head[:])
@@ -290,6 +292,9 @@ type Host struct {
 	// repairs that.
 	Interrupted string `json:"interrupted,omitempty"`
 }
+
+// GoneBack is the error of a release that passed its gate, and was gone back from.
+const GoneBack = "gone back from"
 
 // States of a release.
 const (

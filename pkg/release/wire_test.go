@@ -174,6 +174,15 @@ func TestClientErrors(t *testing.T) {
 
 	here, there = net.Pipe()
 	go func() { _, _ = io.Copy(io.Discard, there) }()
+	go func() { _, _ = io.WriteString(there, "Welcome to web-1\x1b\n") }()
+	c = NewClient(here)
+	if _, err := c.Hello(context.Background(), Hello{}); err == nil || !strings.Contains(err.Error(), `not culvert apply, or its shell says something first: "Welcome to web-1\x1b\n"`) {
+		t.Error(err)
+	}
+	c.Close()
+
+	here, there = net.Pipe()
+	go func() { _, _ = io.Copy(io.Discard, there) }()
 	defer there.Close()
 	c = NewClient(here)
 	defer c.Close()

@@ -66,8 +66,10 @@ func shake(ctx context.Context, t *wiring.Tap, cfg Config, e end, known func(ssh
 	}
 	life := &wiring.Life{Line: t, Beat: cfg.Beat, OnAlive: cfg.OnAlive, HangUp: func() { conn.Close() }}
 	w := &wire{life, t, conn, mux.New(life, t, conn, e.near, func(s *mux.Stream) { open(asked{s}) })}
-	if err := e.greet(w.mux); err != nil {
+	if err := e.greet(w.mux); err != nil && e.near {
 		return nil, notLetIn{err}
+	} else if err != nil {
+		return nil, err
 	}
 	return w, nil
 }
@@ -77,6 +79,10 @@ func shake(ctx context.Context, t *wiring.Tap, cfg Config, e end, known func(ssh
 var ErrNotLetIn = errors.New("not let in")
 
 type notLetIn struct{ error }
+
+func (n notLetIn) Error() string {
+	return "not let in, as with a key that is not known there: " + n.error.Error()
+}
 
 func (n notLetIn) Unwrap() error        { return n.error }
 func (n notLetIn) Is(target error) bool { return target == ErrNotLetIn }

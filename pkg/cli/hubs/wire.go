@@ -112,7 +112,7 @@ func (w Wire) known() (*hub.Known, error) {
 	}
 	known, err := hub.ReadKnown(ofHome(w.knownHosts, "known_hosts"), w.hub)
 	if err != nil {
-		return nil, fmt.Errorf("whose key the hub should have is not known: %w: name it by --hub-key", err)
+		return nil, fmt.Errorf("whose key the hub should have is not known: %w: write it there, or name it by --hub-key", err)
 	}
 	return known, nil
 }

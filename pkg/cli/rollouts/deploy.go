@@ -115,7 +115,7 @@ func (o *deployOptions) planned(env *string) (*deploy.Plan, error) {
 	}
 	text, err := os.ReadFile(o.apply)
 	if err != nil {
-		return nil, err
+		return nil, talk.Usage(fmt.Errorf("--apply: %w", err))
 	}
 	plan, err := deploy.ParsePlan(text)
 	if err != nil {

@@ -110,6 +110,10 @@ func (o *options) ssh(p *project) (*deploy.SSH, error) {
 		if identity, err = filepath.Abs(identity); err != nil {
 			return nil, err
 		}
+		_, missing := os.Stat(identity)
+		if _, err := os.Stat(identity + ".pub"); missing != nil && err != nil { // the other half may be with an agent
+			return nil, talk.Usage(fmt.Errorf("-i: %w", missing))
+		}
 	}
 	return &deploy.SSH{App: p.file.App, Hub: p.settings.Hub, Config: o.config, Identity: identity, Program: program}, nil
 }
@@ -154,7 +158,7 @@ func (a *app) teller(hosts int) func(deploy.Event) {
 			steps.Progress(phasesOf(phases))
 		case "output", "note":
 			line := e.Text
-			if hosts > 1 || e.Kind == "note" {
+			if e.Host != "" && (hosts > 1 || e.Kind == "note") {
 				line = e.Host + ": " + line
 			}
 			steps.Say(line)

@@ -47,11 +47,12 @@ web-2 said last:
 	out.Reset()
 	if err := printReleases(&out, []deploy.Listed{{ID: "b", Commit: "04c66f5aaaa", Who: "ci", When: time.Unix(0, 0), Hosts: []deploy.ListedHost{
 		{Host: "web-1", State: release.StateGood, Current: true}, {Host: "web-2", State: release.StateFailed}, {Host: "web-3", State: release.StateGood, Current: true},
-	}}, {ID: "a", Hosts: []deploy.ListedHost{{Host: "web-2", State: release.StateFailed + "\t\x1b[2J", Current: true}}}}); err != nil {
+	}}, {ID: "aa", Hosts: []deploy.ListedHost{{Host: "web-1", State: release.StateFailed, Error: release.GoneBack}}}, {ID: "a", Hosts: []deploy.ListedHost{{Host: "web-2", State: release.StateFailed + "\t\x1b[2J", Current: true}}}}); err != nil {
 		t.Fatal(err)
 	}
 	want = `RELEASE   COMMIT    WHEN                  WHO   HOSTS
 b         04c66f5   1970-01-01 00:00:00   ci    live: web-1 web-3; failed: web-2
+aa        -         -                     -     gone back from: web-1
 a         -         -                     -     live, failed [2J: web-2
 `
 	if out.String() != want {

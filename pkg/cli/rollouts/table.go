@@ -122,6 +122,9 @@ func hostsOf(l deploy.Listed) string {
 	names := map[string][]string{}
 	for _, h := range l.Hosts {
 		state := h.State
+		if h.Error == release.GoneBack {
+			state = h.Error
+		}
 		if h.Current {
 			state = "live"
 			if h.State != release.StateGood {

@@ -352,9 +352,11 @@ func TestDeployVerbs(t *testing.T) {
 		t.Errorf("%s%s", away.out, away.err)
 	}
 
+	y.does(2, "-i: stat", to("deploy", "-i", "nokey")...)
 	y.write("project/culvert.yaml", project+"bacth: [1]\n")
 	y.does(2, "culvert.yaml:9:1: unknown key \"bacth\"", to("deploy")...)
 	y.does(2, "there is no other.yaml", to("deploy", "-f", "other.yaml")...)
+	y.does(2, "--apply: open noplan", to("deploy", "--apply", "noplan")...)
 	y.write("project/culvert.yaml", project+"to: /srv/shop\nenvs: {prod: {}, qa: {}}\n")
 	y.does(2, "several environments, name one: prod, qa", to("deploy")...)
 	y.does(2, "a command is missing", to("exec", "prod")...)

@@ -3,8 +3,11 @@ package talk
 import (
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/term"
 )
 
 // Steps tells on stderr how far a verb is: one line for each step that is
@@ -117,6 +120,28 @@ func (s *Steps) line(text string) {
 	fmt.Fprintln(s.out, harmless(text))
 }
 
+// fit is what of a text one row has room for: a line of two is not cleared whole. All of it
+// where that is not known.
+func fit(text string, room int) string {
+	if runes := []rune(text); room > 0 && len(runes) > room {
+		return string(runes[:room-1]) + "…"
+	}
+	return text
+}
+
+// columns are those of a terminal; 0 where nobody knows.
+func columns(out io.Writer) int {
+	f, is := out.(*os.File)
+	if !is {
+		return 0
+	}
+	width, _, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return 0
+	}
+	return width
+}
+
 func (s *Steps) spin(stop, stopped chan struct{}) {
 	defer close(stopped)
 	frames := []rune("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏")
@@ -128,7 +153,7 @@ func (s *Steps) spin(stop, stopped chan struct{}) {
 		if s.detail != "" {
 			text += ": " + s.detail
 		}
-		fmt.Fprintf(s.out, "%s%c %s", clearLine, frames[i%len(frames)], text)
+		fmt.Fprintf(s.out, "%s%c %s", clearLine, frames[i%len(frames)], fit(text, columns(s.out)-3))
 		s.mu.Unlock()
 		select {
 		case <-stop:

@@ -56,7 +56,7 @@ func (p *Person) Flags(root *cobra.Command) {
 // Steps are what is told, one for all.
 func (p *Person) Steps() *Steps {
 	if p.steps == nil {
-		p.steps = &Steps{out: p.Err, terminal: p.Terminal && !p.Verbose, verbose: p.Verbose, quiet: p.Quiet}
+		p.steps = &Steps{out: p.Err, terminal: p.Terminal && !p.Verbose && os.Getenv("TERM") != "dumb", verbose: p.Verbose, quiet: p.Quiet}
 	}
 	return p.steps
 }
@@ -133,7 +133,7 @@ func (p *Person) Interruptible() (ctx context.Context, stop func()) {
 				return
 			}
 			if !first {
-				fmt.Fprintln(p.Err, "culvert: still putting things back, a moment")
+				fmt.Fprintln(p.Err, "culvert: still ending what was begun, a moment")
 			}
 			if !first && s == os.Interrupt { // a terminal that closes says it twice, too
 				told()

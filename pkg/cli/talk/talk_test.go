@@ -25,6 +25,19 @@ func TestStepFails(t *testing.T) {
 	}
 }
 
+// A row has room for a part of a long text.
+func TestFit(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		room int
+		want string
+	}{{"über", 4, "über"}, {"übers", 4, "übe…"}, {"ab", 1, "…"}, {"ab", 0, "ab"}, {"ab", -3, "ab"}} {
+		if got := fit(c.text, c.room); got != c.want {
+			t.Errorf("%q in %d: %q", c.text, c.room, got)
+		}
+	}
+}
+
 // What a host, or a hub, says does nothing to a terminal.
 func TestHarmless(t *testing.T) {
 	var out bytes.Buffer
