@@ -232,7 +232,7 @@ spec: {minAvailable: 1, selector: {matchLabels: {app: roll-deployment}}}
 
 // The gate of a restart goes by a shadow, to whom a pod that listens on its loopback only is
 // not well; where there can be none it goes by port-forward, and says so. Whatever ends it,
-// nothing of the shadow is left.
+// nothing of the shadow is left, and for one that never started the cluster itself sees to it.
 func TestRollOutRestartGate(t *testing.T) {
 	allow(t, []string{"--for", "deploy"}, "culvert-rollout", "culvert-inside")
 	w := &rollingWorkload{t: t, kind: "deployment", name: "roll-inside", dir: t.TempDir(), health: `{get: "http://localhost:8080/ready", within: 30s}`}
@@ -261,18 +261,43 @@ func TestRollOutRestartGate(t *testing.T) {
 		s.says("1 of 1: pod roll-inside-")
 		return s
 	}
+	killed := func(s *running) {
+		t.Helper()
+		pid, err := strconv.Atoi(laptop(t, "pgrep", "-f", "^"+culvertBin+" restart"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		kill9(t, pid)
+		s.wait(10 * time.Second)
+	}
+	job := func(path string) string {
+		t.Helper()
+		return kubectl(t, "get", "jobs", "-n", namespace, "-l", "app.kubernetes.io/managed-by=culvert", "-o", "jsonpath={.items[*]"+path+"}")
+	}
 	s := begun()
+	if name, end := job(".metadata.name"), job(".spec.activeDeadlineSeconds"); name == "" || end != "" {
+		t.Errorf("job %q of a gate that works ends by itself: %q s", name, end)
+	}
 	s.interrupt()
 	ends(s, 1, "interrupted")
 	s = begun()
-	pid, err := strconv.Atoi(laptop(t, "pgrep", "-f", "^"+culvertBin+" restart"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	kill9(t, pid)
-	s.wait(10 * time.Second)
+	killed(s)
 	laptop(t, culvertBin, "clean", "-n", namespace)
 	check(30 * time.Second)
+
+	everyNode := func(verb string) { kubectl(t, verb, "-l", "kubernetes.io/os=linux") }
+	t.Cleanup(func() { everyNode("uncordon") })
+	everyNode("cordon")
+	s = w.culvert("restart", kit)
+	s.says("shadow made, as a Job")
+	killed(s)
+	name, end := job(".metadata.name"), job(".spec.activeDeadlineSeconds")
+	if end != "600" {
+		t.Errorf("job %q of a shadow that did not start: it ends after %q s", name, end)
+	}
+	kubectl(t, "patch", "job", "-n", namespace, name, "-p", `{"spec":{"activeDeadlineSeconds":1}}`) // the time passes
+	check(30 * time.Second)
+	everyNode("uncordon")
 
 	w.health = `{get: "http://localhost:8080/ready"}`
 	noImage := culvert([]string{"CULVERT_IMAGE=localhost/culvert-shadow:none"}, "restart", "-f", w.file(kit))

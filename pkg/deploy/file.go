@@ -317,14 +317,14 @@ func (f *File) check() error {
 
 // checkSettings checks what counts in an environment; in is where that is in the file.
 func (f *File) checkSettings(s Settings, in ...string) error {
-	wrong := func(key string, format string, values ...any) error {
+	wrong := func(key, format string, values ...any) error {
 		return f.wrong(fmt.Sprintf(format, values...), append(in, strings.Split(key, ".")...)...)
 	}
 	switch {
 	case s.K8s != nil && (len(s.Hosts) > 0 || s.To != ""):
 		return wrong("k8s", "k8s stands in place of hosts and to")
 	case s.K8s != nil:
-		return nil
+		return s.Health.checkPods(wrong)
 	case len(s.Hosts) == 0:
 		return wrong("hosts", "there are no hosts to deploy to")
 	case s.To != "" && (!path.IsAbs(s.To) || path.Clean(s.To) != strings.TrimSuffix(s.To, "/") || s.To == "/"):
@@ -401,6 +401,25 @@ func (h Health) check() error {
 		return nil
 	}
 	return fmt.Errorf("release is header NAME or body of get, or output of cmd, not %q", h.Release)
+}
+
+// checkPods checks what a restart asks pods. It brings no release, and they are asked from
+// outside.
+func (h *Health) checkPods(wrong func(key, format string, values ...any) error) error {
+	switch {
+	case h == nil:
+		return nil
+	case h.Cmd != "":
+		return wrong("health", "the health of a pod is asked by get or tcp; cmd is of hosts")
+	case h.Release != "":
+		return wrong("health.release", "release is of hosts: a restart of pods brings none")
+	case h.Every != 0:
+		return wrong("health.every", "every is of hosts, not of pods")
+	}
+	if err := h.check(); err != nil {
+		return wrong("health", "%v", err)
+	}
+	return nil
 }
 
 func count(texts ...string) (n int) {

@@ -37,6 +37,7 @@ envs:
     pause: 1m30s
   cluster:
     k8s: {workload: deployment/shop, image: "repo/shop:${COMMIT}"}
+    health: get http://127.0.0.1:8000/health
 `
 
 func TestFile(t *testing.T) {
@@ -71,7 +72,7 @@ func TestFile(t *testing.T) {
 
 // What is wrong is told with its line and column.
 func TestFileErrors(t *testing.T) {
-	base := "app: shop\nto: /data/shop\nhosts: [a]\n"
+	base, pods := "app: shop\nto: /data/shop\nhosts: [a]\n", "app: shop\nk8s: deployment/x\n"
 	for _, c := range []struct{ text, want string }{
 		{"", "culvert.yaml: it is empty"},
 		{"# nothing yet\n", "culvert.yaml: it is empty"},
@@ -97,6 +98,11 @@ func TestFileErrors(t *testing.T) {
 		{base + "shared: [../x]\n", `culvert.yaml:4:1: shared has paths below the tree, not "../x"`},
 		{base + "k8s: pod/x\n", "culvert.yaml:4:6: k8s is deployment/NAME"},
 		{base + "k8s: deployment/x\n", "culvert.yaml:4:1: k8s stands in place of hosts"},
+		{pods + "health: {get: x, release: body}\n", "culvert.yaml:3:18: release is of hosts"},
+		{pods + "health: {tcp: x, every: 2s}\n", "culvert.yaml:3:18: every is of hosts"},
+		{pods + "health: cmd uptime\n", "culvert.yaml:3:1: the health of a pod is asked by get or tcp"},
+		{pods + "health: {get: x, tcp: x}\n", "culvert.yaml:3:1: health is one of get, tcp and cmd"},
+		{"app: shop\nhealth: {get: x, release: body}\nenvs:\n  prod: {hosts: [a]}\n  kube: {k8s: deployment/x}\n", "culvert.yaml:2:18: release is of hosts"},
 		{base + "envs:\n  prod:\n    on_fail: x\n", "culvert.yaml:6:5: on_fail is"},
 		{base + "on_fail: x\nenvs:\n  prod: {keep: 3}\n", "culvert.yaml:4:1: on_fail is"},
 		{"app: shop\nto: /data/shop\nenvs:\n  prod: {keep: 3}\n", "culvert.yaml:4:3: there are no hosts"},

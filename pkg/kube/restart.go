@@ -15,6 +15,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 )
 
 // A RestartConfig says whose pods are restarted, one by one.
@@ -330,16 +332,13 @@ func (r *restarter) judge(ctx context.Context, live *rolled, p *corev1.Pod) (lac
 	return "", true
 }
 
-// heardOf is within what every node sends a pod that is ready its share: who has ended the
-// next one before left a Service without any for a moment.
-const heardOf = 3 * time.Second
-
-// available tells whether a pod has been ready for as long as the workload wants, and is known.
+// available tells whether a pod has been ready for as long as the workload wants, and is known
+// to every node: who has ended the next one before left a Service without any for a moment.
 func (r *restarter) available(live *rolled, p *corev1.Pod) bool {
 	held := r.ready[p.UID]
 	long := held.holds(isReady(p))
 	r.ready[p.UID] = held
-	return isReady(p) && long >= max(live.minReady, heardOf)
+	return isReady(p) && long >= max(live.minReady, heal.HeardOf)
 }
 
 // pass asks the gate, of each pod until it has said yes.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -40,6 +41,7 @@ type Shadow struct {
 	ways    ways
 
 	published published
+	bounded   bounded
 
 	router   bool
 	joined   bool              // somebody else made it
@@ -231,6 +233,7 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 		return err
 	}
 	s.published.made(refTo("batch/v1", "Job", root))
+	s.bounded.set()
 	o.ownedBy(s.published.root)
 	err = together(
 		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
@@ -245,13 +248,44 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 	if err != nil {
 		return err
 	}
-	start := []byte(`{"spec":{"suspend":false}}`)
-	call, cancel := callContext(ctx)
-	defer cancel()
-	if _, err := cs.BatchV1().Jobs(ns).Patch(call, s.name(), types.MergePatchType, start, metav1.PatchOptions{}); err != nil {
+	if err := s.patchJob(ctx, `{"spec":{"suspend":false}}`); err != nil {
 		return fmt.Errorf("start job %s: %w", s.name(), err)
 	}
 	return ctx.Err()
+}
+
+func (s *Shadow) patchJob(ctx context.Context, patch string) error {
+	call, cancel := callContext(ctx)
+	defer cancel()
+	_, err := s.cluster.client.BatchV1().Jobs(s.cluster.Namespace).Patch(call, s.name(), types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+	return err
+}
+
+// bounded tells whether the Job has an end, which it is made with for a pod that never
+// starts: one that is ready ends itself when the laptop is silent.
+type bounded struct {
+	mu  sync.Mutex // held while the end is taken away, so that nobody dials before
+	yes bool
+}
+
+func (b *bounded) set() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.yes = true
+}
+
+// unbound takes the Job's end away, now that its pod is ready.
+func (s *Shadow) unbound(ctx context.Context) error {
+	s.bounded.mu.Lock()
+	defer s.bounded.mu.Unlock()
+	if !s.bounded.yes {
+		return nil
+	}
+	if err := s.patchJob(ctx, `{"spec":{"activeDeadlineSeconds":null}}`); err != nil {
+		return fmt.Errorf("take the deadline of job %s away: %w", s.name(), sorted(err))
+	}
+	s.bounded.yes = false
+	return nil
 }
 
 // needsOpening tells whether network policies shut the shadow in, or a router

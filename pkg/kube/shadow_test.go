@@ -439,6 +439,56 @@ func TestIDsRefused(t *testing.T) {
 	}
 }
 
+// A Job ends by itself until its pod has been found ready, however often it is made.
+func TestJobBound(t *testing.T) {
+	client := fake.NewClientset()
+	s := testCluster(client).NewShadow(testConfig("x1"), allRights(ByJob))
+	bound := func() bool {
+		t.Helper()
+		job, err := client.BatchV1().Jobs("dev").Get(t.Context(), "culvert-x1", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return job.Spec.ActiveDeadlineSeconds != nil
+	}
+	refused := errors.New("not now")
+	client.PrependReactor("patch", "jobs", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		if refused != nil && strings.Contains(string(a.(clienttesting.PatchAction).GetPatch()), "activeDeadlineSeconds") {
+			return true, nil, refused
+		}
+		return false, nil, nil
+	})
+	for range 2 {
+		if err := s.Create(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Dial(t.Context()); err == nil || !bound() {
+			t.Errorf("no pod: %v, bound: %v", err, bound())
+		}
+		pod := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: "culvert-x1-a", Namespace: "dev", Labels: map[string]string{labelSession: "x1", "app.kubernetes.io/name": "culvert-shadow"}},
+			Status:     corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+		}
+		if _, err := client.CoreV1().Pods("dev").Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		refused = errors.New("not now")
+		if _, _, err := s.Dial(t.Context()); !errors.Is(err, refused) || !bound() {
+			t.Errorf("refused: %v, bound: %v", err, bound())
+		}
+		refused = nil
+		if err := s.unbound(t.Context()); err != nil || bound() {
+			t.Errorf("%v, bound: %v", err, bound())
+		}
+		if err := client.CoreV1().Pods("dev").Delete(t.Context(), pod.Name, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Delete(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // That a session is gone shows in its root, with or without the right to get
 // Deployments.
 func TestDialOfWhatIsGone(t *testing.T) {

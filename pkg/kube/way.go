@@ -130,6 +130,9 @@ func (s *Shadow) dial(ctx context.Context) (net.Conn, Way, error) {
 	if err != nil {
 		return nil, "", err
 	}
+	if err := s.unbound(ctx); err != nil {
+		return nil, "", err
+	}
 	return s.cluster.dialPod(ctx, &s.ways, door{pod.Name, port, s.cfg.Path.Upgrade})
 }
 

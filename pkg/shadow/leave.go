@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/culvert-dev/culvert/pkg/channel"
+	"github.com/culvert-dev/culvert/pkg/kube/heal"
 	"github.com/culvert-dev/culvert/pkg/router"
 )
 
@@ -15,7 +16,6 @@ import (
 // is put back, or the pod was told to end, the cluster takes a while until it
 // sends nothing here any more.
 const (
-	settle     = 3 * time.Second  // until every node has heard that the Service is put back
 	drainLimit = 30 * time.Second // for what is open then
 
 	begun      = time.Second      // to connect, when what led here was taken away
@@ -86,9 +86,9 @@ func (s *Shadow) putBack(ctx context.Context) bool {
 // put back.
 func (s *Shadow) outlast(ctx context.Context) {
 	linger := s.linger()
-	limit, cancel := context.WithTimeout(ctx, linger+settle+drainLimit)
+	limit, cancel := context.WithTimeout(ctx, linger+heal.HeardOf+drainLimit)
 	defer cancel()
-	s.cut(s.drained(limit, settle, linger))
+	s.cut(s.drained(limit, heal.HeardOf, linger))
 }
 
 // restore gives back all that the router took, the workload first: a Service

@@ -508,7 +508,7 @@ func TestGraceOver(t *testing.T) {
 		return nil
 	})
 	s.want("original") // nodes that have not heard yet
-	time.Sleep(settle)
+	time.Sleep(heal.HeardOf)
 	if slices.Contains(e.was(), "healed") {
 		t.Error("the Lease is gone under an open connection")
 	}
@@ -520,7 +520,7 @@ func TestGraceOver(t *testing.T) {
 	if done := e.was(); !slices.Equal(done, []string{"failed", "failed", "restored", "healed"}) {
 		t.Errorf("done: %v", done)
 	}
-	if took := time.Since(began); took < settle {
+	if took := time.Since(began); took < heal.HeardOf {
 		t.Errorf("ended after %v", took)
 	}
 }

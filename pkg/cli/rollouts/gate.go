@@ -41,9 +41,6 @@ func (w *workload) gate(h *deploy.Health) (*gate, error) {
 		return nil, nil
 	}
 	g := &gate{health: h, forward: w.cluster.DialPort}
-	if h.Cmd != "" {
-		return nil, talk.Usage(errors.New("the health of a pod is asked by get or tcp; cmd is of hosts"))
-	}
 	host, scheme := h.TCP, ""
 	if h.Get != "" {
 		u, err := url.Parse(h.Get)

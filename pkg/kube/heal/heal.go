@@ -29,6 +29,10 @@ const (
 	answerLimit = 4 << 20 // an object is at most 1.5 MB
 )
 
+// HeardOf is within what every node has heard of a change of a Service, be it of its
+// selector or of a pod behind it.
+const HeardOf = 3 * time.Second
+
 // Lease deletes a Lease with the rights of the pod's own ServiceAccount, and
 // with it, by the garbage collector, all that it owns. A Lease that is not
 // there is deleted.
