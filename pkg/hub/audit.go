@@ -21,6 +21,7 @@ type record struct {
 	event   string
 	began   time.Time
 	attrs   []slog.Attr
+	spares  func() bool // tells that a refusal is not to be written; nil: it is
 }
 
 func (h *Hub) audit(g *Guest, what, network, address string) *record {
@@ -40,7 +41,14 @@ func (r *record) write(verdict string, more ...slog.Attr) {
 
 func (r *record) refused(err error) {
 	r.metrics.refused(r.event, err)
-	r.write("refused", slog.String("why", err.Error()))
+	why := slog.String("why", err.Error())
+	switch {
+	case r.spares == nil:
+		r.write("refused", why)
+	case !r.spares():
+		r.attrs = clipped(append(r.attrs, why))
+		r.write("refused")
+	}
 }
 
 func (r *record) seconds() slog.Attr {

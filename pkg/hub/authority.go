@@ -73,7 +73,7 @@ func (h *Hub) sign(ctx context.Context, c *peeked, req *http.Request, body []byt
 		who.Name = refused.Subject
 	}
 	if err != nil {
-		h.audit(who, "sign", "", "").refused(err)
+		h.auditStranger(who, "sign", "", "").refused(err)
 		reply(c, statusOf(err), forStrangers(err))
 		return
 	}

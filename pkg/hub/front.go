@@ -309,7 +309,7 @@ func (g *gate) admit(user string, key ssh.PublicKey) (channel.Network, error) {
 		err = errLeaving
 	}
 	if err != nil {
-		r := h.audit(&Guest{Key: ssh.FingerprintSHA256(bare(key)), User: user, From: g.from}, "login", "", "")
+		r := h.auditStranger(&Guest{Key: ssh.FingerprintSHA256(bare(key)), User: user, From: g.from}, "login", "", "")
 		g.refusals = append(g.refusals, func() { r.refused(err) })
 		return nil, err
 	}

@@ -66,7 +66,7 @@ type Config struct {
 	Hurry  <-chan struct{} // ends that; may be nil
 
 	Log   *slog.Logger
-	Audit *slog.Logger // gets a line for each host and each connection
+	Audit *slog.Logger // gets a line for each host and each connection, and for some refusals of strangers
 }
 
 // A Hub serves hosts, and those who reach them.
@@ -85,6 +85,7 @@ type Hub struct {
 	drain    draining
 	metrics  *metrics
 	waiting  waiting
+	refusals refusals
 	loose    streams // of those without a wire
 
 	mu     sync.Mutex
@@ -141,7 +142,10 @@ func (h *Hub) enters(v *visit) {
 	h.visits[v] = done
 	h.mu.Unlock()
 	if err != nil {
-		h.audit(g, "login", "", "").refused(err)
+		if g == nil {
+			g = &Guest{From: addrOf(v.from)}
+		}
+		h.auditStranger(g, "login", "", "").refused(err)
 		v.end()
 	} else {
 		h.metrics.events.WithLabelValues("login", "admitted").Inc()
@@ -221,6 +225,8 @@ func (h *Hub) serve(ctx context.Context, ln net.Listener) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return h.serveControl(ctx) })
 	group.Go(func() error { return h.recheckNow(ctx) })
+	group.Go(func() error { return h.tellRefusalsNow(ctx) })
+	defer h.tellRefusals() // the last ones
 	group.Go(func() error { h.waiting.watch(ctx, h.cfg.Log); return nil })
 	begun := make(chan struct{})
 	if h.peers.find == nil {

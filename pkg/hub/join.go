@@ -72,7 +72,7 @@ func (h *Hub) joining(ctx context.Context, conn net.Conn) error {
 // join grants a certificate to who shows an invitation, once.
 func (h *Hub) join(ctx context.Context, key ssh.PublicKey, asked joinRequest, from netip.Addr) (cert *ssh.Certificate, err error) {
 	fingerprint := ssh.FingerprintSHA256(key)
-	r := h.audit(&Guest{Name: asked.Name, Key: fingerprint, From: from}, "join", "", asked.Name)
+	r := h.auditStranger(&Guest{Name: asked.Name, Key: fingerprint, From: from}, "join", "", asked.Name)
 	defer func() { r.judged(err) }()
 	i, authority, err := parseInvitation(asked.Token)
 	if err != nil {

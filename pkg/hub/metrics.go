@@ -41,7 +41,7 @@ func counter(name, help string) prometheus.CounterOpts {
 func newMetrics(h *Hub) *metrics {
 	m := &metrics{
 		registry:   prometheus.NewRegistry(),
-		events:     prometheus.NewCounterVec(counter("events_total", "What the audit log has lines of, by what came of it."), []string{"event", "verdict"}),
+		events:     prometheus.NewCounterVec(counter("events_total", "What the audit log is about, by what came of it."), []string{"event", "verdict"}),
 		wires:      prometheus.NewGaugeVec(gauge("wires", "Open wires: of stock SSH clients, of culvert's own, and of other hubs."), []string{"kind"}),
 		streams:    prometheus.NewGauge(gauge("streams", "Open connections to hosts, of those who came to this hub.")),
 		rightsGood: prometheus.NewGauge(gauge("rights_good", "1 if the file with the rights was right when it was read last; else what was before holds.")),

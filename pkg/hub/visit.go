@@ -54,7 +54,11 @@ func (v *visit) DialContext(ctx context.Context, network, address string) (net.C
 	if err != nil {
 		return nil, err
 	}
-	a := v.hub.audit(g, "open", plain, address)
+	audit := v.hub.audit
+	if v.end == nil { // he has shown no key
+		audit = v.hub.auditStranger
+	}
+	a := audit(g, "open", plain, address)
 	c, done, err := v.within(ctx, g, network, address)
 	if err != nil && isPlain(err) { // who asks for that asks again
 		return nil, err

@@ -38,6 +38,11 @@ type held struct {
 	timer *time.Timer
 
 	others []channel.Pending // more dials of it, for which the answer is that of the first
+
+	// Of those that are answered later the client may speak by any, so the stream has not ended
+	// while there are such. All this is guarded by the host's lock.
+	answering int
+	unheard   bool // none of those that waited could be answered
 }
 
 // mostAsking bounds the dials of one stream that wait: a hub has one for each way to the host.
@@ -75,7 +80,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		asked, ok := parse(words)
 		if !ok {
-			l.h.answer(p, fmt.Errorf("what was asked for is not understood: %w", errors.ErrUnsupported), nil)
+			l.h.refuse(p, fmt.Errorf("what was asked for is not understood: %w", errors.ErrUnsupported))
 		} else if one := l.h.take(p, asked, l.at); one != nil {
 			return one, nil
 		}
@@ -90,10 +95,11 @@ func (h *Host) take(p channel.Pending, asked call, at string) *pending {
 	s := h.streams[asked.token]
 	switch {
 	case h.closed, s != nil && s.at != at, asked.again && (s == nil || !s.taken), s != nil && len(s.others) >= mostAsking:
-		h.answer(p, ErrForgotten, nil)
+		h.refuse(p, ErrForgotten)
 		return nil
 	case s != nil && s.taken:
-		h.answer(p, nil, s)
+		s.answering++
+		h.further(p, s)
 		return nil
 	case s != nil:
 		s.others = append(s.others, p)
@@ -109,13 +115,34 @@ func (h *Host) take(p channel.Pending, asked call, at string) *pending {
 	return &pending{Stream: s.Stream, h: h, held: s, far: p}
 }
 
-// answer answers a connection that nobody else waits for.
-func (h *Host) answer(p channel.Pending, refusal error, of *held) {
+// refuse answers a connection that nobody else waits for.
+func (h *Host) refuse(p channel.Pending, why error) {
+	go func() { _ = p.Answer(why) }()
+}
+
+// further answers one more connection of a stream, which is among those that are being answered.
+func (h *Host) further(p channel.Pending, of *held) {
 	go func() {
-		if err := p.Answer(refusal); err == nil && of != nil {
+		if err := p.Answer(nil); err == nil {
 			h.found(of, p)
 		}
+		h.mu.Lock()
+		of.answering--
+		last := of.unheard && of.answering == 0
+		h.mu.Unlock()
+		if last {
+			of.finishUnlinked(net.ErrClosed)
+		}
 	}()
+}
+
+// isUnheard is for a stream of which none that waited could be answered. It tells whether there is
+// no other, either.
+func (h *Host) isUnheard(s *held) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.unheard = true
+	return s.answering == 0
 }
 
 // found has a stream go by another connection, when its client has spoken by it. A hub may have
@@ -269,7 +296,7 @@ func (p *pending) decide(refusal error) {
 		}
 		_ = p.far.Answer(refusal)
 		for _, one := range others {
-			p.h.answer(one, refusal, nil)
+			p.h.refuse(one, refusal)
 		}
 		p.finish(net.ErrClosed)
 	})
@@ -285,12 +312,15 @@ func (p *pending) begin(all []channel.Pending) (err error) {
 		if !p.attachFirst(one) {
 			go p.h.found(p.held, one)
 		}
+		p.h.mu.Lock()
+		p.held.answering += len(all[i+1:])
+		p.h.mu.Unlock()
 		for _, other := range all[i+1:] {
-			p.h.answer(other, nil, p.held)
+			p.h.further(other, p.held)
 		}
 		return nil
 	}
-	if !p.finishUnlinked(net.ErrClosed) {
+	if !p.h.isUnheard(p.held) || !p.finishUnlinked(net.ErrClosed) {
 		return nil
 	}
 	return err

@@ -737,6 +737,51 @@ func TestFirstIsLate(t *testing.T) {
 	}
 }
 
+// A stream whose first dial has not waited goes by a further one, which is answered but not spoken by
+// yet; when there is none that will be, it has ended.
+func TestFirstHasGone(t *testing.T) {
+	for name, second := range map[string]error{"another is answered": nil, "as has another": net.ErrClosed} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			asked := call{token: newToken()}
+			first, dropped := lateWire(net.ErrClosed)
+			defer dropped.Close()
+			far := w.host.take(first, asked, "22")
+			answered := make(chan error, 1)
+			go func() { answered <- far.Answer(nil) }()
+			<-first.asked
+
+			further, conn := lateWire(second)
+			defer conn.Close()
+			if w.host.take(further, asked, "22") != nil {
+				t.Fatal("a second stream")
+			}
+			<-further.asked
+			close(first.over)
+			if err := <-answered; err != nil {
+				t.Errorf("the answer: %v", err)
+			}
+			close(further.over)
+			if second != nil {
+				ended(t, "host", far.Stream)
+				w.await("forgotten", 0)
+				return
+			}
+			near := newStream(true, nil, nil, w.client.budget, func(s *Stream, _ bool, err error) { t.Errorf("lost: %v", err); s.finish(err) })
+			near.attach(conn)
+			go func() { _, _ = io.Copy(far, far); far.Close() }()
+			_, _ = io.WriteString(near, "there and back")
+			_ = near.CloseWrite()
+			if got, err := io.ReadAll(near); string(got) != "there and back" || err != nil {
+				t.Errorf("%q, %v", got, err)
+			}
+			near.Close()
+			ended(t, "client", near)
+			w.await("forgotten", 0)
+		})
+	}
+}
+
 // A stream is in the list of those that are lost when it is, however late the host hears of an
 // earlier loss.
 func TestListed(t *testing.T) {
