@@ -91,7 +91,25 @@ func (r *run) record(event string, why *step) error {
 	if why != nil {
 		line.Phase, line.Error = why.phase, why.err.Error()
 	}
+	if event == eventGood {
+		line.Up = &up{r.Config.Restart, r.Config.Health}
+	}
 	return r.s.record(line)
+}
+
+// asBefore has what is put back come up as it once did: another's restart and gate may be of
+// what it never had. What is not known, or not allowed any more, stays as it is.
+func (r *run) asBefore() {
+	log, _ := r.s.records()
+	for _, line := range slices.Backward(log) {
+		if line.Event != eventGood || line.Release != r.id {
+			continue
+		}
+		if u := line.Up; u != nil && len(r.s.opts.Policy.check(&Config{Restart: u.Restart, Health: u.Health})) == 0 {
+			r.Config.Restart, r.Config.Health = u.Restart, u.Health
+		}
+		return
+	}
 }
 
 // over: nothing is left to be done after a kill.
@@ -205,6 +223,7 @@ func (r *run) restore(ctx context.Context) error {
 		errs = append(errs, r.do(ctx, PhaseSwitch, true, func(context.Context) (string, error) { return "", r.s.lead(r.Previous) }))
 	}
 	r.switched, r.id = ticks(), r.s.idOf(r.Previous)
+	r.asBefore()
 	if r.touched && r.Previous != "" {
 		errs = append(errs, r.comeUp(ctx))
 	}

@@ -343,6 +343,9 @@ func (s *session) record(all ...record) error {
 	for _, r := range all {
 		r.Time, r.Who = time.Now().UTC(), s.hello.Who
 		r.Commit, r.Phase, r.Error = shorten(r.Commit), shorten(r.Phase), shorten(r.Error)
+		if text, _ := json.Marshal(r.Up); len(text) > maxText {
+			r.Up = nil
+		}
 		line, err := json.Marshal(r)
 		if err != nil {
 			return err

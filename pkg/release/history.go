@@ -21,6 +21,13 @@ type record struct {
 	Who      string    `json:"who,omitempty"`
 	Phase    string    `json:"phase,omitempty"` // what failed
 	Error    string    `json:"error,omitempty"`
+	Up       *up       `json:"up,omitempty"` // of what is good
+}
+
+// up is how a release came up.
+type up struct {
+	Restart *Action `json:"restart,omitempty"`
+	Health  *Health `json:"health,omitempty"`
 }
 
 // Events of the log.
