@@ -228,7 +228,8 @@ func (w *way) login(y *yard, name string) {
 	defer cancel()
 	one := y.ssh("-o", "ProxyCommand="+w.command, "db-01", "echo", "in")
 	cmd := exec.CommandContext(ctx, one.Path, one.Args[1:]...)
-	cmd.Env = append(os.Environ(), "CULVERT_HUB_TEST="+y.dir)
+	// Where nohup(1) began us, ssh does not end a dial by its hangup: it ends by itself, and at once.
+	cmd.Env = append(os.Environ(), "CULVERT_HUB_TEST="+y.dir, "GORACE=atexit_sleep_ms=0")
 	cmd.WaitDelay = time.Second // nc outlives a hub that it goes through, and waits for its own side
 	var said strings.Builder    // by ssh, and by whatever a shell of this machine begins with
 	cmd.Stderr = &said
