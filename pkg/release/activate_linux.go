@@ -1,6 +1,7 @@
 package release
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -97,20 +98,30 @@ func (r *run) record(event string, why *step) error {
 	return r.s.record(line)
 }
 
-// asBefore has what is put back come up as it once did: another's restart and gate may be of
-// what it never had. What is not known, or not allowed any more, stays as it is.
-func (r *run) asBefore() {
+// asBefore is the run with the restart and the gate by which what is put back was good once; nil
+// where these are not known, not allowed any more, or what was tried. Where nothing was restarted
+// then, it is today's restart that ends what failed.
+func (r *run) asBefore() *run {
+	var up *up
 	log, _ := r.s.records()
-	for _, line := range slices.Backward(log) {
-		if line.Event != eventGood || line.Release != r.id {
-			continue
+	for _, line := range log {
+		if line.Event == eventGood && line.Release == r.id {
+			up = line.Up
 		}
-		if u := line.Up; u != nil && len(r.s.opts.Policy.check(&Config{Restart: u.Restart, Health: u.Health})) == 0 {
-			r.Config.Restart, r.Config.Health = u.Restart, u.Health
-		}
-		return
 	}
+	if up == nil {
+		return nil
+	}
+	then := *r
+	then.Config.Restart, then.Config.Health = cmp.Or(up.Restart, r.Config.Restart), up.Health
+	is, was := &then.Config, &r.Config
+	if same(is.Restart, was.Restart) && same(is.Health, was.Health) || is.Check() != nil || len(r.s.opts.Policy.check(is)) > 0 {
+		return nil
+	}
+	return &then
 }
+
+func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }
 
 // over: nothing is left to be done after a kill.
 func (r *run) over() error { return r.s.disk.unlink(runFile) }
@@ -223,9 +234,8 @@ func (r *run) restore(ctx context.Context) error {
 		errs = append(errs, r.do(ctx, PhaseSwitch, true, func(context.Context) (string, error) { return "", r.s.lead(r.Previous) }))
 	}
 	r.switched, r.id = ticks(), r.s.idOf(r.Previous)
-	r.asBefore()
 	if r.touched && r.Previous != "" {
-		errs = append(errs, r.comeUp(ctx))
+		errs = append(errs, r.comeBack(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err // what is broken gets no requests
@@ -350,6 +360,24 @@ func (s *session) conclude() error {
 	}
 	_, err := s.finish()
 	return err
+}
+
+// comeBack is comeUp of what is put back: as today's settings have it, and if these are not right for
+// it, as it came up when it was good.
+func (r *run) comeBack(ctx context.Context) error {
+	err := r.comeUp(ctx)
+	if err == nil {
+		return nil
+	}
+	then := r.asBefore()
+	if then == nil {
+		return err
+	}
+	r.s.note(PhaseRestore, r.id+" does not come up by today's settings: by those that it was good by")
+	if then.comeUp(ctx) != nil {
+		return err
+	}
+	return nil
 }
 
 // repair ends what a killed apply has begun. What had passed its gate is good; else the release

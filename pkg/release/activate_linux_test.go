@@ -763,6 +763,43 @@ func TestInstanceByHeader(t *testing.T) {
 	}
 }
 
+// What is put back comes up by today's settings, or by those that it was good by: a wrong word in the
+// file breaks nothing.
+func TestComesBack(t *testing.T) {
+	t.Parallel()
+	y := newYard(t)
+	log := filepath.Join(t.TempDir(), "log")
+	restart := func(name, after string) *Action {
+		return &Action{Kind: "cmd", Arg: fmt.Sprintf("echo %s $CULVERT_RELEASE >>%s; %s", name, log, after)}
+	}
+	health := func(script string) *Health {
+		return &Health{Kind: "cmd", Arg: script, Within: time.Second, Every: 100 * time.Millisecond}
+	}
+	deploys := func(id, state, last string, r *Action, h *Health) {
+		t.Helper()
+		y.config.Restart, y.config.Health = r, h
+		if r := y.deploy(id, tree{id: ""}); r.State != state || y.current() != "a" {
+			t.Errorf("%s: %+v", id, r)
+		}
+		if text, _ := os.ReadFile(log); !strings.HasSuffix(string(text), last+"\n") {
+			t.Errorf("%s: %s", id, text)
+		}
+	}
+	y.config.Health = health("test ! -e " + log + ".broken")
+	y.good("a", tree{"a": ""})
+	deploys("b", StateRestored, "now a", restart("now", ""), health("test ! -e b")) // nothing was restarted then, and b may run
+	deploys("c", StateRestored, "now a", restart("now", ""), health("no-such-program"))
+	y.config.Restart, y.config.Health = restart("then", ""), health("test ! -e "+log+".broken")
+	c, _ := y.locked()
+	if r, err := c.Restart(limit(t), nil); err != nil || r.State != StateActive {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	c.Close()
+	deploys("d", StateRestored, "then a", restart("now", "exit 1"), health("true"))
+	y.must(os.WriteFile(log+".broken", nil, 0o644))
+	deploys("e", StateBroken, "then a", restart("now", "exit 1"), health("true"))
+}
+
 func TestVerdict(t *testing.T) {
 	dirs := []string{"/mnt/shop/releases", "/data/shop/releases"}
 	for _, c := range []struct {

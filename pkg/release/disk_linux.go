@@ -126,6 +126,9 @@ func (d *disk) own(name string, flag int) (*os.File, error) {
 	if err == nil && (!info.Mode().IsRegular() || before != nil && !os.SameFile(before, info)) {
 		err = fmt.Errorf("%s is not a file", name)
 	}
+	if err == nil && d.uid >= 0 && owner(info) != os.Geteuid() { // once the app's user could write it
+		err = fmt.Errorf("%s belongs to somebody else", name)
+	}
 	if err == nil && flag&os.O_CREATE != 0 && info.Mode().Perm() != 0o600 {
 		err = f.Chmod(0o600) // an older culvert's
 	}

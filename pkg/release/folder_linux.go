@@ -168,8 +168,11 @@ func (s *session) later() *Problem {
 		return nil
 	}
 	f, err := s.disk.own(versionFile, os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) { // by which nothing else can be done, either
+		return nil
+	}
 	if err != nil {
-		return nil // it is not there, or no more can be read than the rest
+		return &Problem{Code: Failed, Text: err.Error()}
 	}
 	defer f.Close()
 	version, _ := io.ReadAll(io.LimitReader(f, 32))
