@@ -30,7 +30,7 @@ func (r *Rollout) roll(ctx context.Context, steps []Step, do act) error {
 	}
 	defer r.answer(ctx)()
 	err := r.rollBatches(ctx, work, steps, do)
-	if err != nil && !errors.Is(err, ErrStopped) && r.cfg.Settings.OnFail == RollbackAll {
+	if err != nil && !errors.Is(err, ErrStopped) && work.Err() == nil && r.cfg.Settings.OnFail == RollbackAll {
 		err = errors.Join(err, r.revert(work))
 	}
 	return errors.Join(err, r.finish(work, r.members))
@@ -38,10 +38,17 @@ func (r *Rollout) roll(ctx context.Context, steps []Step, do act) error {
 
 // answer tells a person who interrupts that this was heard: a batch may take minutes.
 func (r *Rollout) answer(ctx context.Context) (stop func()) {
+	if ctx.Err() != nil {
+		return func() {}
+	}
+	under := "batch"
+	if r.cfg.Settings.Pause > 0 {
+		under = "host"
+	}
 	told := make(chan struct{})
 	forget := context.AfterFunc(ctx, func() {
 		defer close(told)
-		r.tell(Event{Event: release.Event{Kind: "note", Text: "interrupted: the batch under way ends first, and no other begins; a second Ctrl-C leaves hosts to themselves"}})
+		r.tell(Event{Event: release.Event{Kind: "note", Text: "interrupted: the " + under + " under way ends first, and no other begins; a second Ctrl-C leaves hosts to themselves"}})
 	})
 	return func() {
 		if !forget() {
@@ -136,6 +143,9 @@ func (r *Rollout) activate(ctx context.Context, m *member) (release.Result, erro
 
 // turn is one host's.
 func (r *Rollout) turn(ctx context.Context, m *member, do act) error {
+	if err := ctx.Err(); err != nil {
+		return m.fail(Untouched, "", err)
+	}
 	result, err := do(ctx, m)
 	var theirs *release.Error
 	switch {

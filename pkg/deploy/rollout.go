@@ -208,7 +208,7 @@ func (r *Rollout) hello(ctx context.Context, m *member) (err error) {
 // because is an error of the wire, in the words of who knows.
 func (m *member) because(err error) error {
 	var theirs *release.Error
-	if errors.As(err, &theirs) || errors.Is(err, context.Canceled) {
+	if errors.As(err, &theirs) || errors.Is(err, context.Canceled) || errors.Is(err, release.ErrStranger) {
 		return err
 	}
 	_ = m.wire.Close()

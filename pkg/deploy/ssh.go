@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -297,18 +298,18 @@ func (t *talk) Write(p []byte) (int, error) {
 }
 
 // noKey is all that ssh says, with BatchMode, of a host that it does not know. Of one whose key
-// has changed it says so first.
-const noKey = "Host key verification failed"
+// has changed, or is asked for strictly, it says so first.
+const noKey, strictCheck = "Host key verification failed", "requested strict checking"
 
 // closing are what ssh says of an end whose reason was said before.
-var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:", noKey, "culvert: this is a host's side"}
+var closing = []string{"Connection closed by", "Connection reset by", "kex_exchange_identification", "stdio forwarding failed", "client_loop:", "culvert: this is a host's side"}
 
 // conclude is the line that tells why: culvert's own, else the last that says more than that
 // it is over. It is tame.
 func (t *talk) conclude() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	best, any := "", ""
+	best, any, key := "", "", noKey+": it is not in ssh's known_hosts"
 	for line := range strings.Lines(t.text.String()) {
 		if line = strings.TrimSpace(tame(line)); line == "" {
 			continue
@@ -316,16 +317,16 @@ func (t *talk) conclude() string {
 		if ours, is := strings.CutPrefix(line, "culvert: error: "); is {
 			return ours
 		}
+		if strings.Contains(line, strictCheck) {
+			key = line
+		}
+		if strings.HasPrefix(line, noKey) {
+			line = key
+		}
 		any = line
 		if !slices.ContainsFunc(closing, func(prefix string) bool { return strings.HasPrefix(line, prefix) }) {
 			best = line
 		}
 	}
-	switch {
-	case best != "":
-		return best
-	case strings.HasPrefix(any, noKey):
-		return noKey + ": it is not in ssh's known_hosts"
-	}
-	return any
+	return cmp.Or(best, any)
 }

@@ -174,6 +174,7 @@ func TestConclude(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	for text, want := range map[string]string{ // of a host that ssh does not know, and of one that is another now
+		"a banner\nHost key verification failed.\nkex_exchange_identification: x\nConnection closed by UNKNOWN port 65535\n": "Host key verification failed: it is not in ssh's known_hosts",
 		"Host key verification failed.\r\n": "Host key verification failed: it is not in ssh's known_hosts",
 		"@@@\nHost key for web-1 has changed and you have requested strict checking.\nHost key verification failed.\n": "Host key for web-1 has changed and you have requested strict checking.",
 	} {

@@ -63,6 +63,9 @@ func (c *Client) why() error {
 	return c.err
 }
 
+// ErrStranger is of a wire whose other end is not Serve.
+var ErrStranger = errors.New("what answers is not culvert apply, or its shell says something first")
+
 // stranger is an error where the first words are none of ours: a shell that greets, or a forced
 // command that is another.
 func stranger(r *bufio.Reader) error {
@@ -71,7 +74,7 @@ func stranger(r *bufio.Reader) error {
 		return nil // or torn, of which readFrame tells
 	}
 	said, _ := r.Peek(min(r.Buffered(), 80))
-	return fmt.Errorf("what answers is not culvert apply, or its shell says something first: %q", said)
+	return fmt.Errorf("%w: %q", ErrStranger, said)
 }
 
 func (c *Client) read() {
@@ -131,9 +134,18 @@ func (c *Client) beat() {
 	}
 }
 
+// until has the wire end with ctx: now, if that has ended, so that nothing is asked any more.
+func (c *Client) until(ctx context.Context) (stop func() bool) {
+	end := func() { c.fail(context.Cause(ctx)) }
+	if ctx.Err() != nil {
+		end()
+	}
+	return context.AfterFunc(ctx, end)
+}
+
 // asked sends a request and waits for its answer.
 func asked[T any](ctx context.Context, c *Client, what string, with any, events func(Event)) (answer T, err error) {
-	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	defer c.until(ctx)()
 	if err := c.send(what, with); err != nil {
 		return answer, err
 	}
@@ -219,7 +231,7 @@ func (c *Client) LockFor(ctx context.Context, l Lock, o Offer, events func(Event
 	if weight(o.Entries) >= partOf {
 		return c.Lock(ctx, l, events)
 	}
-	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	defer c.until(ctx)()
 	if err := c.request(c.out.ahead, "lock", l); err != nil {
 		return locked, err
 	}
@@ -247,7 +259,7 @@ const partOf = 1 << 20
 // pieces that the host does not have, in the order in which Ship is to send them. None may
 // mean that the release is there already; Ship is asked in any case.
 func (c *Client) Offer(ctx context.Context, o Offer) (missing []Piece, err error) {
-	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	defer c.until(ctx)()
 	if c.ahead != "" && c.ahead == o.ID && !o.Plan {
 		c.ahead = ""
 	} else if err := c.sendOffer(o); err != nil {
@@ -287,7 +299,7 @@ func (c *Client) sendOffer(o Offer) error {
 // When it returns the release is whole, verified and on the disk. An error of from is
 // returned as it is; what has come until then stays for the next Offer.
 func (c *Client) Ship(ctx context.Context, from io.Reader) error {
-	defer context.AfterFunc(ctx, func() { c.fail(context.Cause(ctx)) })()
+	defer c.until(ctx)()
 	var bytes int64
 	for _, p := range c.offer {
 		bytes += p.Size

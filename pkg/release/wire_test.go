@@ -237,3 +237,23 @@ func TestAnswerLies(t *testing.T) {
 		all.Wait() // time stands still after this
 	})
 }
+
+// Nothing is asked any more by who has ended: a host would begin it.
+func TestAskedTooLate(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	here, there := net.Pipe()
+	c := NewClient(here)
+	defer c.Close()
+	heard := make(chan []byte)
+	go func() {
+		text, _ := io.ReadAll(there)
+		heard <- text
+	}()
+	if _, err := c.Activate(ctx, nil); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if text := <-heard; len(text) > 0 {
+		t.Errorf("%q", text)
+	}
+}
