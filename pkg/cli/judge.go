@@ -153,7 +153,7 @@ func judgeHost(err *release.Error, t typed) (code int, hint string) {
 		return talk.ExitNotPermitted, "culvert deploy --print-policy  # what the hosts' policy would have to allow"
 	case err.Code == release.Refused:
 		return talk.ExitNotPermitted, err.Hint
-	case err.Code == release.Held && err.Hint == "":
+	case err.Code == release.Held && err.Hint == "" && !strings.Contains(t.line, " --wait"):
 		return talk.ExitFailed, "culvert " + t.with("--wait 10m")
 	}
 	return talk.ExitFailed, err.Hint

@@ -89,11 +89,12 @@ func (r *run) gate(ctx context.Context) (string, error) {
 		if cut(ctx) && last != nil { // which says less
 			return output, fmt.Errorf("%w: %w", context.Cause(ctx), last)
 		}
-		last, output = err, out
-		if text := err.Error(); text != told && !errors.Is(err, errYoung) {
+		// What starts is not there at the first look: that is no news.
+		if text := err.Error(); last != nil && text == last.Error() && text != told && !errors.Is(err, errYoung) {
 			told = text
 			r.s.note(PhaseHealth, text)
 		}
+		last, output = err, out
 		select {
 		case <-time.After(every):
 		case <-ctx.Done():

@@ -44,6 +44,7 @@ func (a *app) deployCommand() *cobra.Command {
 		RunE: func(c *cobra.Command, args []string) error { return a.deploy(c.Context(), o, first(args)) },
 	}
 	o.flags(c)
+	o.tells(c)
 	o.waits(c)
 	f := c.Flags()
 	f.BoolVar(&o.plan, "plan", false, "ask all hosts, and tell what would be done")

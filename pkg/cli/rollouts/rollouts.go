@@ -37,7 +37,7 @@ func Commands(p *talk.Person, cluster Cluster, image string) []*cobra.Command {
 	return []*cobra.Command{a.deployCommand(), a.rollbackCommand(), a.restartCommand(), a.releasesCommand(), a.execCommand(), a.applyCommand()}
 }
 
-// options are those of every verb but apply.
+// options are those of the verbs but apply.
 type options struct {
 	file, config, identity string
 	to                     []string
@@ -51,8 +51,11 @@ func (o *options) flags(c *cobra.Command) {
 	f.StringSliceVar(&o.to, "to", nil, "only these hosts or roles; patterns, as 'web-*' (repeatable)")
 	f.StringVarP(&o.config, "ssh-config", "F", "", "file of ssh's configuration, in place of yours")
 	f.StringVarP(&o.identity, "identity", "i", "", "file with the key to show to hosts, and to the hub")
-	f.BoolVar(&o.json, "json", false, "the result as JSON")
 	c.ValidArgsFunction = o.complete
+}
+
+func (o *options) tells(c *cobra.Command) {
+	c.Flags().BoolVar(&o.json, "json", false, "the result as JSON")
 }
 
 func (o *options) waits(c *cobra.Command) {

@@ -34,6 +34,7 @@ func (a *app) rollbackCommand() *cobra.Command {
 		RunE:    func(c *cobra.Command, args []string) error { return a.rollback(c.Context(), o, args, plan) },
 	}
 	o.flags(c)
+	o.tells(c)
 	o.waits(c)
 	c.Flags().BoolVar(&plan, "plan", false, "only tell what each host would go back to")
 	return c
@@ -116,6 +117,7 @@ func (a *app) restartCommand() *cobra.Command {
 		},
 	}
 	o.flags(c)
+	o.tells(c)
 	o.waits(c)
 	return c
 }
@@ -145,6 +147,7 @@ func (a *app) releasesCommand() *cobra.Command {
 		},
 	}
 	o.flags(c)
+	o.tells(c)
 	return c
 }
 
