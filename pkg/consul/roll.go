@@ -83,7 +83,7 @@ func inTurn(all []Instance) (turns []Instance) {
 		switch {
 		case at < 0:
 			turns = append(turns, i)
-		case i.Healthy && !turns[at].Healthy:
+		case i.rank() > turns[at].rank():
 			turns[at] = i
 		}
 	}
@@ -99,6 +99,17 @@ func inTurn(all []Instance) (turns []Instance) {
 	return turns
 }
 
+// rank is how much of an instance works: what clients are led to before what they are kept from.
+func (i Instance) rank() int {
+	switch {
+	case i.Passing():
+		return 2
+	case i.Healthy:
+		return 1
+	}
+	return 0
+}
+
 // A turn is one instance's.
 type turn struct {
 	r     *Registry
@@ -107,6 +118,7 @@ type turn struct {
 	known []Instance // before, and those that came since
 	now   Instance   // in its place
 	words string
+	aside Instance // the last start of the old one that was in maintenance
 
 	changed []change // known registrations that are of another start now
 }
@@ -162,7 +174,7 @@ func (t *turn) still(ctx context.Context) error {
 	if at < 0 {
 		return fmt.Errorf("%w: it left before its turn came", ErrNoInstance)
 	}
-	t.old = all[at]
+	t.old, t.aside = all[at], all[at]
 	for _, i := range all { // what came meanwhile is not what will come for this one
 		if !slices.ContainsFunc(t.known, i.is) {
 			t.known = append(t.known, i)
@@ -181,11 +193,32 @@ func (t *turn) leadBack(ctx context.Context) error {
 		return fmt.Errorf("its maintenance may not be as before: %w", err)
 	}
 	switch at := slices.IndexFunc(all, t.old.same); {
-	case at < 0:
-	case all[at].ours():
+	case at < 0 && t.old.others():
+		return fmt.Errorf("%s was in maintenance (%q), and will not be when it is registered again", t.old, t.old.Reason)
+	case at >= 0 && all[at].ours():
 		return t.r.maintain(ctx, t.old, false, "")
-	case t.old.others() && !all[at].Drained:
-		return t.r.maintain(ctx, t.old, true, t.old.Reason)
+	}
+	return t.setAside(ctx, all)
+}
+
+// setAside has the old one in maintenance again, where others had it so, when it is first seen to be
+// registered anew: maintenance outlives a start, but not that. Where the same start was in it and is
+// no more, its owner has ended it.
+func (t *turn) setAside(ctx context.Context, all []Instance) error {
+	at := slices.IndexFunc(all, t.old.same)
+	if at < 0 || !t.old.others() {
+		return nil
+	}
+	switch i := all[at]; {
+	case i.Drained:
+		t.aside = i
+	case i.is(t.aside):
+		t.old.Drained = false
+	default:
+		if err := t.r.Drain(ctx, i, true, t.old.Reason); err != nil {
+			return err
+		}
+		t.aside = i
 	}
 	return nil
 }
@@ -215,6 +248,9 @@ func (t *turn) await(ctx context.Context) error {
 func (t *turn) until(ctx context.Context, ok func([]Instance) (lacks string, done bool)) error {
 	var said string
 	return t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+		if err := t.setAside(ctx, all); err != nil {
+			return err.Error(), false
+		}
 		lacks, done := ok(all)
 		if !done && lacks != said {
 			t.say("%s", lacks)
@@ -284,8 +320,10 @@ func (t *turn) judgedBefore(ctx context.Context, i Instance) (lacks string, err 
 // settle leads clients to the new one and removes what is left of the old, so that the
 // registry has the one in the place of the other.
 func (t *turn) settle(ctx context.Context) error {
-	if err := t.lead(ctx); err != nil {
-		return err
+	if t.now.ours() { // maintenance belongs to the id, and outlives a start
+		if err := t.r.Drain(ctx, t.now, false, ""); err != nil {
+			return err
+		}
 	}
 	dropped, err := t.r.DropDuplicates(ctx, t.now)
 	for _, i := range dropped {
@@ -299,7 +337,7 @@ func (t *turn) settle(ctx context.Context) error {
 			return err
 		}
 	}
-	err = t.r.until(ctx, t.cfg.Service, func(all []Instance) (string, bool) {
+	err = t.until(ctx, func(all []Instance) (string, bool) {
 		at := slices.IndexFunc(all, t.now.same)
 		if at < 0 {
 			return t.now.String() + " has left again", false
@@ -317,19 +355,6 @@ func (t *turn) settle(ctx context.Context) error {
 		t.say("%s is well, and its node stays in maintenance (%q)", t.now, t.now.NodeReason)
 	default:
 		t.say("%s passes", t.now)
-	}
-	return nil
-}
-
-// lead leads clients to the new one, unless somebody keeps them from it. Maintenance outlives a
-// start, but not a registration that is removed and made again, which has it back. Another id in
-// its place is another instance, of which nobody has said so.
-func (t *turn) lead(ctx context.Context) error {
-	switch {
-	case t.now.ours():
-		return t.r.Drain(ctx, t.now, false, "")
-	case t.old.others() && t.now.same(t.old) && !t.now.Drained:
-		return t.r.Drain(ctx, t.now, true, t.old.Reason)
 	}
 	return nil
 }

@@ -209,7 +209,7 @@ func testTwoChange(t *testing.T, d *consultest.Datacenter) {
 // Maintenance that somebody else wants stays, or comes again where the restart has lost it; that
 // of a run which was killed does not.
 func testMaintenance(t *testing.T, d *consultest.Datacenter) {
-	const disk = "disk is replaced"
+	const disk, lifted = "disk is replaced", "lifted"
 	again := func(s *site, i Instance) { s.run(i.Node, i.ID, launch{start: "2"}) } // which leaves it in maintenance
 	anew := func(s *site, i Instance) {
 		s.leave(i.Node, i.ID)
@@ -226,6 +226,7 @@ func testMaintenance(t *testing.T, d *consultest.Datacenter) {
 		{"it starts again", disk, again, "", "a on n2 is in maintenance: " + disk},
 		{"it is registered anew", disk, anew, "", "a on n2 is in maintenance: " + disk},
 		{"it is registered anew, and does not come up", disk, anew, "404", "a on n2 is in maintenance: " + disk},
+		{"its owner ends it", disk, anew, lifted, "a on n2 is passing"},
 		{"another id comes", disk, func(s *site, i Instance) {
 			s.leave(i.Node, i.ID)
 			s.run("n3", "b", launch{start: "2"})
@@ -250,15 +251,23 @@ func testMaintenance(t *testing.T, d *consultest.Datacenter) {
 					test.restart(s, i)
 					return nil
 				},
-				Gate: func(context.Context, Instance) error {
-					if test.gate == "" {
+				Gate: func(_ context.Context, i Instance) error {
+					switch test.gate {
+					case "":
+						return nil
+					case lifted:
+						s.await(r, "in maintenance again", func(all []Instance) bool { return len(all) == 1 && all[0].Drained })
+						if err := s.client(i.Node).Agent().DisableServiceMaintenance(i.ID); err != nil {
+							return err
+						}
+						s.await(r, lifted, func(all []Instance) bool { return len(all) == 1 && !all[0].Drained })
 						return nil
 					}
 					cancel()
 					return errors.New(test.gate)
 				},
 			})
-			if (err != nil) != (test.gate != "") {
+			if (err != nil) != (test.gate == "404") {
 				t.Error(err)
 			}
 			s.await(r, test.after, func(all []Instance) bool {
