@@ -292,7 +292,7 @@ func TestRollOutRestartGate(t *testing.T) {
 	s.says("shadow made, as a Job")
 	killed(s)
 	name, end := job(".metadata.name"), job(".spec.activeDeadlineSeconds")
-	if end != "600" {
+	if end != "1800" {
 		t.Errorf("job %q of a shadow that did not start: it ends after %q s", name, end)
 	}
 	kubectl(t, "patch", "job", "-n", namespace, name, "-p", `{"spec":{"activeDeadlineSeconds":1}}`) // the time passes

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -233,7 +233,7 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 		return err
 	}
 	s.published.made(refTo("batch/v1", "Job", root))
-	s.bounded.set()
+	s.bounded.made.Add(1)
 	o.ownedBy(s.published.root)
 	err = together(
 		func() error { return makeIt(ctx, "secret", cs.CoreV1().Secrets(ns).Create, o.secret) },
@@ -248,43 +248,34 @@ func (s *Shadow) createByJob(ctx context.Context, o *objects, open bool) error {
 	if err != nil {
 		return err
 	}
-	if err := s.patchJob(ctx, `{"spec":{"suspend":false}}`); err != nil {
+	call, cancel := callContext(ctx)
+	defer cancel()
+	if err := s.patchJob(call, `{"spec":{"suspend":false}}`); err != nil {
 		return fmt.Errorf("start job %s: %w", s.name(), err)
 	}
 	return ctx.Err()
 }
 
 func (s *Shadow) patchJob(ctx context.Context, patch string) error {
-	call, cancel := callContext(ctx)
-	defer cancel()
-	_, err := s.cluster.client.BatchV1().Jobs(s.cluster.Namespace).Patch(call, s.name(), types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+	_, err := s.cluster.client.BatchV1().Jobs(s.cluster.Namespace).Patch(ctx, s.name(), types.MergePatchType, []byte(patch), metav1.PatchOptions{})
 	return err
 }
 
-// bounded tells whether the Job has an end, which it is made with for a pod that never
-// starts: one that is ready ends itself when the laptop is silent.
-type bounded struct {
-	mu  sync.Mutex // held while the end is taken away, so that nobody dials before
-	yes bool
-}
+// bounded counts the Jobs that were made with an end, for a pod that never starts, and those
+// that it was taken from: one that is ready ends itself when the laptop is silent.
+type bounded struct{ made, freed atomic.Int64 }
 
-func (b *bounded) set() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.yes = true
-}
-
-// unbound takes the Job's end away, now that its pod is ready.
+// unbound takes the Job's end away, now that its pod is ready. Nobody dials before; two who do at
+// the same time both take it.
 func (s *Shadow) unbound(ctx context.Context) error {
-	s.bounded.mu.Lock()
-	defer s.bounded.mu.Unlock()
-	if !s.bounded.yes {
+	made := s.bounded.made.Load()
+	if s.bounded.freed.Load() >= made {
 		return nil
 	}
 	if err := s.patchJob(ctx, `{"spec":{"activeDeadlineSeconds":null}}`); err != nil {
 		return fmt.Errorf("take the deadline of job %s away: %w", s.name(), sorted(err))
 	}
-	s.bounded.yes = false
+	s.bounded.freed.Store(made)
 	return nil
 }
 
