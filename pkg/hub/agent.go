@@ -407,6 +407,9 @@ func (cfg AgentConfig) open(ctx context.Context, dial func(context.Context) (net
 	}
 	patience(conn, cfg.notice())
 	wire, err := tlschan.Dial(ctx, conn, tlschan.Config{Identity: cfg.identity(), Beat: cfg.Beat})
+	if errors.Is(err, tlschan.ErrNotLetIn) {
+		err = fmt.Errorf("%w (as it is with a key that the hub does not know)", err)
+	}
 	if err != nil {
 		return nil, info, err
 	}

@@ -81,7 +81,7 @@ var ErrNotLetIn = errors.New("not let in")
 type notLetIn struct{ error }
 
 func (n notLetIn) Error() string {
-	return "not let in, as with a key that is not known there: " + n.error.Error()
+	return ErrNotLetIn.Error() + ": " + n.error.Error()
 }
 
 func (n notLetIn) Unwrap() error        { return n.error }
